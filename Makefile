@@ -1,0 +1,45 @@
+# Two commands: `make demo` and `make test`. Both make .venv first, from requirements.lock.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
+BIN := .venv/bin
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: demo test check lint types tests protos lock clean
+
+demo: .venv/ready
+	$(BIN)/rekindle demo
+
+test: check tests
+
+check: lint types
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready
+	$(BIN)/mypy
+
+tests: .venv/ready
+	$(BIN)/python -m pytest
+
+.venv/ready: pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# The code beside the .proto files, with the grpcio-tools of the lock.
+protos: .venv/ready
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto
+
+# Pin everything again (after a change in pyproject.toml): a fresh environment, then what it holds.
+lock:
+	rm -rf .lock-venv
+	$(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/pip install --quiet 'torch==2.13.0' 'setuptools>=77' 'pip>=25.1'
+	.lock-venv/bin/pip install --quiet --group dev .
+	.lock-venv/bin/pip freeze --exclude rekindle --exclude pip --all > requirements.lock
+	rm -rf .lock-venv build
+
+clean:
+	rm -rf .venv build *.egg-info

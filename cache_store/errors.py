@@ -1,0 +1,49 @@
+"""The root of every error that this project raises on purpose, and the errors of cold storage."""
+
+
+class ServingError(Exception):
+    """Root of every error raised on purpose. Anything else is a bug."""
+
+
+class InvalidRequest(ServingError):
+    """A field of the request cannot be served. Says which one."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(field, problem)  # both, so that pickle can build it again
+        self.field = field
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}"
+
+
+class StoreError(ServingError):
+    """Cold storage could not do what it was asked."""
+
+
+class StoreUnavailable(StoreError):
+    """Redis did not answer. The same call may work in a moment."""
+
+
+class StoreFull(StoreError):
+    """Redis refused the bytes for want of memory."""
+
+
+class BlockCorrupt(StoreError):
+    """A block came back, but not as it was written."""
+
+
+class BlockForeign(StoreError):
+    """A block came back whole, but of another model, layout or codec."""
+
+
+class SessionNotFound(ServingError):
+    """This tenant has no such session."""
+
+
+class SessionExists(ServingError):
+    """The session id is taken."""
+
+
+class SessionBusy(ServingError):
+    """Another turn of this session is running, or has just committed."""

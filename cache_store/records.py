@@ -1,0 +1,114 @@
+"""A session's durable record, and what the front end asks of the place that keeps it. No Redis here."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from cache_store.errors import InvalidRequest
+
+_SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnRecord:
+    """Tokens [start, reply_start) were the input of this turn, [reply_start, end) its reply."""
+
+    start: int
+    reply_start: int
+    end: int
+    finish_reason: int
+    """protos' FinishReason."""
+    committed_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionRecord:
+    """An append-only list of token ids and what is known about it. `version` counts changes."""
+
+    tenant: str
+    session_id: str
+    version: int
+    model: str
+    """Fingerprint (hex) of the model that served the last turn; empty before the first."""
+    created_ms: int
+    last_used_ms: int
+    ttl_s: int
+    """Seconds without use after which the record goes; 0: never."""
+    pinned: bool
+    worker_id: str
+    """Who served the last turn; empty before the first. A hint for routing, never a promise."""
+    parent_session_id: str = ""
+    parent_turn: int = 0
+    turns: tuple[TurnRecord, ...] = ()
+    token_ids: tuple[int, ...] = field(default=(), repr=False)
+
+
+class Page(NamedTuple):
+    records: list[SessionRecord]
+    """Newest first, without turns or tokens."""
+    next_token: str
+    """Empty on the last page."""
+
+
+class RecordStore(Protocol):
+    """Session records by tenant and id. Every call may raise StoreUnavailable and, but for `create`, SessionNotFound.
+
+    A turn is `begin` (lock and read), then `commit` (append, compare-and-set on the version, unlock) or `release`.
+    """
+
+    async def create(self, record: SessionRecord) -> None:
+        """Keep a new record, tokens and turns included (a fork brings its own). Raises SessionExists."""
+        ...
+
+    async def get(self, tenant: str, session_id: str) -> SessionRecord: ...
+
+    async def list(self, tenant: str, *, page_size: int, page_token: str) -> Page:
+        """Raises InvalidRequest for a page token that is not one of ours."""
+        ...
+
+    async def update(
+        self, tenant: str, session_id: str, *, ttl_s: int | None, pinned: bool | None
+    ) -> SessionRecord: ...
+
+    async def begin(self, tenant: str, session_id: str, *, holder: str, lease_s: float) -> SessionRecord:
+        """Lock the session for `holder` and read it. Raises SessionBusy while another holder's lease runs."""
+        ...
+
+    async def renew(self, tenant: str, session_id: str, *, holder: str, lease_s: float) -> None:
+        """Prolong the lease. Raises SessionBusy if it was lost."""
+        ...
+
+    async def commit(
+        self,
+        before: SessionRecord,
+        *,
+        holder: str,
+        new_tokens: Sequence[int],
+        turn: TurnRecord,
+        model: str,
+        worker_id: str,
+    ) -> None:
+        """Append the turn and unlock, all or nothing. Raises SessionBusy if the version moved or the lease is another's."""
+        ...
+
+    async def release(self, tenant: str, session_id: str, *, holder: str) -> None:
+        """Unlock without a commit. Harmless when the lease is gone or another's."""
+        ...
+
+    async def delete(self, tenant: str, session_id: str) -> SessionRecord:
+        """Forget the record; return what it was."""
+        ...
+
+    async def available(self) -> bool:
+        """One cheap round trip: does the store answer? Never raises."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+def check_session_id(session_id: str, field_name: str = "session_id") -> str:
+    """Return the id, or raise InvalidRequest naming the field."""
+    if not _SESSION_ID.fullmatch(session_id):
+        raise InvalidRequest(field_name, "must be 1 to 128 of A-Z a-z 0-9 . _ : -")
+    return session_id

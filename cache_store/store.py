@@ -1,0 +1,104 @@
+"""What a worker asks of the shared cold tier. No Redis here, and no tensors: names, buffers and outcomes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import NamedTuple, Protocol
+
+from cache_store.ids import BlockHash
+
+
+class Fetched(Enum):
+    """How the fetch of one block ended. All but HIT are misses, and the block is computed."""
+
+    HIT = auto()
+    ABSENT = auto()
+    CORRUPT = auto()
+    FOREIGN = auto()
+    LATE = auto()
+    UNAVAILABLE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """One block wanted: its name, how many tokens it should hold, and the buffer (layout.block_bytes) for them."""
+
+    block: BlockHash
+    num_tokens: int
+    into: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """One block to keep. `payload` is read until `put` returns and is never changed meanwhile."""
+
+    block: BlockHash
+    num_tokens: int
+    payload: memoryview
+    ttl_s: int
+    """Seconds; 0 keeps it for ever."""
+
+
+class StoreStats(NamedTuple):
+    """Counters since the store was opened."""
+
+    blocks_put: int
+    bytes_put: int
+    put_s: float
+    blocks_got: int
+    bytes_got: int
+    get_s: float
+    corrupt: int
+    foreign: int
+
+
+class ServerInfo(NamedTuple):
+    """What the shared tier says of itself (summed over a cluster's nodes)."""
+
+    used_bytes: int
+    max_bytes: int
+    evicted_keys: int
+    eviction_policy: str
+
+
+class BlockStore(Protocol):
+    """Blocks by hash, in batches; blocking calls, made from the worker's I/O threads, several at once.
+
+    No call hangs: each is bounded by `deadline_s` (of `time.monotonic()`) or by the store's own timeouts.
+    """
+
+    def get(self, wanted: Sequence[Fetch], landed: Callable[[int, Fetched], None], *, deadline_s: float) -> None:
+        """Fetch every block, calling `landed(index, outcome)` exactly once for each, as soon as its payload lies checked in
+        its buffer (on the calling thread or one of the store's). After `landed` the store does not touch the buffer.
+
+        Never raises for a miss or for the server's failures: those are outcomes. Hits' TTLs are refreshed behind.
+        """
+        ...
+
+    def put(self, blocks: Sequence[Store]) -> None:
+        """Keep every block. Raises StoreUnavailable or StoreFull: some may then be kept, none is promised."""
+        ...
+
+    def which(self, blocks: Sequence[BlockHash]) -> list[bool]:
+        """Say which blocks are there now (raises StoreUnavailable)."""
+        ...
+
+    def delete(self, blocks: Sequence[BlockHash]) -> int:
+        """Forget the blocks; say how many were there (raises StoreUnavailable)."""
+        ...
+
+    def retain(self, blocks: Sequence[BlockHash], *, ttl_s: int) -> int:
+        """Set how long the blocks are kept (0: for ever); say how many were there (raises StoreUnavailable)."""
+        ...
+
+    def available(self) -> bool:
+        """False while the breaker is open. Costs nothing."""
+        ...
+
+    def info(self) -> ServerInfo:
+        """Ask the server (raises StoreUnavailable)."""
+        ...
+
+    def stats(self) -> StoreStats: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,186 @@
+from protos import rekindle_pb2 as _rekindle_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class History(_message.Message):
+    __slots__ = ("tenant", "token_ids")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tenant: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class WorkerGenerateRequest(_message.Message):
+    __slots__ = ("request_id", "session_id", "history", "text", "chat", "tokens", "sampling", "block_ttl_s")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TTL_S_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    session_id: str
+    history: History
+    text: str
+    chat: _rekindle_pb2.ChatInput
+    tokens: _rekindle_pb2.TokenInput
+    sampling: _rekindle_pb2.Sampling
+    block_ttl_s: int
+    def __init__(self, request_id: _Optional[str] = ..., session_id: _Optional[str] = ..., history: _Optional[_Union[History, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[_rekindle_pb2.ChatInput, _Mapping]] = ..., tokens: _Optional[_Union[_rekindle_pb2.TokenInput, _Mapping]] = ..., sampling: _Optional[_Union[_rekindle_pb2.Sampling, _Mapping]] = ..., block_ttl_s: _Optional[int] = ...) -> None: ...
+
+class WorkerEvent(_message.Message):
+    __slots__ = ("started", "delta", "finished")
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    started: Started
+    delta: _rekindle_pb2.Delta
+    finished: _rekindle_pb2.Finished
+    def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., delta: _Optional[_Union[_rekindle_pb2.Delta, _Mapping]] = ..., finished: _Optional[_Union[_rekindle_pb2.Finished, _Mapping]] = ...) -> None: ...
+
+class Started(_message.Message):
+    __slots__ = ("input_token_ids",)
+    INPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    input_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, input_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ParkRequest(_message.Message):
+    __slots__ = ("history", "drop_host", "block_ttl_s")
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    DROP_HOST_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TTL_S_FIELD_NUMBER: _ClassVar[int]
+    history: History
+    drop_host: bool
+    block_ttl_s: int
+    def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., drop_host: _Optional[bool] = ..., block_ttl_s: _Optional[int] = ...) -> None: ...
+
+class ParkReply(_message.Message):
+    __slots__ = ("redis_tokens", "device_blocks_dropped", "host_blocks_dropped", "bytes_stored")
+    REDIS_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BLOCKS_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    HOST_BLOCKS_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_STORED_FIELD_NUMBER: _ClassVar[int]
+    redis_tokens: int
+    device_blocks_dropped: int
+    host_blocks_dropped: int
+    bytes_stored: int
+    def __init__(self, redis_tokens: _Optional[int] = ..., device_blocks_dropped: _Optional[int] = ..., host_blocks_dropped: _Optional[int] = ..., bytes_stored: _Optional[int] = ...) -> None: ...
+
+class WarmRequest(_message.Message):
+    __slots__ = ("history",)
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    history: History
+    def __init__(self, history: _Optional[_Union[History, _Mapping]] = ...) -> None: ...
+
+class WarmReply(_message.Message):
+    __slots__ = ("device_tokens", "restored_tokens")
+    DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    device_tokens: int
+    restored_tokens: int
+    def __init__(self, device_tokens: _Optional[int] = ..., restored_tokens: _Optional[int] = ...) -> None: ...
+
+class FlushRequest(_message.Message):
+    __slots__ = ("history",)
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    history: History
+    def __init__(self, history: _Optional[_Union[History, _Mapping]] = ...) -> None: ...
+
+class FlushReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LocateRequest(_message.Message):
+    __slots__ = ("history", "with_redis")
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    WITH_REDIS_FIELD_NUMBER: _ClassVar[int]
+    history: History
+    with_redis: bool
+    def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., with_redis: _Optional[bool] = ...) -> None: ...
+
+class LocateReply(_message.Message):
+    __slots__ = ("device_tokens", "host_tokens", "redis_tokens")
+    DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REDIS_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    device_tokens: int
+    host_tokens: int
+    redis_tokens: int
+    def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ...) -> None: ...
+
+class DropRequest(_message.Message):
+    __slots__ = ("history", "with_redis")
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    WITH_REDIS_FIELD_NUMBER: _ClassVar[int]
+    history: History
+    with_redis: bool
+    def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., with_redis: _Optional[bool] = ...) -> None: ...
+
+class DropReply(_message.Message):
+    __slots__ = ("device_blocks", "host_blocks", "redis_blocks")
+    DEVICE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    REDIS_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    device_blocks: int
+    host_blocks: int
+    redis_blocks: int
+    def __init__(self, device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., redis_blocks: _Optional[int] = ...) -> None: ...
+
+class RetainRequest(_message.Message):
+    __slots__ = ("history", "block_ttl_s")
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TTL_S_FIELD_NUMBER: _ClassVar[int]
+    history: History
+    block_ttl_s: int
+    def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., block_ttl_s: _Optional[int] = ...) -> None: ...
+
+class RetainReply(_message.Message):
+    __slots__ = ("blocks",)
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    def __init__(self, blocks: _Optional[int] = ...) -> None: ...
+
+class DetokenizeRequest(_message.Message):
+    __slots__ = ("token_ids",)
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class DetokenizeReply(_message.Message):
+    __slots__ = ("text",)
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    def __init__(self, text: _Optional[str] = ...) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribeReply(_message.Message):
+    __slots__ = ("worker_id", "model", "fingerprint", "max_context_tokens", "block_tokens", "accepting", "metrics_address")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTING_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    model: str
+    fingerprint: str
+    max_context_tokens: int
+    block_tokens: int
+    accepting: bool
+    metrics_address: str
+    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., block_tokens: _Optional[int] = ..., accepting: _Optional[bool] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+
+class GetStatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -1,0 +1,1 @@
+"""What people use: the Python client and the command line."""

@@ -1,0 +1,1 @@
+"""One accelerator: engine, scheduler, block pool, model, attention, and moves between tiers."""

@@ -1,0 +1,197 @@
+"""What the engine is asked and what it answers. No torch, no protobuf: cheap to import."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from cache_store.errors import InvalidRequest
+
+MAX_LOGPROBS = 20
+
+
+class FinishReason(Enum):
+    """Values are protos' FinishReason."""
+
+    EOS = 1
+    STOP = 2
+    LENGTH = 3
+
+
+class MissReason(Enum):
+    """Why a prompt token was computed. Values are protos' MissReason."""
+
+    NEW = 1
+    ABSENT = 2
+    CORRUPT = 3
+    FOREIGN = 4
+    LATE = 5
+    UNAVAILABLE = 6
+    NO_ROOM = 7
+    TAIL = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. Built from a request, complete, checked once."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and reply, as transformers' RepetitionPenaltyLogitsProcessor."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    """Both over the reply alone, as OpenAI defines them."""
+    seed: int = 0
+    """The n-th token of a reply is a function of its logits, the seed and n alone."""
+    logprobs: int | None = None
+    """Report the chosen token's log-probability and those of this many likeliest tokens."""
+
+    def __post_init__(self) -> None:
+        for name, value, low, high in (
+            ("temperature", self.temperature, 0.0, 100.0),
+            ("min_p", self.min_p, 0.0, 1.0),
+            ("presence_penalty", self.presence_penalty, -2.0, 2.0),
+            ("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
+            ("logprobs", self.logprobs or 0, 0, MAX_LOGPROBS),
+            ("seed", self.seed, 0, 2**64 - 1),
+        ):
+            if not low <= value <= high:  # NaN fails too
+                raise InvalidRequest(f"sampling.{name}", f"must be from {low} to {high}, got {value}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InvalidRequest("sampling.top_p", f"must be above 0 and at most 1, got {self.top_p}")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise InvalidRequest("sampling.repetition_penalty", f"must be above 0, got {self.repetition_penalty}")
+
+    @property
+    def has_penalties(self) -> bool:
+        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateCall:
+    """One turn, in tokens."""
+
+    request_id: str
+    tenant: str
+    history: tuple[int, ...]
+    """Committed tokens of the session; their KV may be in any tier."""
+    input: tuple[int, ...]
+    """New tokens of this turn. history + input is the prompt and must not be empty."""
+    sampling: Sampling
+    max_new_tokens: int | None
+    """None: 256, or what is left of the window where that is less."""
+    stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
+    """Empty when the request ignores them."""
+    block_ttl_s: int = 86_400
+    deadline_s: float | None = None
+    """Of `time.monotonic()`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token. The token that ended the reply (eos, stop token) is sent too."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What a prompt cost, in tokens by source. `check` holds for every receipt that leaves the engine."""
+
+    device_tokens: int
+    host_tokens: int
+    redis_tokens: int
+    computed_tokens: int
+    misses: dict[MissReason, int] = field(default_factory=dict)
+    restored_bytes: int = 0
+    queue_ms: float = 0.0
+    restore_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    ttft_ms: float = 0.0
+
+    def check(self, prompt_tokens: int) -> None:
+        sources = self.device_tokens + self.host_tokens + self.redis_tokens + self.computed_tokens
+        assert sources == prompt_tokens, f"{sources} tokens accounted for, {prompt_tokens} in the prompt"
+        assert sum(self.misses.values()) == self.computed_tokens, f"{self.misses} != {self.computed_tokens} computed"
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    reason: FinishReason
+    receipt: Receipt
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request is over and nothing more comes. Its blocks are released already."""
+
+    error: Exception
+
+
+Event = Token | Finished | Failed
+"""What a listener is told: Tokens, then exactly one Finished or Failed (none after a cancel)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParkReport:
+    redis_tokens: int
+    device_blocks_dropped: int
+    host_blocks_dropped: int
+    bytes_stored: int
+
+
+@dataclass(frozen=True, slots=True)
+class WarmReport:
+    device_tokens: int
+    restored_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    device_tokens: int
+    host_tokens: int
+    redis_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropReport:
+    device_blocks: int
+    host_blocks: int
+    redis_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class TierUse:
+    blocks: int
+    capacity_blocks: int
+    bytes: int
+    capacity_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the start, and levels now."""
+
+    device_tokens: int
+    host_tokens: int
+    redis_tokens: int
+    computed_tokens: int
+    device: TierUse
+    host: TierUse
+    stores_dropped: int
+    evicted_then_needed: int
+    running: int
+    waiting: int

@@ -1,0 +1,93 @@
+"""Settings of a worker: frozen, complete, checked once when built. Light: sent to Ray actors, shown by `--help`."""
+
+from dataclasses import dataclass
+
+from cache_store.layout import MAX_BLOCK_TOKENS, MIN_BLOCK_TOKENS
+
+
+class ConfigError(ValueError):
+    """A setting, or a pair of settings, cannot work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """What one worker runs and how much room it has."""
+
+    model: str = "preset:tiny"
+    """A directory or hub id that transformers can load, or preset:NAME for a shape with random weights."""
+
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto: as the checkpoint says."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+    block_tokens: int = 0
+    """Tokens in a KV block, a power of two from 16 to 256; 0 chooses so that a block is at most 2 MiB."""
+
+    device_cache_bytes: int = 0
+    """KV kept on the device; 0 takes 90% of what the model leaves free on CUDA, and 1 GiB on CPU."""
+
+    host_cache_bytes: int = 1 << 30
+    """KV kept in host memory, below the device."""
+
+    redis_url: str = "redis://127.0.0.1:6379"
+    """redis://, rediss:// or unix:// for the shared tier; redis+cluster:// or rediss+cluster:// for a Redis Cluster;
+    memory:// keeps it in the worker (for tests); empty does without."""
+
+    redis_timeout_s: float = 2.0
+    """How long one read or write of Redis may stall before it counts as failed."""
+
+    restore_timeout_s: float = 10.0
+    """How long a turn waits for its blocks before it computes what is missing."""
+
+    store_queue_bytes: int = 256 << 20
+    """Blocks waiting to be written to Redis; what comes on top is dropped (and counted)."""
+
+    max_step_tokens: int = 512
+    """Tokens run through the model in one step: decoding sequences first, then chunks of prompts."""
+
+    max_running: int = 64
+    """Requests in the batch at once."""
+
+    max_waiting: int = 256
+    """Requests that may queue behind them; more are refused."""
+
+    cpu_threads: int = 0
+    """Threads of torch's CPU kernels; 0 leaves torch's own choice."""
+
+    preset_seed: int = 0
+    """Seed of the random weights of a preset: equal seeds, equal weights."""
+
+    listen_host: str = "127.0.0.1"
+    """The address that the worker's gRPC and metrics servers bind to, and that front ends reach."""
+
+    metrics_port: int = 0
+    """Port of the worker's Prometheus endpoint; 0 takes a free one."""
+
+    show_progress: bool = False
+    """Show progress bars while weights load."""
+
+    def __post_init__(self) -> None:
+        if self.block_tokens and (
+            not MIN_BLOCK_TOKENS <= self.block_tokens <= MAX_BLOCK_TOKENS or self.block_tokens & (self.block_tokens - 1)
+        ):
+            raise ConfigError(
+                f"block_tokens must be 0 or a power of two from {MIN_BLOCK_TOKENS} to {MAX_BLOCK_TOKENS}, "
+                f"got {self.block_tokens}"
+            )
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
+        for name in ("max_step_tokens", "max_running", "redis_timeout_s", "restore_timeout_s", "store_queue_bytes"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("device_cache_bytes", "host_cache_bytes", "max_waiting", "cpu_threads", "metrics_port"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.max_step_tokens < self.max_running:
+            raise ConfigError(
+                "max_step_tokens must be at least max_running (each decodes one token a step), "
+                f"got {self.max_step_tokens} and {self.max_running}"
+            )

@@ -1,0 +1,30 @@
+"""Errors of the engine: what a worker can refuse."""
+
+from cache_store.errors import ServingError
+
+
+class ModelRefused(ServingError):
+    """This model can't be served exactly. Says why, by name."""
+
+
+class ContextTooLong(ServingError):
+    """Prompt plus reply would not fit the model's window (or the whole device pool)."""
+
+
+class Overloaded(ServingError):
+    """The queue is full. The same request may be accepted in `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Draining(ServingError):
+    """The worker is leaving and takes no new work. Another one does."""
+
+
+class DeadlinePassed(ServingError):
+    """The request's deadline passed before it was finished."""
