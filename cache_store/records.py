@@ -89,7 +89,7 @@ class RecordStore(Protocol):
         model: str,
         worker_id: str,
     ) -> None:
-        """Append the turn and unlock, all or nothing. Raises SessionBusy if the version moved or the lease is another's."""
+        """Append the turn and unlock, all or nothing. Raises SessionBusy if the version or the lease moved."""
         ...
 
     async def release(self, tenant: str, session_id: str, *, holder: str) -> None:
