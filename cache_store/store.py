@@ -68,8 +68,8 @@ class BlockStore(Protocol):
     """
 
     def get(self, wanted: Sequence[Fetch], landed: Callable[[int, Fetched], None], *, deadline_s: float) -> None:
-        """Fetch every block, calling `landed(index, outcome)` exactly once for each, as soon as its payload lies checked
-        in its buffer (on the calling thread or one of the store's). Afterwards the store does not touch the buffer.
+        """Fetch every block, calling `landed(index, outcome)` exactly once for each, as soon as its payload lies
+        checked in its buffer (on the calling thread or one of the store's). The store is then done with it.
 
         Never raises for a miss or for the server's failures: those are outcomes. Hits' TTLs are refreshed behind.
         """
