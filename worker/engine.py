@@ -1,0 +1,336 @@
+"""The engine: one thread that plans a step, runs it, samples from it and publishes what came of it.
+
+All state is that thread's. Other threads put what they want into its inbox. It knows neither gRPC nor Ray, and works
+without Redis.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+import structlog
+
+from cache_store.host_tier import HostTier
+from cache_store.ids import root_hash
+from cache_store.open_store import open_block_store
+from worker.calls import (
+    DropReport,
+    EngineStats,
+    Event,
+    FinishReason,
+    GenerateCall,
+    Located,
+    ParkReport,
+    TierUse,
+    Token,
+    WarmReport,
+)
+from worker.config import WorkerConfig
+from worker.errors import ContextTooLong, Draining, Overloaded
+from worker.histories import Histories
+from worker.kv_cache import KVCache
+from worker.model import LoadedModel, load_model
+from worker.moves import Mover
+from worker.plan import Span, plan_step
+from worker.pool import BlockPool
+from worker.request import Phase, Request
+from worker.runner import ModelRunner
+from worker.sampler import Sampler
+from worker.scheduler import Scheduler
+from worker.step import Chunk
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+DEFAULT_NEW_TOKENS = 256
+_MIN_HOST_BLOCKS = 8
+"""Restores land in host buffers first, so even a worker without a host tier has a few."""
+
+
+class Engine:
+    def __init__(
+        self, config: WorkerConfig, loaded: LoadedModel, kv_cache: KVCache, host: HostTier, mover: Mover
+    ) -> None:
+        self.layout = loaded.layout
+        self.fingerprint = loaded.fingerprint
+        self.max_context_tokens = loaded.max_context_tokens
+        self.eos_token_ids = loaded.eos_token_ids
+        self.vocab_size = loaded.vocab_size
+        self._config = config
+        self._runner = ModelRunner(loaded, kv_cache)
+        self._sampler = Sampler()
+        self._host = host
+        self._mover = mover
+        self._pool = BlockPool(kv_cache.num_blocks)
+        self._scheduler = Scheduler(
+            self._pool,
+            mover,
+            block_tokens=self.layout.block_tokens,
+            block_bytes=self.layout.block_bytes,
+            max_running=config.max_running,
+            restore_timeout_s=config.restore_timeout_s,
+            copy_tokens=kv_cache.copy_tokens,
+            post=self._post,
+        )
+        self._histories = Histories(self._pool, self._scheduler, mover, self.layout, self.fingerprint, self._post)
+        self._requests: dict[str, Request] = {}
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._accepting = threading.Semaphore(config.max_waiting + config.max_running)
+        self._draining = False
+        self._closed = False
+        self._seconds_a_request = 1.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @classmethod
+    def build(cls, config: WorkerConfig) -> "Engine":
+        """Load the model, take all memory, connect the tiers, and start. Raises ModelRefused, InvalidRequest."""
+        loaded = load_model(config)
+        block_bytes = loaded.layout.block_bytes
+        kv_cache = KVCache(loaded.layout, loaded.num_device_blocks(config.device_cache_bytes), loaded.device)
+        host = HostTier(max(_MIN_HOST_BLOCKS, config.host_cache_bytes // block_bytes), block_bytes)
+        store = open_block_store(
+            config.redis_url,
+            loaded.layout,
+            loaded.fingerprint,
+            timeout_s=config.redis_timeout_s,
+            refresh_ttl_s=config.block_ttl_s,
+        )
+        mover = Mover(
+            kv_cache,
+            host,
+            store,
+            max_pinned_blocks=max(1, kv_cache.num_blocks // 8),
+            max_queued_stores=max(1, config.store_queue_bytes // block_bytes),
+        )
+        engine = cls(config, loaded, kv_cache, host, mover)
+        engine._thread.start()
+        return engine
+
+    # Asked from any thread
+
+    def submit(self, call: GenerateCall, listener: Callable[[Event], None]) -> None:
+        """Queue a turn. `listener` hears its tokens and its end, on the engine's thread, and must return at once.
+
+        Raises ContextTooLong, Overloaded, Draining: then nothing was queued.
+        """
+        max_new_tokens = self._max_new_tokens(call)
+        if self._draining:
+            raise Draining("this worker is leaving")
+        if not self._accepting.acquire(blocking=False):
+            waiting = len(self._scheduler.waiting)
+            retry_after_s = self._seconds_a_request * (waiting + 1) / self._config.max_running
+            raise Overloaded(f"{waiting} requests are waiting, {self._config.max_waiting} may", retry_after_s)
+        request = Request(
+            call,
+            listener,
+            root=root_hash(self.fingerprint, call.tenant),
+            block_tokens=self.layout.block_tokens,
+            max_new_tokens=max_new_tokens,
+            row=self._sampler.start(call.sampling, [*call.history, *call.input]),
+        )
+        self._post(lambda: self._accept(request))
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request within one step; its listener hears nothing more. Harmless when it is over."""
+        self._post(lambda: self._with_request(request_id, self._scheduler.cancel))
+
+    def finish(self, request_id: str, num_kept: int) -> None:
+        """End a request as STOP, its reply being the first `num_kept` tokens generated. Harmless when it is over."""
+
+        def end(request: Request) -> None:
+            if not request.cancelled:
+                self._scheduler.finish(request, FinishReason.STOP, num_kept=num_kept)
+
+        self._post(lambda: self._with_request(request_id, end))
+
+    def park(self, tenant: str, tokens: Sequence[int], *, drop_host: bool, ttl_s: int) -> Future[ParkReport]:
+        return self._ask(lambda future: self._histories.park(tenant, tokens, drop_host, ttl_s, future))
+
+    def warm(self, tenant: str, tokens: Sequence[int]) -> Future[WarmReport]:
+        return self._ask(lambda future: self._histories.warm(tenant, tokens, future))
+
+    def flush(self, tenant: str, tokens: Sequence[int]) -> Future[None]:
+        return self._ask(lambda future: self._histories.flush(tenant, tokens, future))
+
+    def locate(self, tenant: str, tokens: Sequence[int], *, with_redis: bool) -> Future[Located]:
+        return self._ask(lambda future: self._histories.locate(tenant, tokens, with_redis, future))
+
+    def drop(self, tenant: str, tokens: Sequence[int], *, with_redis: bool) -> Future[DropReport]:
+        return self._ask(lambda future: self._histories.drop(tenant, tokens, with_redis, future))
+
+    def retain(self, tenant: str, tokens: Sequence[int], *, ttl_s: int) -> Future[int]:
+        return self._ask(lambda future: self._histories.retain(tenant, tokens, ttl_s, future))
+
+    def stats(self) -> EngineStats:
+        """Counters and levels; safe from any thread (each figure is read at once, all of them nearly)."""
+        scheduler, block_bytes = self._scheduler, self.layout.block_bytes
+        used = self._pool.stats()
+        host = self._host.use()
+        held = used.used + used.cached
+        sources = scheduler.tokens_by_source
+        return EngineStats(
+            device_tokens=sources["device"],
+            host_tokens=sources["host"],
+            redis_tokens=sources["redis"],
+            computed_tokens=sources["computed"],
+            device=TierUse(held, self._pool.num_blocks, held * block_bytes, self._pool.num_blocks * block_bytes),
+            host=TierUse(host.blocks, host.capacity, host.blocks * block_bytes, host.capacity * block_bytes),
+            stores_dropped=self._mover.stores_dropped,
+            evicted_then_needed=self._pool.evicted_then_needed,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+        )
+
+    def check(self) -> None:
+        """Prove that blocks balance; when the engine is idle, also that no block is used."""
+        self._ask(lambda future: future.set_result(self._check())).result(timeout=60)
+
+    def drain(self, within_s: float) -> None:
+        """Take no new work and wait for what runs. What is left after `within_s` fails with Draining."""
+        self._draining = True
+        deadline = time.monotonic() + within_s
+        while self._requests and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._post(self._fail_all)
+
+    def close(self, *, flush_s: float = 5.0) -> None:
+        """Stop: fail what runs, write out what is queued for Redis within `flush_s`, and let go of everything."""
+        if self._closed:
+            return
+        self._draining = True
+        self._post(self._fail_all)
+        self._histories.close()
+        self._mover.close(flush_s=flush_s)
+        self._post(self._stop)
+        self._thread.join()
+        self._host.close()
+
+    # On the engine's thread
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._scheduler.expire(time.monotonic())
+            self._scheduler.admit()
+            stepped = self._step()
+            self._read_inbox(block=not stepped)
+
+    def _read_inbox(self, *, block: bool) -> None:
+        """Do what others asked for. With nothing to run, wait for it, but not past anybody's deadline by much."""
+        try:
+            if block:
+                self._inbox.get(timeout=0.05 if self._requests else None)()
+            while not self._closed:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _step(self) -> bool:
+        """Run one step over the batch. False if there was nothing to run."""
+        scheduler = self._scheduler
+        scheduler.grow()
+        decoding = [request for request in scheduler.running if request.phase is Phase.DECODE]
+        prompts = [request for request in scheduler.running if request.phase is Phase.PREFILL]
+        planned = plan_step(len(decoding), [request.gaps for request in prompts], self._config.max_step_tokens)
+        work = [(request, [Span(len(request.tokens) - 1, len(request.tokens))]) for request in decoding]
+        work += [(request, spans) for request, spans in zip(prompts, planned, strict=True) if spans]
+        if not work:
+            return False
+        chunks = [
+            Chunk(request.tokens[span.start : span.end], span.start, request.table, span.end == len(request.tokens))
+            for request, spans in work
+            for span in spans
+        ]
+        try:
+            logits = self._runner.run(chunks)
+            sampled = [request for request, spans in work if spans[-1].end == len(request.tokens)]
+            tokens = self._sampler.sample(logits, [request.row for request in sampled]) if sampled else []
+        except Exception as error:  # an accelerator out of memory, say: the step is lost, the engine is not
+            log.error("a step failed", requests=len(work), exc_info=error)
+            for request, _ in work:
+                self._scheduler.fail(request, error)
+            return True
+        for request, spans in work:
+            scheduler.computed(request, spans)
+        for request, token in zip(sampled, tokens, strict=True):
+            self._publish(request, token)
+        return True
+
+    def _publish(self, request: Request, token: Token | Exception) -> None:
+        if isinstance(token, Exception):
+            self._scheduler.fail(request, token)
+            return
+        if not request.num_generated:
+            request.first_token_s = time.monotonic()
+        request.tokens.append(token.token_id)
+        request.listener(token)
+        if token.token_id in request.call.stop_token_ids:
+            self._scheduler.finish(request, FinishReason.STOP)
+        elif token.token_id in request.call.eos_token_ids:
+            self._scheduler.finish(request, FinishReason.EOS)
+        elif request.num_generated >= request.max_new_tokens:
+            self._scheduler.finish(request, FinishReason.LENGTH)
+
+    def _accept(self, request: Request) -> None:
+        self._requests[request.call.request_id] = request
+        request.on_over = lambda: self._forget(request)
+        self._scheduler.add(request)
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.call.request_id]
+        self._seconds_a_request += 0.1 * (time.monotonic() - request.arrived_s - self._seconds_a_request)
+        self._accepting.release()
+
+    def _with_request(self, request_id: str, act: Callable[[Request], None]) -> None:
+        request = self._requests.get(request_id)
+        if request is not None:
+            act(request)
+
+    def _fail_all(self) -> None:
+        for request in list(self._requests.values()):
+            self._scheduler.fail(request, Draining("this worker is leaving"))
+
+    def _stop(self) -> None:
+        self._closed = True
+
+    def _check(self) -> None:
+        self._scheduler.check()
+        if not self._requests and self._mover.idle():
+            used = self._pool.stats().used
+            assert used == 0, f"{used} blocks are used by nobody"
+
+    def _post(self, act: Callable[[], None]) -> None:
+        self._inbox.put(act)
+
+    def _ask(self, act: Callable[[Future[T]], None]) -> Future[T]:
+        """Run `act` on the engine's thread; it answers through the future, now or later."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                act(future)
+            except Exception as error:
+                future.set_exception(error)
+
+        if self._closed:
+            future.set_exception(Draining("this worker is gone"))
+        else:
+            self._post(run)
+        return future
+
+    def _max_new_tokens(self, call: GenerateCall) -> int:
+        """How many tokens the reply may have. Raises ContextTooLong, with the numbers."""
+        prompt = len(call.history) + len(call.input)
+        assert prompt, "an empty prompt"
+        room = min(self.max_context_tokens, self._pool.num_blocks * self.layout.block_tokens) - prompt
+        wanted = call.max_new_tokens if call.max_new_tokens is not None else max(1, min(DEFAULT_NEW_TOKENS, room))
+        if wanted > room:
+            limit = min(self.max_context_tokens, self._pool.num_blocks * self.layout.block_tokens)
+            raise ContextTooLong(
+                f"{prompt} prompt tokens ({len(call.history)} of history, {len(call.input)} new) and {wanted} new ones "
+                f"are {prompt + wanted}, {limit} fit"
+            )
+        return wanted

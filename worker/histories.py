@@ -1,0 +1,152 @@
+"""What is asked of a conversation between its turns: park, warm, flush, locate, drop, retain.
+
+Every call comes in on the engine's thread, leaves the waiting to a thread of its own, and answers through a future.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from cache_store.errors import StoreUnavailable
+from cache_store.ids import BlockHash, root_hash
+from cache_store.layout import KVLayout
+from cache_store.store import BlockStore
+from worker.calls import DropReport, Located, ParkReport, WarmReport
+from worker.moves import Mover
+from worker.pool import BlockPool
+from worker.prefix import Wanted, full_names, wanted_by_history
+from worker.scheduler import Scheduler
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_FLUSH_S = 30.0
+
+
+class Histories:
+    def __init__(
+        self,
+        pool: BlockPool,
+        scheduler: Scheduler,
+        mover: Mover,
+        layout: KVLayout,
+        fingerprint: bytes,
+        post: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._pool = pool
+        self._scheduler = scheduler
+        self._mover = mover
+        self._layout = layout
+        self._fingerprint = fingerprint
+        self._post = post
+        self._threads = ThreadPoolExecutor(4, "histories")
+
+    def park(self, tenant: str, tokens: Sequence[int], drop_host: bool, ttl_s: int, future: Future[ParkReport]) -> None:
+        """Have it all in the store, then leave the device (and the host tier). Drops nothing if the store fails."""
+        self._store()
+        wanted = self._wanted(tenant, tokens)
+        found = [(want, self._pool.find(want.name)) for want in wanted]
+        held = [block for _, block in found if block is not None]
+        self._pool.acquire(held)
+        blocks = [(want.name, want.content_tokens, block) for want, block in found]
+
+        def parked(result: tuple[set[BlockHash], int]) -> None:
+            present, num_bytes = result
+            names = [want.name for want in wanted if want.name in present]
+            self._pool.release(held)
+            future.set_result(
+                ParkReport(
+                    redis_tokens=_tokens(wanted, [want.name in present for want in wanted]),
+                    device_blocks_dropped=self._pool.drop(names),
+                    host_blocks_dropped=self._mover.host.drop(names) if drop_host else 0,
+                    bytes_stored=num_bytes,
+                )
+            )
+
+        self._later(lambda: self._mover.park(blocks, ttl_s=ttl_s), future, parked, lambda: self._pool.release(held))
+
+    def warm(self, tenant: str, tokens: Sequence[int], future: Future[WarmReport]) -> None:
+        self._scheduler.warm(self._wanted(tenant, tokens), future.set_result)
+
+    def flush(self, tenant: str, tokens: Sequence[int], future: Future[None]) -> None:
+        names = self._names(tenant, tokens)
+        self._later(lambda: self._mover.flush(names, timeout_s=_FLUSH_S), future, lambda _: future.set_result(None))
+
+    def locate(self, tenant: str, tokens: Sequence[int], with_redis: bool, future: Future[Located]) -> None:
+        wanted = self._wanted(tenant, tokens)
+        device = _tokens(wanted, [self._pool.find(want.name) is not None for want in wanted])
+        host = _tokens(wanted, [self._mover.host.contains(want.name) for want in wanted])
+        if not with_redis or self._mover.store is None:
+            future.set_result(Located(device, host, 0))
+            return
+        store, names = self._store(), [want.name for want in wanted]
+        self._later(
+            lambda: store.which(names),
+            future,
+            lambda there: future.set_result(Located(device, host, _tokens(wanted, there))),
+        )
+
+    def drop(self, tenant: str, tokens: Sequence[int], with_redis: bool, future: Future[DropReport]) -> None:
+        """Forget a history here. What is on its way to the store arrives first, or it would come back later."""
+        names = self._names(tenant, tokens)
+
+        def delete() -> tuple[int, int]:
+            self._mover.flush(names, timeout_s=_FLUSH_S)
+            host = self._mover.host.drop(names)
+            return host, self._store().delete(names) if with_redis and self._mover.store is not None else 0
+
+        device = self._pool.drop(names)
+        self._later(delete, future, lambda counts: future.set_result(DropReport(device, *counts)))
+
+    def retain(self, tenant: str, tokens: Sequence[int], ttl_s: int, future: Future[int]) -> None:
+        names, store = self._names(tenant, tokens), self._store()
+
+        def retain() -> int:
+            self._mover.flush(names, timeout_s=_FLUSH_S)
+            return store.retain(names, ttl_s=ttl_s)
+
+        self._later(retain, future, future.set_result)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
+
+    def _wanted(self, tenant: str, tokens: Sequence[int]) -> list[Wanted]:
+        root = root_hash(self._fingerprint, tenant)
+        size = self._layout.block_tokens
+        return wanted_by_history(root, full_names(root, tokens, size), tokens, size)
+
+    def _names(self, tenant: str, tokens: Sequence[int]) -> list[BlockHash]:
+        return [want.name for want in self._wanted(tenant, tokens)]
+
+    def _store(self) -> BlockStore:
+        if self._mover.store is None:
+            raise StoreUnavailable("this worker has no shared tier (redis_url is empty)")
+        return self._mover.store
+
+    def _later(
+        self,
+        wait: Callable[[], T],
+        future: Future[R],
+        then: Callable[[T], None],
+        otherwise: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run `wait` on a thread, then `then` with its result on the engine's; or `otherwise`, and fail the future."""
+
+        def run() -> None:
+            try:
+                result = wait()
+            except Exception as error:
+                self._post(partial(fail, error))
+            else:
+                self._post(lambda: then(result))
+
+        def fail(error: Exception) -> None:
+            otherwise()
+            future.set_exception(error)
+
+        self._threads.submit(run)
+
+
+def _tokens(wanted: Sequence[Wanted], there: Sequence[bool]) -> int:
+    return sum(want.offers for want, is_there in zip(wanted, there, strict=True) if is_there)

@@ -1,0 +1,66 @@
+"""Which blocks could spare a prompt its prefill: names and token counts, found nowhere yet. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cache_store.ids import BlockHash, chain, full_block_hashes
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A block that would serve positions [index * block_tokens, index * block_tokens + offers) of a prompt."""
+
+    index: int
+    name: BlockHash
+    content_tokens: int
+    """How many tokens the named content has."""
+    offers: int
+    """How many of them the prompt can use. Less than a whole block: it is copied, as the sequence writes on behind."""
+
+
+def full_names(root: BlockHash, tokens: Sequence[int], block_tokens: int) -> list[BlockHash]:
+    return list(full_block_hashes(root, tokens, block_tokens))
+
+
+def tail_of(
+    root: BlockHash, names: Sequence[BlockHash], tokens: Sequence[int], num_kv: int, block_tokens: int
+) -> Wanted | None:
+    """The unfull block at the end of `tokens[:num_kv]`; None where that ends with a block's end."""
+    index, rest = divmod(num_kv, block_tokens)
+    if rest == 0:
+        return None
+    parent = names[index - 1] if index else root
+    return Wanted(index, chain(parent, tokens[index * block_tokens : num_kv]), rest, rest)
+
+
+def wanted_by_prompt(
+    root: BlockHash, names: Sequence[BlockHash], tokens: Sequence[int], num_history: int, block_tokens: int
+) -> list[Wanted]:
+    """What to look for, in order, one block an index at the most.
+
+    `names` are those of the full blocks of `tokens`. The last token is always computed: its logits choose the next one.
+    A committed history of n tokens has KV for n - 1 (its last token was sampled, never run), so its unfull last block,
+    if it was kept, ends there.
+    """
+    last = len(tokens) - 1
+    wanted = [
+        Wanted(index, name, block_tokens, min(block_tokens, last - index * block_tokens))
+        for index, name in enumerate(names)
+        if index * block_tokens < last
+    ]
+    tail = tail_of(root, names, tokens, num_history - 1, block_tokens) if num_history > 1 else None
+    if tail is not None and tail.index * block_tokens + tail.offers <= last:
+        return [*wanted[: tail.index], tail, *wanted[tail.index + 1 :]]
+    return wanted
+
+
+def wanted_by_history(
+    root: BlockHash, names: Sequence[BlockHash], tokens: Sequence[int], block_tokens: int
+) -> list[Wanted]:
+    """All blocks that a committed history can have: its full ones, and the unfull last one."""
+    num_kv = max(0, len(tokens) - 1)
+    wanted = [Wanted(index, name, block_tokens, block_tokens) for index, name in enumerate(names)]
+    tail = tail_of(root, names, tokens, num_kv, block_tokens)
+    if tail is not None and tail.index == len(wanted):
+        wanted.append(tail)
+    return wanted
