@@ -38,7 +38,7 @@ lock:
 	$(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/pip install --quiet 'torch==2.13.0' 'setuptools>=77' 'pip>=25.1'
 	.lock-venv/bin/pip install --quiet --group dev .
-	.lock-venv/bin/pip freeze --exclude rekindle --exclude pip --all > requirements.lock
+	.lock-venv/bin/pip freeze --exclude rekindle --exclude pip --all | sed 's/+cpu$$//' > requirements.lock
 	rm -rf .lock-venv build
 
 clean:

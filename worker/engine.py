@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 import structlog
+import torch
 
 from cache_store.host_tier import HostTier
 from cache_store.ids import root_hash
@@ -38,7 +39,7 @@ from worker.plan import Span, plan_step
 from worker.pool import BlockPool
 from worker.request import Phase, Request
 from worker.runner import ModelRunner
-from worker.sampler import Sampler
+from worker.sampler import LogitsNotFinite, Sampler
 from worker.scheduler import Scheduler
 from worker.step import Chunk
 
@@ -62,7 +63,7 @@ class Engine:
         self.vocab_size = loaded.vocab_size
         self._config = config
         self._runner = ModelRunner(loaded, kv_cache)
-        self._sampler = Sampler()
+        self._sampler = Sampler(loaded.vocab_size, loaded.device)
         self._host = host
         self._mover = mover
         self._pool = BlockPool(kv_cache.num_blocks)
@@ -105,6 +106,7 @@ class Engine:
             store,
             max_pinned_blocks=max(1, kv_cache.num_blocks // 8),
             max_queued_stores=max(1, config.store_queue_bytes // block_bytes),
+            write_behind=config.host_cache_bytes > 0 or store is not None,
         )
         engine = cls(config, loaded, kv_cache, host, mover)
         engine._thread.start()
@@ -246,26 +248,35 @@ class Engine:
         ]
         try:
             logits = self._runner.run(chunks)
-            sampled = [request for request, spans in work if spans[-1].end == len(request.tokens)]
-            tokens = self._sampler.sample(logits, [request.row for request in sampled]) if sampled else []
+            tokens = self._sample(logits, [request for request, spans in work if spans[-1].end == len(request.tokens)])
         except Exception as error:  # an accelerator out of memory, say: the step is lost, the engine is not
             log.error("a step failed", requests=len(work), exc_info=error)
             for request, _ in work:
-                self._scheduler.fail(request, error)
+                scheduler.fail(request, error)
             return True
         for request, spans in work:
-            scheduler.computed(request, spans)
-        for request, token in zip(sampled, tokens, strict=True):
+            if request.phase is not Phase.OVER:
+                scheduler.computed(request, spans)
+        for request, token in tokens:
             self._publish(request, token)
         return True
 
-    def _publish(self, request: Request, token: Token | Exception) -> None:
-        if isinstance(token, Exception):
-            self._scheduler.fail(request, token)
-            return
+    def _sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[tuple[Request, Token]]:
+        """The next token of each request ([n, vocab] logits). A request whose logits are not finite fails, alone."""
+        try:
+            tokens = self._sampler.sample(logits, [request.row for request in requests])
+        except LogitsNotFinite as error:
+            for row in error.rows:
+                self._scheduler.fail(requests[row], error)
+            rest = [row for row in range(len(requests)) if row not in error.rows]
+            return self._sample(logits[rest], [requests[row] for row in rest])
+        return list(zip(requests, tokens, strict=True))
+
+    def _publish(self, request: Request, token: Token) -> None:
         if not request.num_generated:
             request.first_token_s = time.monotonic()
         request.tokens.append(token.token_id)
+        request.row.append(token.token_id)
         request.listener(token)
         if token.token_id in request.call.stop_token_ids:
             self._scheduler.finish(request, FinishReason.STOP)

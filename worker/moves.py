@@ -74,7 +74,7 @@ class Restore:
 
 class Mover:
     """Write-behind in one direction, pipelined reads in the other. All queues are bounded: what does not fit is dropped
-    and counted (`stores_dropped`), and no caller waits."""
+    and counted (`stores_dropped`), and no caller waits. Without `write_behind` there are no tiers below the device."""
 
     def __init__(
         self,
@@ -84,12 +84,14 @@ class Mover:
         *,
         max_pinned_blocks: int,
         max_queued_stores: int,
+        write_behind: bool = True,
     ) -> None:
         self.host = host
         self.store = store
         self._device = device
         self._max_pinned = max_pinned_blocks
         self._max_stores = max_queued_stores
+        self._write_behind = write_behind
         self._changed = threading.Condition()
         self._copying = 0
         self._to_store: list[tuple[Slot, BlockHash, int, int]] = []
@@ -105,6 +107,9 @@ class Mover:
 
     def offload(self, job: Offload) -> None:
         """Copy a block to the host tier, and from there to the store, in time. Never blocks, never fails."""
+        if not self._write_behind:
+            job.done()
+            return
         with self._changed:
             if self._closed or self._copying >= self._max_pinned:
                 self.stores_dropped += 1

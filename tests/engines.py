@@ -1,0 +1,102 @@
+"""Engines for tests: small models, real tiers, and a way to run a turn and see all that came of it."""
+
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import pytest
+
+from worker.calls import Event, Failed, Finished, GenerateCall, Receipt, Sampling, Token
+from worker.config import WorkerConfig
+from worker.engine import Engine
+
+TENANT = "tests"
+_numbers = count()
+
+
+@dataclass
+class Stream:
+    """The events of one request, as they come."""
+
+    request_id: str
+    events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
+
+    def next(self, timeout_s: float = 60.0) -> Event:
+        return self.events.get(timeout=timeout_s)
+
+    def result(self) -> "Turn":
+        tokens: list[Token] = []
+        while isinstance(event := self.next(), Token):
+            tokens.append(event)
+        if isinstance(event, Failed):
+            raise event.error
+        return Turn(tuple(token.token_id for token in tokens), tokens, event)
+
+
+@dataclass(frozen=True)
+class Turn:
+    reply: tuple[int, ...]
+    tokens: list[Token]
+    finished: Finished
+
+    @property
+    def receipt(self) -> Receipt:
+        return self.finished.receipt
+
+
+def start(
+    engine: Engine,
+    history: Sequence[int],
+    new: Sequence[int],
+    *,
+    max_new_tokens: int | None = 8,
+    sampling: Sampling | None = None,
+    stop_token_ids: Sequence[int] = (),
+    deadline_s: float | None = None,
+    tenant: str = TENANT,
+) -> Stream:
+    stream = Stream(f"request-{next(_numbers)}")
+    call = GenerateCall(
+        request_id=stream.request_id,
+        tenant=tenant,
+        history=tuple(history),
+        input=tuple(new),
+        sampling=sampling or Sampling(),
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=frozenset(stop_token_ids),
+        deadline_s=deadline_s,
+    )
+    engine.submit(call, stream.events.put)
+    return stream
+
+
+def generate(engine: Engine, history: Sequence[int], new: Sequence[int], **options: object) -> Turn:
+    return start(engine, history, new, **options).result()  # type: ignore[arg-type]
+
+
+EngineFactory = Callable[..., Engine]
+
+
+@pytest.fixture
+def build_engine() -> Iterator[EngineFactory]:
+    """Builds engines, and proves after the test that each one's blocks balance."""
+    engines: list[Engine] = []
+
+    def build(**settings: object) -> Engine:
+        defaults: dict[str, object] = {
+            "model": "preset:tiny",
+            "block_tokens": 16,
+            "device_cache_bytes": 16 << 20,
+            "host_cache_bytes": 16 << 20,
+            "redis_url": "",
+            "cpu_threads": 1,
+        }
+        engine = Engine.build(WorkerConfig(**{**defaults, **settings}))  # type: ignore[arg-type]
+        engines.append(engine)
+        return engine
+
+    yield build
+    for engine in engines:
+        engine.check()
+        engine.close()
