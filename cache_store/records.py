@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from cache_store.errors import InvalidRequest
+from cache_store.store import ServerInfo
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -24,7 +25,7 @@ class TurnRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionRecord:
-    """An append-only list of token ids and what is known about it. `version` counts changes."""
+    """An append-only list of token ids and what is known about it. `version` counts commits."""
 
     tenant: str
     session_id: str
@@ -42,6 +43,8 @@ class SessionRecord:
     parent_turn: int = 0
     turns: tuple[TurnRecord, ...] = ()
     token_ids: tuple[int, ...] = field(default=(), repr=False)
+    num_tokens: int = 0
+    """Length of the history. Listings give it without `token_ids`; a store fills it in on every read."""
 
 
 class Page(NamedTuple):
@@ -98,6 +101,10 @@ class RecordStore(Protocol):
 
     async def delete(self, tenant: str, session_id: str) -> SessionRecord:
         """Forget the record; return what it was."""
+        ...
+
+    async def info(self) -> ServerInfo:
+        """Ask the store how full it is."""
         ...
 
     async def available(self) -> bool:

@@ -1,0 +1,38 @@
+"""From a URL to the place that keeps session records."""
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+
+from cache_store.errors import InvalidRequest
+from cache_store.memory_records import MemoryRecords
+from cache_store.records import RecordStore
+from cache_store.redis_records import RedisRecords
+
+_MAX_CONNECTIONS = 64
+
+
+def open_records(url: str, *, timeout_s: float = 2.0) -> RecordStore:
+    """Open the store that `url` names; nothing is connected yet. Raises InvalidRequest for a URL that can't be used.
+
+    redis://, rediss:// and unix:// name one server, redis+cluster:// and rediss+cluster:// any node of a Redis
+    Cluster; memory:// (or nothing) keeps records in this process.
+    """
+    if url in ("", "memory://"):
+        return MemoryRecords()
+    # One retry heals a connection that died while it lay idle; our scripts may be repeated.
+    retry = Retry(ExponentialBackoff(cap=0.1, base=0.01), 1)
+    sockets = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    scheme, separator, rest = url.partition("://")
+    try:
+        if scheme in ("redis+cluster", "rediss+cluster"):
+            node = scheme.removesuffix("+cluster") + separator + rest
+            cluster = RedisCluster.from_url(node, retry=retry, max_connections=_MAX_CONNECTIONS, **sockets)
+            return RedisRecords(cluster, timeout_s=2 * timeout_s)
+        pool = BlockingConnectionPool.from_url(
+            url, max_connections=_MAX_CONNECTIONS, timeout=timeout_s, retry=retry, **sockets
+        )
+    except ValueError as error:
+        raise InvalidRequest("redis_url", str(error)) from error
+    return RedisRecords(Redis.from_pool(pool), timeout_s=2 * timeout_s)

@@ -1,0 +1,118 @@
+"""What happens to a session's keys in Redis, each time all or nothing: the Lua scripts of `redis_records`.
+
+KEYS are the session's four: meta (hash), tokens (little-endian u4 string), turns (list), lock (string with a lease).
+Every answer is an array whose first element is OK, MISSING, EXISTS or BUSY.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+
+class Script(NamedTuple):
+    text: str
+    sha: str
+
+
+def _script(body: str) -> Script:
+    text = _COMMON + body
+    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+_COMMON = """
+local meta, tokens, turns, lock = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+
+local function missing() return redis.call('EXISTS', meta) == 0 end
+
+-- Expiry slides with each use, and all parts of a record expire together.
+local function keep()
+  local ttl_s = tonumber(redis.call('HGET', meta, 'ttl_s'))
+  local for_ever = ttl_s == 0 or redis.call('HGET', meta, 'pinned') == '1'
+  for _, key in ipairs({meta, tokens, turns}) do
+    if for_ever then redis.call('PERSIST', key) else redis.call('PEXPIRE', key, ttl_s * 1000) end
+  end
+end
+
+local function record()
+  return {'OK', redis.call('HGETALL', meta), redis.call('GET', tokens) or '', redis.call('LRANGE', turns, 0, -1)}
+end
+"""
+
+# ARGV: nonce, tokens, number of turns, turns..., then meta's fields and values.
+CREATE = _script("""
+if not missing() then
+  -- Our own, if the answer to the first try was lost.
+  return {redis.call('HGET', meta, 'nonce') == ARGV[1] and 'OK' or 'EXISTS'}
+end
+redis.call('DEL', tokens, turns, lock)
+if ARGV[2] ~= '' then redis.call('SET', tokens, ARGV[2]) end
+local num_turns = tonumber(ARGV[3])
+for i = 4, 3 + num_turns do redis.call('RPUSH', turns, ARGV[i]) end
+redis.call('HSET', meta, 'nonce', ARGV[1])
+for i = 4 + num_turns, #ARGV, 2 do redis.call('HSET', meta, ARGV[i], ARGV[i + 1]) end
+keep()
+return {'OK'}
+""")
+
+READ = _script("""
+if missing() then return {'MISSING'} end
+return record()
+""")
+
+# ARGV: ttl_s or '', pinned or ''.
+UPDATE = _script("""
+if missing() then return {'MISSING'} end
+if ARGV[1] ~= '' then redis.call('HSET', meta, 'ttl_s', ARGV[1]) end
+if ARGV[2] ~= '' then redis.call('HSET', meta, 'pinned', ARGV[2]) end
+keep()
+return record()
+""")
+
+# ARGV: holder, lease in ms, now in ms.
+BEGIN = _script("""
+if missing() then return {'MISSING'} end
+local holder = redis.call('GET', lock)
+if holder and holder ~= ARGV[1] then return {'BUSY'} end
+redis.call('SET', lock, ARGV[1], 'PX', ARGV[2])
+redis.call('HSET', meta, 'last_used_ms', ARGV[3])
+keep()
+return record()
+""")
+
+# ARGV: holder, lease in ms.
+RENEW = _script("""
+if missing() then return {'MISSING'} end
+if redis.call('GET', lock) ~= ARGV[1] then return {'BUSY'} end
+redis.call('PEXPIRE', lock, ARGV[2])
+keep()
+return {'OK'}
+""")
+
+# ARGV: holder, version before, new tokens, turn, now in ms, model, worker id.
+COMMIT = _script("""
+if missing() then return {'MISSING'} end
+local version, before = tonumber(redis.call('HGET', meta, 'version')), tonumber(ARGV[2])
+if version == before + 1 and redis.call('HGET', meta, 'committed_by') == ARGV[1] then
+  return {'OK'} -- already: the answer to the first try was lost
+end
+if version ~= before or redis.call('GET', lock) ~= ARGV[1] then return {'BUSY'} end
+local length = redis.call('APPEND', tokens, ARGV[3])
+redis.call('RPUSH', turns, ARGV[4])
+redis.call('HSET', meta, 'version', before + 1, 'num_tokens', length / 4, 'committed_by', ARGV[1],
+  'last_used_ms', ARGV[5], 'model', ARGV[6], 'worker_id', ARGV[7])
+redis.call('DEL', lock)
+keep()
+return {'OK'}
+""")
+
+# ARGV: holder.
+RELEASE = _script("""
+if redis.call('GET', lock) == ARGV[1] then redis.call('DEL', lock) end
+return {'OK'}
+""")
+
+DELETE = _script("""
+if missing() then return {'MISSING'} end
+local was = record()
+redis.call('DEL', meta, tokens, turns, lock)
+return was
+""")

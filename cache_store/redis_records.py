@@ -1,0 +1,305 @@
+"""Session records in Redis, standalone or Cluster. What changes a session is one script on its own keys.
+
+A session's keys share a hash tag, so they live in one slot. Each tenant has an index besides, a sorted set of
+creation time and id: it may name sessions that are gone (never miss one that is there), and is tidied when read.
+"""
+
+import asyncio
+import base64
+import binascii
+import re
+import struct
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+from redis.asyncio import Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.exceptions import NoScriptError
+
+from cache_store import record_scripts as scripts
+from cache_store.errors import InvalidRequest, SessionBusy, SessionExists, SessionNotFound, StoreError, StoreUnavailable
+from cache_store.record_scripts import Script
+from cache_store.records import Page, SessionRecord, TurnRecord
+from cache_store.redis_errors import ours
+from cache_store.store import ServerInfo
+
+_TURN = struct.Struct("<IIIIq")  # start, reply_start, end, finish_reason, committed_ms
+_MEMBER = re.compile(r"(\d{15}):([A-Za-z0-9._:-]{1,128})")  # created_ms, session_id: sorts by age
+_CREATING_MS = 60_000
+"""An index entry this young may be of a record that is just being created: it is not tidied away."""
+
+
+class _Keys(NamedTuple):
+    """In the order of the scripts' KEYS."""
+
+    meta: str
+    tokens: str
+    turns: str
+    lock: str
+
+
+class _Entry(NamedTuple):
+    """Of a tenant's index."""
+
+    created_ms: int
+    session_id: str
+
+
+class RedisRecords:
+    """A `RecordStore`. `redis` must not decode responses; every call ends within `timeout_s`."""
+
+    def __init__(
+        self, redis: "Redis | RedisCluster", *, timeout_s: float, now: Callable[[], float] = time.time
+    ) -> None:
+        self._redis: Any = redis  # redis-py's own types don't agree with what its methods return
+        self._timeout_s = timeout_s
+        self._now = now
+
+    async def create(self, record: SessionRecord) -> None:
+        index, member = _index(record.tenant), _member(record.created_ms, record.session_id)
+        fields = [part for pair in _meta_fields(record).items() for part in pair]
+        turns = [_pack_turn(turn) for turn in record.turns]
+        async with self._asking(f"create session {record.session_id}"):
+            # Expired sessions leave the index when it is read; where nobody reads it, creating keeps it small.
+            await self._live_metas(record.tenant, await self._redis.zrandmember(index, 2))
+            await self._redis.zadd(index, {member: 0})  # first: a session that is there is always listed
+            args = [uuid.uuid4().hex, _pack_tokens(record.token_ids), len(turns), *turns, *fields]
+            status, *_ = await self._run(scripts.CREATE, record.tenant, record.session_id, *args)
+        if status == b"EXISTS":
+            raise SessionExists(f"session {record.session_id} exists")
+
+    async def get(self, tenant: str, session_id: str) -> SessionRecord:
+        return await self._record(scripts.READ, tenant, session_id)
+
+    async def list(self, tenant: str, *, page_size: int, page_token: str) -> Page:
+        index, upto = _index(tenant), "(" + _cursor(page_token) if page_token else "+"
+        found: list[SessionRecord] = []
+        async with self._asking("list sessions"):
+            while len(found) <= page_size:  # one more than asked for says whether there is another page
+                wanted = page_size + 1 - len(found)
+                members = await self._redis.zrevrangebylex(index, upto, "-", start=0, num=wanted)
+                live = await self._live_metas(tenant, members)
+                found += [_read_record(tenant, entry.session_id, meta) for entry, meta in live]
+                if len(members) < wanted:
+                    break
+                upto = "(" + members[-1].decode()
+        if len(found) <= page_size:
+            return Page(found, "")
+        last = found[page_size - 1]
+        return Page(found[:page_size], _page_token(_member(last.created_ms, last.session_id)))
+
+    async def update(self, tenant: str, session_id: str, *, ttl_s: int | None, pinned: bool | None) -> SessionRecord:
+        args = ["" if ttl_s is None else ttl_s, "" if pinned is None else int(pinned)]
+        return await self._record(scripts.UPDATE, tenant, session_id, *args)
+
+    async def begin(self, tenant: str, session_id: str, *, holder: str, lease_s: float) -> SessionRecord:
+        return await self._record(
+            scripts.BEGIN, tenant, session_id, holder, _ms(lease_s), _ms(self._now()), doing="lock"
+        )
+
+    async def renew(self, tenant: str, session_id: str, *, holder: str, lease_s: float) -> None:
+        await self._answer(scripts.RENEW, tenant, session_id, holder, _ms(lease_s), doing="renew the lease of")
+
+    async def commit(
+        self,
+        before: SessionRecord,
+        *,
+        holder: str,
+        new_tokens: Sequence[int],
+        turn: TurnRecord,
+        model: str,
+        worker_id: str,
+    ) -> None:
+        await self._answer(
+            scripts.COMMIT,
+            before.tenant,
+            before.session_id,
+            holder,
+            before.version,
+            _pack_tokens(new_tokens),
+            _pack_turn(turn),
+            _ms(self._now()),
+            model,
+            worker_id,
+            doing="commit to",
+        )
+
+    async def release(self, tenant: str, session_id: str, *, holder: str) -> None:
+        await self._answer(scripts.RELEASE, tenant, session_id, holder, doing="release")
+
+    async def delete(self, tenant: str, session_id: str) -> SessionRecord:
+        was = await self._record(scripts.DELETE, tenant, session_id, doing="delete")
+        async with self._asking("tidy the index of sessions"):
+            await self._redis.zrem(_index(tenant), _member(was.created_ms, session_id))
+        return was
+
+    async def info(self) -> ServerInfo:
+        async with self._asking("ask Redis how it is"):
+            if isinstance(self._redis, RedisCluster):
+                nodes = list((await self._redis.info(target_nodes=RedisCluster.PRIMARIES)).values())
+            else:
+                nodes = [await self._redis.info()]
+        return ServerInfo(
+            used_bytes=sum(node["used_memory"] for node in nodes),
+            max_bytes=sum(node["maxmemory"] for node in nodes),
+            evicted_keys=sum(node["evicted_keys"] for node in nodes),
+            eviction_policy=str(nodes[0]["maxmemory_policy"]),
+        )
+
+    async def available(self) -> bool:
+        try:
+            async with self._asking("ping Redis"):
+                await self._redis.ping()
+        except StoreError:
+            return False
+        return True
+
+    async def aclose(self) -> None:
+        await self._redis.aclose()
+
+    async def _record(
+        self, script: Script, tenant: str, session_id: str, *args: Any, doing: str = "read"
+    ) -> SessionRecord:
+        _, meta, tokens, turns = await self._answer(script, tenant, session_id, *args, doing=doing)
+        fields = dict(zip(meta[::2], meta[1::2], strict=True))
+        return _read_record(tenant, session_id, fields, tokens=tokens, turns=turns)
+
+    async def _answer(self, script: Script, tenant: str, session_id: str, *args: Any, doing: str) -> Any:
+        async with self._asking(f"{doing} session {session_id}"):
+            answer = await self._run(script, tenant, session_id, *args)
+        if answer[0] == b"MISSING":
+            raise SessionNotFound(f"there is no session {session_id}")
+        if answer[0] == b"BUSY":
+            raise SessionBusy(f"another call holds session {session_id}, or has just changed it")
+        return answer
+
+    async def _run(self, script: Script, tenant: str, session_id: str, *args: Any) -> Any:
+        keys = _keys(tenant, session_id)
+        try:
+            return await self._redis.evalsha(script.sha, len(keys), *keys, *args)
+        except NoScriptError:  # a server that has just started
+            return await self._redis.eval(script.text, len(keys), *keys, *args)
+
+    async def _live_metas(
+        self, tenant: str, members: Sequence[bytes]
+    ) -> Sequence[tuple[_Entry, Mapping[bytes, bytes]]]:
+        """Read the meta of each index entry; drop the entries whose session has gone."""
+        if not members:
+            return []
+        entries = [_parse_member(member.decode()) for member in members]
+        pipeline = self._redis.pipeline(transaction=False)
+        for entry in entries:
+            pipeline.hgetall(_keys(tenant, entry.session_id).meta)
+        metas = await pipeline.execute()
+        young_ms = _ms(self._now()) - _CREATING_MS
+        live, gone = [], []
+        for member, entry, meta in zip(members, entries, metas, strict=True):
+            if meta and int(meta[b"created_ms"]) == entry.created_ms:  # not a later session of the same id
+                live.append((entry, meta))
+            elif entry.created_ms < young_ms:
+                gone.append(member)
+        if gone:
+            await self._redis.zrem(_index(tenant), *gone)
+        return live
+
+    @asynccontextmanager
+    async def _asking(self, doing: str) -> AsyncGenerator[None, None]:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                with ours(doing):
+                    yield
+        except TimeoutError as error:
+            raise StoreUnavailable(f"{doing}: no answer within {self._timeout_s} s") from error
+
+
+def _keys(tenant: str, session_id: str) -> _Keys:
+    tag = f"rekindle:{{{quote(tenant, safe='')}/{session_id}}}"
+    return _Keys(f"{tag}:meta", f"{tag}:tokens", f"{tag}:turns", f"{tag}:lock")
+
+
+def _index(tenant: str) -> str:
+    return f"rekindle:sessions:{quote(tenant, safe='')}"
+
+
+def _member(created_ms: int, session_id: str) -> str:
+    return f"{created_ms:015d}:{session_id}"
+
+
+def _parse_member(member: str) -> _Entry:
+    match = _MEMBER.fullmatch(member)
+    assert match is not None, f"not an entry of ours: {member!r}"
+    return _Entry(int(match[1]), match[2])
+
+
+def _page_token(member: str) -> str:
+    return base64.urlsafe_b64encode(member.encode()).decode()
+
+
+def _cursor(page_token: str) -> str:
+    try:
+        member = base64.b64decode(page_token, altchars=b"-_", validate=True).decode("ascii")
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequest("page_token", "is not one that ListSessions gave") from error
+    if not _MEMBER.fullmatch(member):
+        raise InvalidRequest("page_token", "is not one that ListSessions gave")
+    return member
+
+
+def _ms(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def _pack_tokens(token_ids: Sequence[int]) -> bytes:
+    return np.asarray(token_ids, dtype="<u4").tobytes()
+
+
+def _pack_turn(turn: TurnRecord) -> bytes:
+    return _TURN.pack(turn.start, turn.reply_start, turn.end, turn.finish_reason, turn.committed_ms)
+
+
+def _read_turn(packed: bytes) -> TurnRecord:
+    start, reply_start, end, finish_reason, committed_ms = _TURN.unpack(packed)
+    return TurnRecord(
+        start=start, reply_start=reply_start, end=end, finish_reason=finish_reason, committed_ms=committed_ms
+    )
+
+
+def _meta_fields(record: SessionRecord) -> dict[str, str | int]:
+    return {
+        "version": record.version,
+        "model": record.model,
+        "created_ms": record.created_ms,
+        "last_used_ms": record.last_used_ms,
+        "ttl_s": record.ttl_s,
+        "pinned": int(record.pinned),
+        "worker_id": record.worker_id,
+        "parent_session_id": record.parent_session_id,
+        "parent_turn": record.parent_turn,
+        "num_tokens": len(record.token_ids),
+    }
+
+
+def _read_record(
+    tenant: str, session_id: str, meta: Mapping[bytes, bytes], *, tokens: bytes = b"", turns: Iterable[bytes] = ()
+) -> SessionRecord:
+    return SessionRecord(
+        tenant=tenant,
+        session_id=session_id,
+        version=int(meta[b"version"]),
+        model=meta[b"model"].decode(),
+        created_ms=int(meta[b"created_ms"]),
+        last_used_ms=int(meta[b"last_used_ms"]),
+        ttl_s=int(meta[b"ttl_s"]),
+        pinned=meta[b"pinned"] == b"1",
+        worker_id=meta[b"worker_id"].decode(),
+        parent_session_id=meta[b"parent_session_id"].decode(),
+        parent_turn=int(meta[b"parent_turn"]),
+        turns=tuple(_read_turn(turn) for turn in turns),
+        token_ids=tuple(np.frombuffer(tokens, dtype="<u4").tolist()),
+        num_tokens=int(meta[b"num_tokens"]),
+    )
