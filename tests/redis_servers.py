@@ -1,13 +1,16 @@
 """Fixtures that start real Redis servers: a shared one, a private one to break, a cluster of three, one behind TLS."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 import redis
+from redis.crc import key_slot
 
 from cache_store.embedded_redis import RedisServer
+from tests.tls_front import TlsFront
 
 _SLOTS = 16_384
 
@@ -28,17 +31,60 @@ class RedisCluster:
         for number, node in enumerate(self.nodes):
             with redis.Redis.from_url(node.url) as client:
                 mine = range(number * share, min((number + 1) * share, _SLOTS))
-                client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
-                client.execute_command("CLUSTER ADDSLOTS", *mine)
-                client.execute_command("CLUSTER MEET", "127.0.0.1", self.nodes[0].port)
+                command(client, "CLUSTER SET-CONFIG-EPOCH", number + 1)
+                command(client, "CLUSTER ADDSLOTS", *mine)
+                command(client, "CLUSTER MEET", "127.0.0.1", self.nodes[0].port)
         give_up = time.monotonic() + 20
         while not all(_agrees(node, len(self.nodes)) for node in self.nodes):
             assert time.monotonic() < give_up, "the cluster did not form"
             time.sleep(0.05)
 
+    @contextmanager
+    def moving(self, key: str) -> Generator["SlotMove", None, None]:
+        """Begin to move the slot of `key` from its node to another; afterwards it is back."""
+        slot = key_slot(key.encode())
+        share = -(-_SLOTS // len(self.nodes))
+        source = self.nodes[slot // share]
+        target = next(node for node in self.nodes if node is not source)
+        with redis.Redis.from_url(source.url) as sender, redis.Redis.from_url(target.url) as receiver:
+            move = SlotMove(slot, sender, receiver, target.port)
+            move.begin()
+            try:
+                yield move
+            finally:
+                for node in self.nodes:
+                    with redis.Redis.from_url(node.url) as client:
+                        command(client, "CLUSTER SETSLOT", slot, "NODE", move.source_id)
+
     def flush(self) -> None:
         for node in self.nodes:
             flush(node)
+
+
+class SlotMove:
+    """A slot on its way, step by step as redis-cli does it."""
+
+    def __init__(self, slot: int, source: redis.Redis, target: redis.Redis, target_port: int) -> None:
+        self._slot, self._source, self._target, self._target_port = slot, source, target, target_port
+        self.source_id, self._target_id = (_text(command(node, "CLUSTER MYID")) for node in (source, target))
+
+    def begin(self) -> None:
+        command(self._target, "CLUSTER SETSLOT", self._slot, "IMPORTING", self.source_id)
+        command(self._source, "CLUSTER SETSLOT", self._slot, "MIGRATING", self._target_id)
+
+    def keys(self) -> None:
+        """Move what is in the slot: from now on the source says ASK."""
+        keys = command(self._source, "CLUSTER GETKEYSINSLOT", self._slot, 100)
+        command(self._source, "MIGRATE", "127.0.0.1", self._target_port, "", 0, 5000, "KEYS", *keys)
+
+    def slot(self) -> None:
+        """Hand over: from now on the source says MOVED."""
+        for node in (self._target, self._source):
+            command(node, "CLUSTER SETSLOT", self._slot, "NODE", self._target_id)
+
+
+def command(client: redis.Redis, *words: str | int) -> Any:
+    return client.execute_command(*words)  # type: ignore[no-untyped-call]
 
 
 def flush(server: RedisServer) -> None:
@@ -68,6 +114,26 @@ def own_redis() -> Iterator[RedisServer]:
 
 
 @pytest.fixture(scope="session")
+def _acl_server() -> Iterator[RedisServer]:
+    with RedisServer(user=("worker", "secret")) as server:
+        yield server
+
+
+@pytest.fixture
+def acl_redis(_acl_server: RedisServer) -> RedisServer:
+    """A server that knows no user but one, emptied."""
+    flush(_acl_server)
+    return _acl_server
+
+
+@pytest.fixture(scope="session")
+def tls_front(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsFront]:
+    """TLS in front of the shared server."""
+    with TlsFront(redis_server, tmp_path_factory.mktemp("tls")) as front:
+        yield front
+
+
+@pytest.fixture(scope="session")
 def _three_nodes() -> Iterator[RedisCluster]:
     with ExitStack() as stack:
         cluster = RedisCluster([stack.enter_context(RedisServer(cluster=True)) for _ in range(3)])
@@ -84,8 +150,12 @@ def redis_cluster(_three_nodes: RedisCluster) -> RedisCluster:
 
 def _agrees(node: RedisServer, num_nodes: int) -> bool:
     with redis.Redis.from_url(node.url) as client:
-        info = client.execute_command("CLUSTER INFO")
+        info = command(client, "CLUSTER INFO")
     state: dict[str, str] = (
         info if isinstance(info, dict) else dict(line.split(":", 1) for line in info.decode().split())
     )
     return state["cluster_state"] == "ok" and state["cluster_known_nodes"] == str(num_nodes)
+
+
+def _text(reply: object) -> str:
+    return reply.decode() if isinstance(reply, bytes) else str(reply)

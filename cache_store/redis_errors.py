@@ -1,0 +1,40 @@
+"""Turn what redis-py raises and what a server refuses into our errors, at the one border where both are seen."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from redis import exceptions as theirs
+
+from cache_store.errors import StoreError, StoreFull, StoreUnavailable
+
+_OUT_OF_MEMORY = "OOM"
+
+
+class StoreStalled(StoreUnavailable):
+    """Redis went silent in the middle, or did not take what was sent."""
+
+
+class DeadlinePassed(StoreUnavailable):
+    """The caller's time is over. Says nothing about the server."""
+
+
+@contextmanager
+def ours(doing: str) -> Generator[None, None, None]:
+    """Translate redis-py's errors; the original stays as `__cause__`."""
+    try:
+        yield
+    except theirs.TimeoutError as error:
+        raise StoreStalled(f"{doing}: {error}") from error
+    except (theirs.ConnectionError, theirs.RedisClusterException, theirs.ClusterError, OSError) as error:
+        raise StoreUnavailable(f"{doing}: {error}") from error
+    except (theirs.ReadOnlyError, theirs.TryAgainError) as error:  # a failover, a resharding: over in a moment
+        raise StoreUnavailable(f"{doing}: {error}") from error
+    except theirs.RedisError as error:
+        if isinstance(error, theirs.OutOfMemoryError) or _OUT_OF_MEMORY in str(error):  # the latter: inside a script
+            raise StoreFull(f"{doing}: {error}") from error
+        raise StoreError(f"{doing}: {error}") from error
+
+
+def refusal(reply: str) -> StoreError:
+    """The error that an error reply (without its "-") to a block's command stands for."""
+    return StoreFull(reply) if reply.startswith(_OUT_OF_MEMORY) else StoreUnavailable(reply)
