@@ -1,0 +1,67 @@
+"""Say an error on the wire: a gRPC status with google.rpc details. Each side has its own table of errors."""
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple, NoReturn
+
+import grpc
+import grpc.aio
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+
+DETAILS_KEY: Final = "grpc-status-details-bin"
+_DOMAIN: Final = "rekindle"
+
+
+class Meaning(NamedTuple):
+    """What an error class says to a client."""
+
+    code: grpc.StatusCode
+    reason: str
+    """For google.rpc.ErrorInfo: UPPER_SNAKE_CASE, stable, for programs to read."""
+    retry_after_s: float | None = None
+    """For google.rpc.RetryInfo; None where the same request would fail again, or must not be repeated."""
+
+
+class Failure(NamedTuple):
+    """A status to end a call with."""
+
+    code: grpc.StatusCode
+    message: str
+    details: bytes
+    """A serialized google.rpc.Status, or empty."""
+
+
+def nearest(table: Mapping[type[BaseException], Meaning], error: BaseException) -> Meaning | None:
+    """The meaning of the error's class, or of its nearest ancestor in the table."""
+    return next((table[kind] for kind in type(error).__mro__ if kind in table), None)
+
+
+def failure(meaning: Meaning, message: str, *more: Message, retry_after_s: float | None = None) -> Failure:
+    """Build the status: ErrorInfo, RetryInfo where a retry makes sense, and what is added."""
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=meaning.reason, domain=_DOMAIN), *more]
+    delay_s = meaning.retry_after_s if retry_after_s is None else retry_after_s
+    if delay_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(delay_s * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    status = status_pb2.Status(code=meaning.code.value[0], message=message, details=packed)
+    return Failure(meaning.code, message, status.SerializeToString())
+
+
+def bad_field(field: str, problem: str) -> Message:
+    """Name the field that can't be served."""
+    violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=problem)
+    bad: Message = error_details_pb2.BadRequest(field_violations=[violation])
+    return bad
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], failed: Failure) -> NoReturn:
+    """End the call. Raises what grpc.aio raises for that."""
+    trailing = ((DETAILS_KEY, failed.details),) if failed.details else ()
+    await context.abort(failed.code, failed.message, trailing)
+    raise AssertionError("abort returned")

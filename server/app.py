@@ -1,0 +1,125 @@
+"""The composition root of the front end: from settings to a running server, and back to nothing."""
+
+import asyncio
+from typing import Self
+
+import grpc.aio
+import structlog
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cache_store.open_records import open_records
+from cache_store.records import RecordStore
+from protos import rekindle_pb2 as pb
+from protos import rekindle_pb2_grpc as pb_grpc
+from server.cache_service import CacheService
+from server.calls import Calls
+from server.config import ServerConfig
+from server.directory import WorkerAddresses, WorkerDirectory
+from server.health import Health
+from server.metrics import FrontMetrics
+from server.service import InferenceService
+from server.sessions import SessionKeeper
+from server.sessions_service import SessionsService
+from server.turns import Turns
+
+_SERVICES = ("Inference", "Sessions", "Cache")
+_log = structlog.get_logger(__name__)
+
+
+class Application:
+    """A front end. `start`, then `drain`, then `aclose`; or `serve` for all three."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        records: RecordStore,
+        directory: WorkerDirectory,
+        metrics: FrontMetrics,
+    ) -> None:
+        self._config = config
+        self._records = records
+        self.directory = directory
+        self.metrics = metrics
+        self._calls = Calls(metrics)
+        self._health = Health(records, directory, metrics, poll_s=config.worker_poll_s)
+        self._server: grpc.aio.Server | None = None
+        self.address = ""
+        """host:port of the gRPC server, once started."""
+        self.metrics_address = ""
+        """host:port of the Prometheus endpoint, once started."""
+
+    @classmethod
+    def build(cls, config: ServerConfig, workers: WorkerAddresses) -> Self:
+        """Wire a front end for these workers. Nothing is connected yet."""
+        return cls(
+            config,
+            records=open_records(config.redis_url, timeout_s=config.redis_timeout_s),
+            directory=WorkerDirectory(workers, poll_s=config.worker_poll_s, max_message_bytes=config.max_message_bytes),
+            metrics=FrontMetrics(),
+        )
+
+    async def start(self) -> None:
+        """Listen. Raises OSError where a port is taken. Workers and Redis may come later: health tells."""
+        config = self._config
+        self._server = self._make_server()
+        try:
+            port = self._server.add_insecure_port(f"{config.listen_host}:{config.port}")
+        except RuntimeError as error:  # grpc's way to say that the port is taken
+            raise OSError(f"cannot listen on {config.listen_host}:{config.port}") from error
+        metrics_port = self.metrics.serve(config.listen_host, config.metrics_port)
+        self.address = f"{config.listen_host}:{port}"
+        self.metrics_address = f"{config.listen_host}:{metrics_port}"
+        await self.directory.start()
+        await self._health.start()
+        await self._server.start()
+        _log.info("listening", address=self.address, metrics=self.metrics_address)
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Start, serve until `stop` is set, then drain and close."""
+        try:
+            await self.start()
+            await stop.wait()
+            await self.drain()
+        finally:
+            await self.aclose()
+
+    async def drain(self) -> None:
+        """Tell load balancers, refuse new calls, and let the running ones end within `drain_s`."""
+        await self._health.say_goodbye()
+        if not await self._calls.drain(self._config.drain_s):
+            _log.warning("calls cut off", after_s=self._config.drain_s)
+
+    async def aclose(self) -> None:
+        """Stop at once; what still runs is cancelled. Safe to call more than once."""
+        if self._server is not None:
+            await self._server.stop(grace=None)
+            self._server = None
+        await self._health.aclose()
+        await self.directory.aclose()
+        await self._records.aclose()
+        self.metrics.close()
+
+    def _make_server(self) -> grpc.aio.Server:
+        config = self._config
+        server = grpc.aio.server(
+            interceptors=[self._calls],
+            options=(
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.max_send_message_length", config.max_message_bytes),
+                ("grpc.so_reuseport", 0),  # a second server on one port is a mistake, not a share of its calls
+            ),
+        )
+        turns = Turns(self._records, self.directory, self.metrics, config)
+        keeper = SessionKeeper(
+            self._records, self.directory, turns, lease_s=config.lease_s, default_ttl_s=config.session_ttl_s
+        )
+        pb_grpc.add_InferenceServicer_to_server(InferenceService(turns), server)  # type: ignore[no-untyped-call]
+        pb_grpc.add_SessionsServicer_to_server(SessionsService(keeper), server)  # type: ignore[no-untyped-call]
+        cache = CacheService(self._records, self.directory)
+        pb_grpc.add_CacheServicer_to_server(cache, server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
+        ours = (pb.DESCRIPTOR.services_by_name[name].full_name for name in _SERVICES)
+        reflection.enable_server_reflection((*ours, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server

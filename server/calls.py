@@ -1,0 +1,118 @@
+"""Around every call of ours: an id, the log context, metrics, errors as statuses, and a door that closes on drain."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+
+from protos.status import abort
+from server.errors import ShuttingDown
+from server.metrics import FrontMetrics
+from server.status import failure_of, is_expected
+
+_OURS = "/rekindle.v1."
+_request_id: ContextVar[str] = ContextVar("rekindle_request_id")
+
+_log = structlog.get_logger(__name__)
+
+
+def request_id() -> str:
+    """The id of the call that is being answered: unique, and in each of its log lines."""
+    return _request_id.get()
+
+
+class Calls(grpc.aio.ServerInterceptor[Any, Any]):
+    """Wraps the methods of rekindle.v1; health and reflection pass as they are."""
+
+    def __init__(self, metrics: FrontMetrics) -> None:
+        self._metrics = metrics
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed = False
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler: Any = await continuation(handler_call_details)
+        path = handler_call_details.method
+        if handler is None or not path.startswith(_OURS):
+            return handler  # type: ignore[no-any-return]
+        wrap = (
+            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+        )
+        behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        return wrap(
+            self._around(path.removeprefix(_OURS), behaviour),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    async def drain(self, within_s: float) -> bool:
+        """Refuse new calls and wait for the running ones. False if some still run after `within_s`."""
+        self._closed = True
+        try:
+            async with asyncio.timeout(within_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _around(self, method: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Any:
+        async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            async with self._accounted(method, context):
+                return await behaviour(request, context)
+
+        return answer
+
+    @asynccontextmanager
+    async def _accounted(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncGenerator[None, None]:
+        call_id = uuid.uuid4().hex
+        _request_id.set(call_id)  # each call is a task with a context of its own
+        structlog.contextvars.bind_contextvars(request=call_id, method=method)
+        self._enter(method)
+        code = "OK"
+        try:
+            if self._closed:
+                raise ShuttingDown("this front end is shutting down")
+            yield
+        except asyncio.CancelledError:
+            ends_s = deadline_of(context)
+            code = "CANCELLED" if ends_s is None or time.monotonic() < ends_s else "DEADLINE_EXCEEDED"
+            raise
+        except Exception as error:
+            failed = failure_of(error, call_id)
+            code = failed.code.name
+            if is_expected(error):
+                _log.info("call refused", code=code, error=str(error))
+            else:
+                _log.error("call failed", code=code, exc_info=error)
+            await abort(context, failed)
+        finally:
+            self._leave(method, code)
+
+    def _enter(self, method: str) -> None:
+        self._running += 1
+        self._idle.clear()
+        self._metrics.call_began(method)
+
+    def _leave(self, method: str, code: str) -> None:
+        self._running -= 1
+        if self._running == 0:
+            self._idle.set()
+        self._metrics.call_ended(method, code)
+
+
+def deadline_of(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
+    """The call's deadline, of `time.monotonic()`."""
+    remaining_s: float | None = context.time_remaining()  # None without a deadline, whatever grpc-stubs say
+    return None if remaining_s is None else time.monotonic() + remaining_s

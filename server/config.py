@@ -1,0 +1,82 @@
+"""Settings of the front end: frozen, complete, checked once when built. Light: shown by `--help`."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+LogFormat = Literal["auto", "console", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class ConfigError(ValueError):
+    """A setting, or a pair of settings, cannot work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Where the front end listens, where it keeps sessions, and how patient it is."""
+
+    listen_host: str = "127.0.0.1"
+    """The address that the gRPC and metrics servers bind to."""
+
+    port: int = 50051
+    """Port of the gRPC server; 0 takes a free one."""
+
+    metrics_port: int = 9464
+    """Port of the Prometheus endpoint; 0 takes a free one."""
+
+    redis_url: str = "redis://127.0.0.1:6379"
+    """redis://, rediss:// or unix:// for the server that keeps sessions; redis+cluster:// or rediss+cluster:// for a
+    Redis Cluster; memory:// (or nothing) keeps them in this process, for tests."""
+
+    redis_timeout_s: float = 2.0
+    """How long one read or write of Redis may stall before it counts as failed."""
+
+    session_ttl_s: int = 0
+    """Seconds without use after which a session goes, where its creator doesn't say; 0: never."""
+
+    block_ttl_s: int = 86_400
+    """Seconds without use after which Redis drops KV blocks (they can be computed again). A session that is to live
+    longer keeps its blocks as long; a pinned one for ever."""
+
+    lease_s: float = 30.0
+    """How long a session stays locked after its front end has died in mid-turn."""
+
+    flush_timeout_s: float = 1.0
+    """How long a turn that moves to another worker waits for the blocks that the last one still has in hand."""
+
+    worker_poll_s: float = 1.0
+    """How often workers are asked whether they live."""
+
+    drain_s: float = 30.0
+    """How long running turns may go on after SIGTERM."""
+
+    max_message_bytes: int = 64 << 20
+    """The largest request or response: a session of a million tokens has 4 MiB."""
+
+    log_format: LogFormat = "auto"
+    """json, console (for people), or auto: console on a terminal, else json."""
+
+    log_level: LogLevel = "info"
+    """The least that is logged."""
+
+    def __post_init__(self) -> None:
+        for name in ("port", "metrics_port"):
+            if not 0 <= getattr(self, name) <= 65_535:
+                raise ConfigError(f"{name} must be from 0 to 65535, got {getattr(self, name)}")
+        if self.port and self.port == self.metrics_port:
+            raise ConfigError(f"port and metrics_port must differ, both are {self.port}")
+        for name in ("redis_timeout_s", "lease_s", "worker_poll_s", "max_message_bytes"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("session_ttl_s", "block_ttl_s", "flush_timeout_s", "drain_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.log_format not in get_args(LogFormat):
+            raise ConfigError(f"log_format must be one of {get_args(LogFormat)}, got {self.log_format!r}")
+        if self.log_level not in get_args(LogLevel):
+            raise ConfigError(f"log_level must be one of {get_args(LogLevel)}, got {self.log_level!r}")
+        if self.lease_s < 3 * self.redis_timeout_s:
+            raise ConfigError(
+                "lease_s must be at least 3 times redis_timeout_s (or one stall loses a running turn), "
+                f"got {self.lease_s} and {self.redis_timeout_s}"
+            )

@@ -1,0 +1,35 @@
+"""Errors of the front end."""
+
+import grpc
+
+from cache_store.errors import ServingError
+
+
+class NoWorker(ServingError):
+    """No worker accepts work now. One may in a moment."""
+
+
+class WorkerLost(ServingError):
+    """The connection to a worker broke, or it could not be reached."""
+
+
+class WorkerRefused(ServingError):
+    """A worker answered with an error of its own, which is the client's too."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, details: bytes = b"") -> None:
+        super().__init__(code, message, details)  # all, so that pickle can build it again
+        self.code = code
+        self.message = message
+        self.details = details
+        """A serialized google.rpc.Status, or empty."""
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class WorkerFault(ServingError):
+    """A worker broke the protocol, or could not start. Says which and how."""
+
+
+class ShuttingDown(ServingError):
+    """This front end takes no new calls. Another one does."""

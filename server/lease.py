@@ -1,0 +1,120 @@
+"""Hold a session while something is done to it: locked on entry, kept locked, unlocked however it ends."""
+
+import asyncio
+from collections.abc import Awaitable
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+from cache_store.errors import SessionBusy, SessionNotFound, StoreError
+from cache_store.records import RecordStore, SessionRecord, TurnRecord
+
+_COMMIT_PAUSES_S = (0.05, 0.2, 0.5)
+"""Between tries to commit: long enough for a failover of Redis to be noticed, short enough for a client that waits."""
+
+_log = structlog.get_logger(__name__)
+
+
+class Lease:
+    """`async with Lease(...) as lease:` raises SessionNotFound, SessionBusy or StoreUnavailable on entry."""
+
+    def __init__(self, records: RecordStore, tenant: str, session_id: str, *, holder: str, lease_s: float) -> None:
+        self._records = records
+        self._tenant = tenant
+        self._session_id = session_id
+        self._holder = holder
+        self._lease_s = lease_s
+        self._renewal: asyncio.Task[None] | None = None
+        self._ended = False
+        self._lost: SessionBusy | SessionNotFound | None = None
+        self.record: SessionRecord
+        """The session as it was when it was locked; nobody else changes its history meanwhile."""
+
+    async def __aenter__(self) -> Self:
+        try:
+            self.record = await self._records.begin(
+                self._tenant, self._session_id, holder=self._holder, lease_s=self._lease_s
+            )
+        except (SessionBusy, SessionNotFound):
+            raise
+        except BaseException:  # the lock may be ours although the answer never came
+            await self._release()
+            raise
+        self._renewal = asyncio.create_task(self._keep_renewing(), name=f"lease {self._session_id}")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop_renewing()
+        if not self._ended:
+            await self._release()
+
+    def check(self) -> None:
+        """Raise SessionBusy or SessionNotFound if the lease was lost: what is being done can't be committed."""
+        if self._lost is not None:
+            raise self._lost
+
+    async def commit(self, new_tokens: list[int], turn: TurnRecord, *, model: str, worker_id: str) -> None:
+        """Append the turn and unlock. Tries again while Redis is away for a moment: a commit may be repeated."""
+        self._stop_renewing()
+        for pause_s in (*_COMMIT_PAUSES_S, None):
+            try:
+                await self._records.commit(
+                    self.record,
+                    holder=self._holder,
+                    new_tokens=new_tokens,
+                    turn=turn,
+                    model=model,
+                    worker_id=worker_id,
+                )
+            except StoreError:
+                if pause_s is None:
+                    raise
+                await asyncio.sleep(pause_s)
+            else:
+                break
+        self._ended = True
+
+    async def delete(self) -> SessionRecord:
+        """Forget the session, lock and all."""
+        self._stop_renewing()
+        was = await self._records.delete(self._tenant, self._session_id)
+        self._ended = True
+        return was
+
+    async def _keep_renewing(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease_s / 3)
+            try:
+                await self._records.renew(self._tenant, self._session_id, holder=self._holder, lease_s=self._lease_s)
+            except (SessionBusy, SessionNotFound) as error:
+                self._lost = error
+                return
+            except StoreError as error:  # there is time for two more tries; the commit tells in the end
+                _log.warning("lease not renewed", session=self._session_id, error=str(error))
+
+    def _stop_renewing(self) -> None:
+        if self._renewal is not None:
+            self._renewal.cancel()
+            self._renewal = None
+
+    async def _release(self) -> None:
+        await _uninterrupted(self._try_release())
+
+    async def _try_release(self) -> None:
+        try:
+            await self._records.release(self._tenant, self._session_id, holder=self._holder)
+        except StoreError as error:
+            _log.warning("session stays locked until its lease ends", session=self._session_id, error=str(error))
+
+
+async def _uninterrupted(work: Awaitable[None]) -> None:
+    """See `work` through, even when the caller is cancelled (once more) meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise

@@ -1,0 +1,87 @@
+"""What the front end counts, and the HTTP endpoint that shows it. Touched once a call, never once a token."""
+
+from threading import Thread
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from protos import rekindle_pb2 as pb
+
+_TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TPOT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+
+def kind_of_turn(receipt: pb.Receipt) -> str:
+    """The coldest tier that the prompt came from: "redis", "host", "hot" (device), or "new"."""
+    if receipt.redis_tokens:
+        return "redis"
+    if receipt.host_tokens:
+        return "host"
+    return "hot" if receipt.device_tokens else "new"
+
+
+class FrontMetrics:
+    """Each instance has a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = self._counter("requests", "Calls ended, by gRPC code.", "method", "code")
+        self._in_flight = Gauge(
+            "rekindle_front_requests_in_flight", "Calls running now.", ["method"], registry=self.registry
+        )
+        self._ttft = self._histogram("ttft_seconds", "From a turn's arrival to its first delta.", _TTFT_BUCKETS_S)
+        self._tpot = self._histogram("tpot_seconds", "Between tokens of a reply, on average.", _TPOT_BUCKETS_S)
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished turns, by source.", "source")
+        self._completion_tokens = self._counter("completion_tokens", "Generated tokens of finished turns.")
+        self._misses = self._counter("miss_tokens", "Prompt tokens that had to be computed, by reason.", "reason")
+        self._retries = self._counter("turn_retries", "Turns started again on another worker, before a first delta.")
+        self._workers = Gauge("rekindle_front_workers", "Workers known, by state.", ["state"], registry=self.registry)
+        self._server: Any = None
+        self._thread: Thread | None = None
+
+    def call_began(self, method: str) -> None:
+        self._in_flight.labels(method).inc()
+
+    def call_ended(self, method: str, code: str) -> None:
+        self._in_flight.labels(method).dec()
+        self._requests.labels(method, code).inc()
+
+    def turn_finished(self, finished: pb.Finished, *, ttft_s: float, decode_s: float) -> None:
+        """`decode_s` is the time from the first delta to the last."""
+        receipt, usage = finished.receipt, finished.usage
+        kind = kind_of_turn(receipt)
+        self._ttft.labels(kind).observe(ttft_s)
+        if usage.completion_tokens > 1:
+            self._tpot.labels(kind).observe(decode_s / (usage.completion_tokens - 1))
+        for source in ("device", "host", "redis", "computed"):
+            self._prompt_tokens.labels(source).inc(getattr(receipt, f"{source}_tokens"))
+        for miss in receipt.misses:
+            name = pb.MissReason.Name(miss.reason).removeprefix("MISS_REASON_").lower()
+            self._misses.labels(name).inc(miss.tokens)
+        self._completion_tokens.inc(usage.completion_tokens)
+
+    def turn_retried(self) -> None:
+        self._retries.inc()
+
+    def workers_seen(self, *, accepting: int, draining: int, down: int) -> None:
+        self._workers.labels("accepting").set(accepting)
+        self._workers.labels("draining").set(draining)
+        self._workers.labels("down").set(down)
+
+    def serve(self, host: str, port: int) -> int:
+        """Answer HTTP on a thread until `close`; return the port. Raises OSError where it is taken."""
+        self._server, self._thread = start_http_server(port, addr=host, registry=self.registry)
+        return int(self._server.server_port)
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+            self._thread = None
+
+    def _counter(self, name: str, what: str, *labels: str) -> Counter:
+        return Counter(f"rekindle_front_{name}_total", what, labels, registry=self.registry)
+
+    def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"rekindle_front_{name}", what, ["kind"], buckets=buckets, registry=self.registry)

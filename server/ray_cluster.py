@@ -1,0 +1,176 @@
+"""Workers as Ray actors: started, found again by name, removed. The front end's only file that knows Ray.
+
+The actor class is passed in; it starts serving in its constructor, which Ray runs again after a crash, and has
+`async address() -> str` (host:port of its gRPC server) and `async drain(within_s) -> None`.
+"""
+
+import asyncio
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import ray
+import structlog
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from server.errors import WorkerFault
+
+NAMESPACE: Final = "rekindle"
+_OBJECT_STORE_BYTES: Final = 80 << 20
+"""Nothing of ours goes through Ray's object store; this is little above the least that Ray accepts."""
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Actor:
+    name: str
+    args: tuple[Any, ...]
+    handle: Any = None
+    asked: "asyncio.Future[str] | None" = field(default=None)
+    """An unanswered `address()`: an actor that is starting answers only when it is up."""
+
+
+class RayCluster:
+    """A `WorkerAddresses`. Workers are detached actors of the namespace "rekindle", named by worker id.
+
+    `address` names a running cluster; empty starts a local one, on loopback, that ends with `close`.
+    """
+
+    def __init__(
+        self,
+        actor_class: type,
+        workers: Mapping[str, tuple[Any, ...]],
+        *,
+        address: str = "",
+        gpus_per_worker: float = 0.0,
+        cpus_per_worker: float = 1.0,
+    ) -> None:
+        """`workers` has the constructor's arguments for each worker id."""
+        self._class = actor_class
+        self._actors = {worker_id: _Actor(f"worker-{worker_id}", args) for worker_id, args in workers.items()}
+        self._address = address
+        self._gpus = gpus_per_worker
+        self._cpus = cpus_per_worker
+
+    async def start(self) -> None:
+        """Connect to Ray, then find or create every actor; don't wait until they are up. Raises WorkerFault."""
+        try:
+            await asyncio.to_thread(self._connect)
+            for actor in self._actors.values():
+                await asyncio.to_thread(self._find_or_create, actor)
+        except (RayError, ConnectionError, ValueError, RuntimeError) as error:
+            raise WorkerFault(f"Ray: {error}") from error
+
+    async def wait_until_up(self) -> None:
+        """Return when every worker serves. Raises WorkerFault with the reason of one that can't."""
+        await asyncio.gather(*(self._answer(worker_id, actor) for worker_id, actor in self._actors.items()))
+
+    async def addresses(self) -> Mapping[str, str]:
+        """Where the workers that are up can be reached. Raises nothing: those that are not up are left out."""
+        for actor in self._actors.values():
+            self._ask(actor)
+        waiting = [actor.asked for actor in self._actors.values() if actor.asked is not None]
+        await asyncio.wait(waiting, timeout=1.0)
+        found = {worker_id: self._collect(worker_id, actor) for worker_id, actor in self._actors.items()}
+        return {worker_id: address for worker_id, address in found.items() if address}
+
+    async def stop_workers(self, *, drain_s: float) -> None:
+        """Let every worker finish and store what it holds, then remove it."""
+        drains = [
+            asyncio.wrap_future(actor.handle.drain.remote(drain_s).future())
+            for actor in self._actors.values()
+            if actor.handle is not None
+        ]
+        if drains:
+            # Some seconds on top: what a drain does last is to store what is left.
+            done, late = await asyncio.wait(drains, timeout=drain_s + 5.0)
+            for drain in done:
+                if drain.exception() is not None:
+                    _log.warning("worker did not drain", error=str(drain.exception()))
+            if late:
+                _log.warning("workers cut off", count=len(late))
+        for actor in self._actors.values():
+            if actor.handle is not None:
+                await asyncio.to_thread(ray.kill, actor.handle, no_restart=True)
+                actor.handle = None
+
+    async def close(self) -> None:
+        """Disconnect. Workers on a running cluster go on living, unless `stop_workers` came first."""
+        for actor in self._actors.values():
+            if actor.asked is not None:
+                actor.asked.cancel()
+        await asyncio.to_thread(ray.shutdown)
+
+    def _connect(self) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "error"}
+        if self._address:
+            ray.init(address=self._address, **common)
+            return
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, len(self._actors) * max(1, round(self._cpus))),
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            **common,
+        )
+
+    def _find_or_create(self, actor: _Actor) -> None:
+        actor.handle = (
+            ray.remote(self._class)
+            .options(
+                name=actor.name,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                max_restarts=-1,
+                num_gpus=self._gpus,
+                num_cpus=self._cpus,
+                scheduling_strategy="SPREAD",
+            )
+            .remote(*actor.args)
+        )
+
+    def _ask(self, actor: _Actor) -> None:
+        if actor.asked is None and actor.handle is not None:
+            actor.asked = asyncio.wrap_future(actor.handle.address.remote().future())
+
+    def _collect(self, worker_id: str, actor: _Actor) -> str:
+        """The answer, if there is one by now."""
+        if actor.asked is None or not actor.asked.done():
+            return ""
+        asked, actor.asked = actor.asked, None
+        error = asked.exception()
+        if error is None:
+            return asked.result()
+        if not isinstance(error, RayError):
+            raise error
+        _log.warning("worker is not up", worker=worker_id, error=_reason(error))
+        return ""
+
+    async def _answer(self, worker_id: str, actor: _Actor) -> None:
+        """Wait until the worker says its address."""
+        while True:
+            try:
+                await asyncio.wrap_future(actor.handle.address.remote().future())
+            except RayActorError as error:
+                if _failed_to_start(error):
+                    raise WorkerFault(f"worker {worker_id} could not start: {_reason(error)}") from error
+                await asyncio.sleep(0.5)  # Ray is restarting it
+            except RayTaskError as error:
+                raise WorkerFault(f"worker {worker_id}: {_reason(error)}") from error
+            else:
+                return
+
+
+def _failed_to_start(error: RayActorError) -> bool:
+    """True where the constructor raised: Ray does not try again."""
+    return "creation task" in str(error)
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of Ray's report, which is the worker's own error."""
+    return str(error).strip().splitlines()[-1].strip()

@@ -1,0 +1,31 @@
+"""Inference over gRPC: read the request, run the turn, write what comes. No policy lives here."""
+
+from contextlib import aclosing
+from typing import Any
+
+import grpc.aio
+
+from cache_store.records import check_session_id
+from protos import rekindle_pb2 as pb
+from protos.rekindle_pb2_grpc import InferenceServicer
+from server.calls import deadline_of, request_id
+from server.identity import tenant_of
+from server.turns import Turns
+from server.validation import check_generate
+
+
+class InferenceService(InferenceServicer):
+    """Errors are raised; `Calls` says them on the wire."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        check_generate(request)
+        if request.session_id:
+            check_session_id(request.session_id)
+        turn = self._turns.run(tenant_of(context), request, request_id=request_id(), deadline_s=deadline_of(context))
+        # Written, not yielded: a client that hangs up then cancels this very coroutine, and the turn is closed at once.
+        async with aclosing(turn) as responses:
+            async for response in responses:
+                await context.write(response)

@@ -1,0 +1,201 @@
+"""What can be done to a session between its turns. Knows records and workers, not gRPC's calls."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import structlog
+
+from cache_store.errors import InvalidRequest, ServingError
+from cache_store.records import Page, RecordStore, SessionRecord
+from protos import rekindle_pb2 as pb
+from protos import rekindle_worker_pb2 as wpb
+from server.directory import Worker, WorkerDirectory
+from server.errors import NoWorker, WorkerLost
+from server.lease import Lease
+from server.turns import Turns
+
+_Answer = TypeVar("_Answer")
+_log = structlog.get_logger(__name__)
+
+
+class SessionKeeper:
+    """All calls raise SessionNotFound and StoreUnavailable; those that lock also SessionBusy."""
+
+    def __init__(
+        self, records: RecordStore, directory: WorkerDirectory, turns: Turns, *, lease_s: float, default_ttl_s: int
+    ) -> None:
+        self._records = records
+        self._directory = directory
+        self._turns = turns
+        self._lease_s = lease_s
+        self._default_ttl_s = default_ttl_s
+
+    async def create(self, tenant: str, session_id: str, *, ttl_s: int, pinned: bool) -> SessionRecord:
+        """Raises SessionExists. An empty id is made up."""
+        now_ms = int(time.time() * 1000)
+        record = SessionRecord(
+            tenant=tenant,
+            session_id=session_id or _new_id(),
+            version=0,
+            model="",
+            created_ms=now_ms,
+            last_used_ms=now_ms,
+            ttl_s=ttl_s or self._default_ttl_s,
+            pinned=pinned,
+            worker_id="",
+        )
+        await self._records.create(record)
+        return record
+
+    async def get(self, tenant: str, session_id: str) -> SessionRecord:
+        return await self._records.get(tenant, session_id)
+
+    async def page(self, tenant: str, *, page_size: int, page_token: str) -> Page:
+        return await self._records.list(tenant, page_size=page_size, page_token=page_token)
+
+    async def text(self, record: SessionRecord) -> str:
+        """The history, detokenized. Raises NoWorker."""
+        if not record.token_ids:
+            return ""
+        return await self._turns.pick(record, record.session_id).client.detokenize(record.token_ids)
+
+    async def residency(self, record: SessionRecord) -> list[pb.Residency]:
+        """Where the KV is: tiers that hold nothing are left out."""
+        living = self._directory.living()
+        located = await self._ask_all(
+            living, lambda worker: worker.client.locate(_history(record), with_redis=worker is living[0])
+        )
+        found = []
+        for worker, reply in located:
+            found.append(pb.Residency(tier=pb.TIER_DEVICE, worker_id=worker.worker_id, tokens=reply.device_tokens))
+            found.append(pb.Residency(tier=pb.TIER_HOST, worker_id=worker.worker_id, tokens=reply.host_tokens))
+        redis_tokens = max((reply.redis_tokens for _, reply in located), default=0)
+        found.append(pb.Residency(tier=pb.TIER_REDIS, tokens=redis_tokens))
+        return [residency for residency in found if residency.tokens]
+
+    async def update(self, tenant: str, session_id: str, *, ttl_s: int | None, pinned: bool | None) -> SessionRecord:
+        """The record changes first; its blocks follow as well as they can."""
+        record = await self._records.update(tenant, session_id, ttl_s=ttl_s, pinned=pinned)
+        if record.token_ids:
+            try:
+                worker = self._turns.pick(record, session_id)
+                await worker.client.retain(_history(record), block_ttl_s=self._turns.block_ttl_s(record))
+            except ServingError as error:  # each turn sets the blocks' time again
+                _log.warning("blocks keep their old time to live", session=session_id, error=str(error))
+        return record
+
+    async def fork(self, tenant: str, session_id: str, *, at_turn: int | None, new_id: str) -> SessionRecord:
+        """Copy the record up to a turn; the KV is found by content, so it is shared. Raises SessionExists."""
+        parent = await self._records.get(tenant, session_id)
+        num_turns = len(parent.turns) if at_turn is None else at_turn
+        if num_turns > len(parent.turns):
+            raise InvalidRequest("at_turn", f"must be at most {len(parent.turns)}, got {num_turns}")
+        now_ms = int(time.time() * 1000)
+        num_tokens = parent.turns[num_turns - 1].end if num_turns else 0
+        fork = SessionRecord(
+            tenant=tenant,
+            session_id=new_id or _new_id(),
+            version=num_turns,
+            model=parent.model if num_turns else "",
+            created_ms=now_ms,
+            last_used_ms=now_ms,
+            ttl_s=parent.ttl_s,
+            pinned=False,  # asked for one by one: a pin costs memory for ever
+            worker_id=parent.worker_id if num_turns else "",
+            parent_session_id=session_id,
+            parent_turn=num_turns,
+            turns=parent.turns[:num_turns],
+            token_ids=parent.token_ids[:num_tokens],
+            num_tokens=num_tokens,
+        )
+        await self._records.create(fork)
+        return fork
+
+    async def park(self, tenant: str, session_id: str, *, drop_host: bool) -> pb.ParkSessionResponse:
+        """Offload wholly from every worker that holds some. Raises NoWorker, and what the worker raises."""
+        async with self._locked(tenant, session_id) as lease:
+            record = lease.record
+            if not record.token_ids:
+                return pb.ParkSessionResponse()
+            request = wpb.ParkRequest(
+                history=_history(record), drop_host=drop_host, block_ttl_s=self._turns.block_ttl_s(record)
+            )
+            parked = [await worker.client.park(request) for worker in await self._holders(record)]
+        return pb.ParkSessionResponse(
+            redis_tokens=max(reply.redis_tokens for reply in parked),
+            device_blocks_dropped=sum(reply.device_blocks_dropped for reply in parked),
+            host_blocks_dropped=sum(reply.host_blocks_dropped for reply in parked),
+            bytes_stored=sum(reply.bytes_stored for reply in parked),
+        )
+
+    async def warm(self, tenant: str, session_id: str) -> pb.WarmSessionResponse:
+        """Restore onto the worker that the next turn would go to. Raises NoWorker."""
+        async with self._locked(tenant, session_id) as lease:
+            worker = self._turns.pick(lease.record, session_id)
+            warmed = await worker.client.warm(wpb.WarmRequest(history=_history(lease.record)))
+        return pb.WarmSessionResponse(
+            worker_id=worker.worker_id, device_tokens=warmed.device_tokens, restored_tokens=warmed.restored_tokens
+        )
+
+    async def delete(self, tenant: str, session_id: str) -> pb.DeleteSessionResponse:
+        """Blocks first, then the record: what was begun can be repeated. Raises NoWorker where blocks might stay."""
+        async with self._locked(tenant, session_id) as lease:
+            dropped = await self._drop(lease.record) if lease.record.token_ids else []
+            was = await lease.delete()
+        return pb.DeleteSessionResponse(
+            tokens=was.num_tokens,
+            device_blocks=sum(reply.device_blocks for reply in dropped),
+            host_blocks=sum(reply.host_blocks for reply in dropped),
+            redis_blocks=sum(reply.redis_blocks for reply in dropped),
+        )
+
+    async def _drop(self, record: SessionRecord) -> list[wpb.DropReply]:
+        living = self._living()
+        history = _history(record)
+        # Redis last: a worker that is still writing behind would put back what was deleted before it dropped its own.
+        others = await self._ask_all(living[1:], lambda worker: worker.client.drop(history, with_redis=False))
+        return [*(reply for _, reply in others), await living[0].client.drop(history, with_redis=True)]
+
+    async def _holders(self, record: SessionRecord) -> list[Worker]:
+        """The last worker (blocks may be on their way from it), then others that hold blocks; at least one."""
+        living = self._living()
+        located = await self._ask_all(living, lambda worker: worker.client.locate(_history(record), with_redis=False))
+        holding = [worker for worker, reply in located if reply.device_tokens or reply.host_tokens]
+        last = self._directory.find(record.worker_id)
+        if last is None:
+            return holding or living[:1]
+        return [last, *(worker for worker in holding if worker is not last)]
+
+    def _living(self) -> list[Worker]:
+        living = self._directory.living()
+        if not living:
+            raise NoWorker("no worker is up")
+        return living
+
+    def _locked(self, tenant: str, session_id: str) -> Lease:
+        return Lease(self._records, tenant, session_id, holder=_new_id(), lease_s=self._lease_s)
+
+    async def _ask_all(
+        self, workers: list[Worker], ask: Callable[[Worker], Awaitable[_Answer]]
+    ) -> list[tuple[Worker, _Answer]]:
+        """Ask all at once; one that has just gone is left out: its memory went with it."""
+
+        async def one(worker: Worker) -> tuple[Worker, _Answer] | None:
+            try:
+                return worker, await ask(worker)
+            except WorkerLost as error:
+                _log.warning("worker left out", worker=worker.worker_id, error=str(error))
+                return None
+
+        return [answer for answer in await asyncio.gather(*(one(worker) for worker in workers)) if answer is not None]
+
+
+def _history(record: SessionRecord) -> wpb.History:
+    return wpb.History(tenant=record.tenant, token_ids=record.token_ids)
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex

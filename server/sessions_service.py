@@ -1,0 +1,99 @@
+"""Sessions over gRPC: read the request, ask the keeper, write the reply. No policy lives here."""
+
+from typing import Any
+
+import grpc.aio
+
+from cache_store.records import SessionRecord, check_session_id
+from protos import rekindle_pb2 as pb
+from protos.rekindle_pb2_grpc import SessionsServicer
+from server.identity import tenant_of
+from server.sessions import SessionKeeper
+from server.validation import check_page_size, check_ttl
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class SessionsService(SessionsServicer):
+    """Errors are raised; `Calls` says them on the wire. (Method names are the proto's.)"""
+
+    def __init__(self, keeper: SessionKeeper) -> None:
+        self._keeper = keeper
+
+    async def CreateSession(self, request: pb.CreateSessionRequest, context: _Context) -> pb.Session:
+        if request.session_id:
+            check_session_id(request.session_id)
+        ttl_s = check_ttl(request.ttl_s)
+        record = await self._keeper.create(tenant_of(context), request.session_id, ttl_s=ttl_s, pinned=request.pinned)
+        return session_of(record)
+
+    async def GetSession(self, request: pb.GetSessionRequest, context: _Context) -> pb.Session:
+        record = await self._keeper.get(tenant_of(context), check_session_id(request.session_id))
+        session = session_of(record)
+        if request.with_token_ids:
+            session.token_ids.extend(record.token_ids)
+        if request.with_text:
+            session.text = await self._keeper.text(record)
+        if request.with_residency:
+            session.residency.extend(await self._keeper.residency(record))
+        return session
+
+    async def ListSessions(self, request: pb.ListSessionsRequest, context: _Context) -> pb.ListSessionsResponse:
+        page_size = check_page_size(request.page_size)
+        page = await self._keeper.page(tenant_of(context), page_size=page_size, page_token=request.page_token)
+        sessions = [session_of(record) for record in page.records]
+        return pb.ListSessionsResponse(sessions=sessions, next_page_token=page.next_token)
+
+    async def UpdateSession(self, request: pb.UpdateSessionRequest, context: _Context) -> pb.Session:
+        record = await self._keeper.update(
+            tenant_of(context),
+            check_session_id(request.session_id),
+            ttl_s=check_ttl(request.ttl_s) if request.HasField("ttl_s") else None,
+            pinned=request.pinned if request.HasField("pinned") else None,
+        )
+        return session_of(record)
+
+    async def ForkSession(self, request: pb.ForkSessionRequest, context: _Context) -> pb.Session:
+        session_id = check_session_id(request.session_id)
+        if request.new_session_id:
+            check_session_id(request.new_session_id, "new_session_id")
+        at_turn = request.at_turn if request.HasField("at_turn") else None
+        fork = await self._keeper.fork(tenant_of(context), session_id, at_turn=at_turn, new_id=request.new_session_id)
+        return session_of(fork)
+
+    async def ParkSession(self, request: pb.ParkSessionRequest, context: _Context) -> pb.ParkSessionResponse:
+        session_id = check_session_id(request.session_id)
+        return await self._keeper.park(tenant_of(context), session_id, drop_host=request.drop_host)
+
+    async def WarmSession(self, request: pb.WarmSessionRequest, context: _Context) -> pb.WarmSessionResponse:
+        return await self._keeper.warm(tenant_of(context), check_session_id(request.session_id))
+
+    async def DeleteSession(self, request: pb.DeleteSessionRequest, context: _Context) -> pb.DeleteSessionResponse:
+        return await self._keeper.delete(tenant_of(context), check_session_id(request.session_id))
+
+
+def session_of(record: SessionRecord) -> pb.Session:
+    """The record without its tokens."""
+    return pb.Session(
+        session_id=record.session_id,
+        model=record.model,
+        num_tokens=record.num_tokens,
+        turns=[
+            pb.Turn(
+                number=number,
+                start=turn.start,
+                reply_start=turn.reply_start,
+                end=turn.end,
+                reason=turn.finish_reason,  # type: ignore[arg-type]
+                committed_ms=turn.committed_ms,
+            )
+            for number, turn in enumerate(record.turns, start=1)
+        ],
+        created_ms=record.created_ms,
+        last_used_ms=record.last_used_ms,
+        ttl_s=record.ttl_s,
+        pinned=record.pinned,
+        version=record.version,
+        parent_session_id=record.parent_session_id,
+        parent_turn=record.parent_turn,
+    )
