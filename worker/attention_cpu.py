@@ -1,0 +1,132 @@
+"""Attention over the block pool on a CPU: torch's flash kernel on views of the pool, pieces merged by log-sum-exp."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from worker.attention import Run, Span, clip, slots_of
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+_MIN_VIEW_TOKENS = 128
+"""Shorter runs are gathered into one piece: a kernel call of their own would cost more than the copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Keys that a span attends to with one kernel call: a run of slots (no copy), or gathered ones."""
+
+    slot: int
+    length: int
+    gathered: torch.Tensor | None = None
+    """Slots, int64, when they are not a run."""
+    mask: torch.Tensor | None = None
+    """[queries, keys], added to the scores: 0 or -inf. Every query sees at least one key."""
+
+
+@dataclass(frozen=True, slots=True)
+class CpuSpan:
+    row: int
+    num_queries: int
+    pieces: tuple[Piece, ...]
+    own: bool
+    """Whether the step's own keys are attended to from where they are, causally, and not through a piece."""
+
+
+class CpuAttention:
+    """No padding, and no copy of the history: long runs are attended to where they lie.
+
+    A decoding query attends to the pool's runs. A chunk of queries attends to the past without a mask, and causally to
+    itself; where a sliding window's edge cuts through the chunk, the keys around the edge go with the chunk's own into
+    one masked piece.
+    """
+
+    def __init__(self, pool: torch.Tensor) -> None:
+        """`pool` is KVCache.data."""
+        self._mask_dtype = pool.dtype
+        self._keys = [layer[0].transpose(0, 1)[None] for layer in pool]  # [1, kv_heads, slots, head_dim]
+        self._values = [layer[1].transpose(0, 1)[None] for layer in pool]
+
+    def plan(self, spans: Sequence[Span], window: int | None) -> list[CpuSpan]:
+        return [self._plan_span(span, window) for span in spans]
+
+    def _plan_span(self, span: Span, window: int | None) -> CpuSpan:
+        if span.num_queries == 1:
+            return CpuSpan(span.row, 1, _pieces(span.visible(window)), own=False)
+        if window is None or span.end <= window:
+            return CpuSpan(span.row, span.num_queries, _pieces(clip(span.runs, 0, span.start)), own=True)
+        first_seen_by_all = min(max(0, span.end - window), span.start)
+        past = clip(span.runs, first_seen_by_all, span.start)
+        edge = clip(span.runs, max(0, span.start - window + 1), first_seen_by_all)
+        own = clip(span.runs, span.start, span.end)
+        pieces = (*_pieces(past), self._masked_piece(span, edge + own, window))
+        return CpuSpan(span.row, span.num_queries, pieces, own=False)
+
+    def _masked_piece(self, span: Span, runs: Sequence[Run], window: int) -> Piece:
+        slots = torch.from_numpy(slots_of(runs))
+        keys = torch.cat([torch.arange(run.position, run.position + run.length) for run in runs])
+        queries = torch.arange(span.start, span.end)[:, None]
+        hidden = (keys > queries) | (keys <= queries - window)
+        mask = torch.zeros(hidden.shape, dtype=self._mask_dtype).masked_fill_(hidden, float("-inf"))
+        return Piece(0, len(slots), slots, mask)
+
+    def attend(
+        self,
+        plan: list[CpuSpan],
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        assert softcap is None, "capped scores are ExactAttention's"
+        keys, values = self._keys[layer], self._values[layer]
+        attended = []
+        for span in plan:
+            queries = query.narrow(2, span.row, span.num_queries)
+            outputs = [_attend_piece(queries, keys, values, piece, scaling) for piece in span.pieces]
+            if span.own:
+                own = key.narrow(2, span.row, span.num_queries), value.narrow(2, span.row, span.num_queries)
+                outputs.append(_flash(queries, *own, 0.0, True, scale=scaling))
+            output = outputs[0][0] if len(outputs) == 1 else _merge(outputs).to(query.dtype)
+            attended.append(output.transpose(1, 2))
+        return attended[0] if len(attended) == 1 else torch.cat(attended, 1)
+
+
+def _pieces(runs: Sequence[Run]) -> tuple[Piece, ...]:
+    long = [run for run in runs if run.length >= _MIN_VIEW_TOKENS]
+    short = [run for run in runs if run.length < _MIN_VIEW_TOKENS]
+    if len(short) == 1:
+        long, short = [*long, *short], []
+    pieces = [Piece(run.slot, run.length) for run in long]
+    if short:
+        slots = slots_of(short)
+        pieces.append(Piece(0, len(slots), torch.from_numpy(slots)))
+    return tuple(pieces)
+
+
+def _attend_piece(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, piece: Piece, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the output [1, heads, queries, head_dim] and its log-sum-exp [1, heads, queries]."""
+    if piece.gathered is None:
+        seen, content = keys.narrow(2, piece.slot, piece.length), values.narrow(2, piece.slot, piece.length)
+    else:
+        # In the pool's own order of memory, where a slot is one contiguous row.
+        seen = keys.transpose(1, 2).index_select(1, piece.gathered).transpose(1, 2)
+        content = values.transpose(1, 2).index_select(1, piece.gathered).transpose(1, 2)
+    output: tuple[torch.Tensor, torch.Tensor] = _flash(
+        queries, seen, content, 0.0, False, attn_mask=piece.mask, scale=scaling
+    )
+    return output
+
+
+def _merge(outputs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Join attention over disjoint keys, in float32: each part weighs as much as its share of the softmax's sum."""
+    merged, total = outputs[0][0].float(), outputs[0][1]
+    for output, log_sum in outputs[1:]:
+        merged = torch.lerp(merged, output.float(), torch.sigmoid(log_sum - total)[..., None])
+        total = torch.logaddexp(total, log_sum)
+    return merged

@@ -1,0 +1,129 @@
+"""The device pool's memory: the KV of every block, and whole blocks in and out. Who owns a block is not known here."""
+
+import math
+from collections.abc import Iterable
+from queue import SimpleQueue
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cache_store.layout import KVLayout
+from worker.ids import BlockId
+
+_Bytes = npt.NDArray[np.uint8]
+
+_CUDA_COPIES_AT_ONCE = 4
+
+
+class KVCache:
+    """`num_blocks` blocks of `layout` in one tensor, allocated once and touched, so that no step pays for page faults.
+
+    `data` is [layers, 2 (key, value), num_blocks * block_tokens, kv_heads, head_dim]: layer-first, so that
+    neighbouring blocks are one plain strided view in every layer.
+
+    `read_block` and `write_block` may be called from any thread while the engine's thread runs the model on other
+    blocks; the caller sees to it that nobody else writes the block meanwhile.
+    """
+
+    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.device = device
+        layers, _, block_tokens, kv_heads, head_dim = layout.block_shape
+        shape = (layers, 2, num_blocks * block_tokens, kv_heads, head_dim)
+        self.data = torch.empty(shape, dtype=getattr(torch, layout.dtype), device=device).zero_()
+        self._blocks: _HostBlocks | _CudaBlocks
+        self._blocks = _CudaBlocks(self.data, layout) if device.type == "cuda" else _HostBlocks(self.data, layout)
+
+    def read_block(self, block: BlockId, into: memoryview) -> None:
+        """Copy a block's KV into a host buffer of layout.block_bytes, in the order of layout.block_shape."""
+        assert into.nbytes == self.layout.block_bytes, f"{into.nbytes} != {self.layout.block_bytes} bytes"
+        self._blocks.read(self._first_slot(block), np.frombuffer(into, np.uint8))
+
+    def write_block(self, block: BlockId, payload: memoryview) -> None:
+        """Copy what `read_block` gave into a block. On return the model may attend to it."""
+        assert payload.nbytes == self.layout.block_bytes, f"{payload.nbytes} != {self.layout.block_bytes} bytes"
+        self._blocks.write(self._first_slot(block), np.frombuffer(payload, np.uint8))
+
+    def copy_tokens(self, source: BlockId, target: BlockId, num_tokens: int) -> None:
+        """Copy the KV of a block's first `num_tokens` tokens to another (copy on write). Engine's thread only."""
+        assert 0 < num_tokens <= self.layout.block_tokens
+        assert source != target
+        first, other = self._first_slot(source), self._first_slot(target)
+        self.data[:, :, other : other + num_tokens].copy_(self.data[:, :, first : first + num_tokens])
+
+    def poison(self, blocks: Iterable[BlockId]) -> None:
+        """Fill blocks with NaN, so that whoever reads what was never written there is found out."""
+        for block in blocks:
+            first = self._first_slot(block)
+            self.data[:, :, first : first + self.layout.block_tokens] = math.nan
+
+    def _first_slot(self, block: BlockId) -> int:
+        assert 0 <= block < self.num_blocks, f"block {block} of {self.num_blocks}"
+        return block * self.layout.block_tokens
+
+
+class _HostBlocks:
+    """Blocks of a pool in host memory. Copied by numpy: it lets go of the GIL as torch does, but wakes no team of
+    kernel threads, which would take the cores from the model's step for a copy that one core does at memory speed."""
+
+    def __init__(self, data: torch.Tensor, layout: KVLayout) -> None:
+        # [layers * 2, bytes of all slots]: a block is one contiguous piece of each row.
+        self._rows: _Bytes = data.view(torch.uint8).flatten(2).flatten(0, 1).numpy()
+        self._block_shape = (2 * layout.num_layers, layout.block_bytes // (2 * layout.num_layers))
+        self._slot_bytes = self._block_shape[1] // layout.block_tokens
+
+    def read(self, first_slot: int, into: _Bytes) -> None:
+        np.copyto(into.reshape(self._block_shape), self._block(first_slot))
+
+    def write(self, first_slot: int, payload: _Bytes) -> None:
+        np.copyto(self._block(first_slot), payload.reshape(self._block_shape))
+
+    def _block(self, first_slot: int) -> _Bytes:
+        first = first_slot * self._slot_bytes
+        return self._rows[:, first : first + self._block_shape[1]]
+
+
+class _CudaBlocks:
+    """Blocks of a pool on an accelerator, moved through pinned buffers on side streams of their own.
+
+    Each copy first waits for what the model's stream had been given by then: the step that wrote the block's KV, or
+    the last step that read what lay there before.
+    """
+
+    def __init__(self, data: torch.Tensor, layout: KVLayout) -> None:
+        self._data = data
+        self._block_tokens = layout.block_tokens
+        self._free: SimpleQueue[tuple[torch.cuda.Stream, torch.Tensor, torch.Tensor]] = SimpleQueue()
+        for _ in range(_CUDA_COPIES_AT_ONCE):
+            pinned = torch.empty(layout.block_shape, dtype=data.dtype, pin_memory=True)
+            on_device = torch.empty(layout.block_shape, dtype=data.dtype, device=data.device)
+            self._free.put((torch.cuda.Stream(data.device), pinned, on_device))
+
+    def read(self, first_slot: int, into: _Bytes) -> None:
+        stream, pinned, on_device = lane = self._free.get()
+        try:
+            with torch.cuda.stream(stream):
+                stream.wait_stream(torch.cuda.default_stream(self._data.device))
+                on_device.copy_(self._slots(first_slot))  # gather where memory is fast, then one contiguous transfer
+                pinned.copy_(on_device, non_blocking=True)
+            stream.synchronize()
+            np.copyto(into, pinned.view(torch.uint8).flatten().numpy())
+        finally:
+            self._free.put(lane)
+
+    def write(self, first_slot: int, payload: _Bytes) -> None:
+        stream, pinned, on_device = lane = self._free.get()
+        try:
+            np.copyto(pinned.view(torch.uint8).flatten().numpy(), payload)
+            with torch.cuda.stream(stream):
+                on_device.copy_(pinned, non_blocking=True)
+                stream.wait_stream(torch.cuda.default_stream(self._data.device))
+                self._slots(first_slot).copy_(on_device)
+            stream.synchronize()
+        finally:
+            self._free.put(lane)
+
+    def _slots(self, first_slot: int) -> torch.Tensor:
+        return self._data[:, :, first_slot : first_slot + self._block_tokens]
