@@ -21,7 +21,9 @@ ATTENTION_NAME = "rekindle"
 _MAX_SCORES = 1 << 24
 """Most attention scores that `exact_attention` holds at once: 64 MiB of float32."""
 
-_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "dropout", "output_attentions"})
+_HARMLESS = frozenset(
+    {"position_ids", "use_cache", "cache_position", "dropout", "output_attentions", "output_router_logits"}
+)
 """Arguments that models pass on and that say nothing about which scores there are."""
 
 
