@@ -75,6 +75,13 @@ def generate(engine: Engine, history: Sequence[int], new: Sequence[int], **optio
     return start(engine, history, new, **options).result()  # type: ignore[arg-type]
 
 
+def poison(engine: Engine) -> None:
+    """Fill every block that nobody uses with NaN: a restore that did not happen must not pass by luck."""
+    pool, kv_cache = engine._pool, engine._kv_cache
+    free = [block for block in range(pool.num_blocks) if pool._free[block]]
+    kv_cache.poison(free)
+
+
 EngineFactory = Callable[..., Engine]
 
 

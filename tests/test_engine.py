@@ -1,14 +1,18 @@
 """The engine: what a turn costs, what it finds again, and that it says the same whatever happened in between."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from redis import Redis
 
 from cache_store.embedded_redis import RedisServer
 from cache_store.errors import StoreUnavailable
-from tests.engines import TENANT, EngineFactory, Turn, generate, start
+from cache_store.ids import BlockHash
+from cache_store.open_store import open_block_store
+from cache_store.store import Store
+from tests.engines import TENANT, EngineFactory, Turn, generate, poison, start
 from worker.calls import Finished, FinishReason, MissReason, Sampling, Token
 from worker.engine import Engine
 from worker.errors import ContextTooLong, DeadlinePassed, Draining, Overloaded
@@ -30,11 +34,8 @@ def two_turns(engine: Engine, between: "list[str] | None" = None) -> tuple[Turn,
     return first, generate(engine, history, SECOND)
 
 
-def poison(engine: Engine) -> None:
-    """Fill every block that nobody uses with NaN: a restore that did not happen must not pass by luck."""
-    pool, kv_cache = engine._pool, engine._runner.kv_cache
-    free = [block for block in range(pool.num_blocks) if pool._free[block]]
-    kv_cache.poison(free)
+def key_of(name: BlockHash) -> str:
+    return f"rekindle:b:{name.hex()}"
 
 
 def undisturbed(build_engine: EngineFactory) -> tuple[Turn, Turn]:
@@ -131,8 +132,8 @@ def test_blocks_that_redis_lost_are_computed_one_by_one(build_engine: EngineFact
     history = (*prompt, *first.reply)
     engine.park(TENANT, history, drop_host=True, ttl_s=60).result(30)
     names = engine._histories._names(TENANT, history)
-    client = own_redis.client()
-    assert client.delete(*(f"rekindle:b:{name.hex()}" for name in (names[1], names[4]))) == 2
+    with Redis.from_url(own_redis.url) as client:
+        assert client.delete(key_of(names[1]), key_of(names[4])) == 2
     poison(engine)
     second = generate(engine, history, SECOND)
     assert second.receipt.redis_tokens == len(history) - 1 - 32
@@ -152,15 +153,15 @@ def test_blocks_that_redis_lost_are_computed_one_by_one(build_engine: EngineFact
     ids=["truncated", "one bit", "empty"],
 )
 def test_a_spoilt_block_is_a_miss_with_its_reason(
-    build_engine: EngineFactory, own_redis: RedisServer, spoil: "object", reason: MissReason
+    build_engine: EngineFactory, own_redis: RedisServer, spoil: Callable[[bytes], bytes], reason: MissReason
 ) -> None:
     engine = build_engine(redis_url=own_redis.url)
     first = generate(engine, (), PROMPT)
     history = (*PROMPT, *first.reply)
     engine.park(TENANT, history, drop_host=True, ttl_s=60).result(30)
-    key = f"rekindle:b:{engine._histories._names(TENANT, history)[1].hex()}"
-    client = own_redis.client()
-    client.set(key, spoil(client.get(key)))  # type: ignore[operator]
+    key = key_of(engine._histories._names(TENANT, history)[1])
+    with Redis.from_url(own_redis.url) as client:
+        client.set(key, spoil(client.get(key)))
     poison(engine)
     second = generate(engine, history, SECOND)
     assert second.receipt.misses[reason] == 16
@@ -168,22 +169,22 @@ def test_a_spoilt_block_is_a_miss_with_its_reason(
     assert second.reply == undisturbed(build_engine)[1].reply
 
 
-def test_a_block_of_other_tokens_under_this_name_of_another_model_is_refused(
+def test_a_block_of_another_model_is_refused_and_left_where_it_is(
     build_engine: EngineFactory, own_redis: RedisServer
 ) -> None:
     engine = build_engine(redis_url=own_redis.url)
-    other = build_engine(redis_url=own_redis.url, preset_seed=1)
-    histories: dict[Engine, tuple[int, ...]] = {}
-    for one in (engine, other):
-        histories[one] = (*PROMPT, *generate(one, (), PROMPT).reply)
-        one.park(TENANT, histories[one], drop_host=True, ttl_s=60).result(30)
-    client = own_redis.client()
-    mine, theirs = (f"rekindle:b:{one._histories._names(TENANT, PROMPT)[0].hex()}" for one in (engine, other))
-    assert mine != theirs
-    client.set(mine, client.get(theirs))
-    second = generate(engine, histories[engine], SECOND)
+    history = (*PROMPT, *generate(engine, (), PROMPT).reply)
+    engine.park(TENANT, history, drop_host=True, ttl_s=60).result(30)
+    name = engine._histories._names(TENANT, history)[1]
+    others = open_block_store(own_redis.url, engine.layout, b"another model", timeout_s=2, refresh_ttl_s=60)
+    assert others is not None
+    others.put([Store(name, 16, memoryview(bytes(engine.layout.block_bytes)), ttl_s=60)])
+    others.close()
+    poison(engine)
+    second = generate(engine, history, SECOND)
     assert second.receipt.misses[MissReason.FOREIGN] == 16
     assert second.reply == undisturbed(build_engine)[1].reply
+    assert engine.locate(TENANT, history, with_redis=True).result(30).redis_tokens == len(history) - 1
 
 
 def test_without_redis_turns_go_on_and_say_why_they_computed(

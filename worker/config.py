@@ -44,6 +44,9 @@ class WorkerConfig:
     store_queue_bytes: int = 256 << 20
     """Blocks waiting to be written to Redis; what comes on top is dropped (and counted)."""
 
+    block_ttl_s: int = 86_400
+    """How long Redis keeps a block that nobody uses, in seconds; each use begins that time anew. 0: for ever."""
+
     max_step_tokens: int = 512
     """Tokens run through the model in one step: decoding sequences first, then chunks of prompts."""
 
@@ -83,7 +86,14 @@ class WorkerConfig:
         for name in ("max_step_tokens", "max_running", "redis_timeout_s", "restore_timeout_s", "store_queue_bytes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("device_cache_bytes", "host_cache_bytes", "max_waiting", "cpu_threads", "metrics_port"):
+        for name in (
+            "device_cache_bytes",
+            "host_cache_bytes",
+            "max_waiting",
+            "cpu_threads",
+            "metrics_port",
+            "block_ttl_s",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.max_step_tokens < self.max_running:

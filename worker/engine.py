@@ -62,6 +62,7 @@ class Engine:
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size = loaded.vocab_size
         self._config = config
+        self._kv_cache = kv_cache
         self._runner = ModelRunner(loaded, kv_cache)
         self._sampler = Sampler(loaded.vocab_size, loaded.device)
         self._host = host
@@ -92,7 +93,9 @@ class Engine:
         loaded = load_model(config)
         block_bytes = loaded.layout.block_bytes
         kv_cache = KVCache(loaded.layout, loaded.num_device_blocks(config.device_cache_bytes), loaded.device)
-        host = HostTier(max(_MIN_HOST_BLOCKS, config.host_cache_bytes // block_bytes), block_bytes)
+        host = HostTier(
+            capacity_bytes=max(config.host_cache_bytes, _MIN_HOST_BLOCKS * block_bytes), block_bytes=block_bytes
+        )
         store = open_block_store(
             config.redis_url,
             loaded.layout,
@@ -188,16 +191,22 @@ class Engine:
         )
 
     def check(self) -> None:
-        """Prove that blocks balance; when the engine is idle, also that no block is used."""
-        self._ask(lambda future: future.set_result(self._check())).result(timeout=60)
+        """Prove that blocks balance; when no request is left, that none is used. For idle moments and tests."""
+        settled = self._mover.settled(timeout_s=30)
+        self._do(lambda: self._check(settled)).result(timeout=60)
 
     def drain(self, within_s: float) -> None:
-        """Take no new work and wait for what runs. What is left after `within_s` fails with Draining."""
+        """Take no new work, wait for what runs, and store what is not in Redis yet: the next worker finds it all.
+
+        What still runs after `within_s` fails with Draining.
+        """
         self._draining = True
         deadline = time.monotonic() + within_s
+        self._do(lambda: None).result()  # whatever was submitted before is in by now
         while self._requests and time.monotonic() < deadline:
             time.sleep(0.01)
-        self._post(self._fail_all)
+        self._do(self._fail_all).result()
+        self._mover.store_tails()
 
     def close(self, *, flush_s: float = 5.0) -> None:
         """Stop: fail what runs, write out what is queued for Redis within `flush_s`, and let go of everything."""
@@ -209,7 +218,6 @@ class Engine:
         self._mover.close(flush_s=flush_s)
         self._post(self._stop)
         self._thread.join()
-        self._host.close()
 
     # On the engine's thread
 
@@ -307,14 +315,21 @@ class Engine:
     def _stop(self) -> None:
         self._closed = True
 
-    def _check(self) -> None:
+    def _check(self, settled: bool) -> None:
         self._scheduler.check()
-        if not self._requests and self._mover.idle():
+        if not self._requests and settled:
             used = self._pool.stats().used
             assert used == 0, f"{used} blocks are used by nobody"
 
     def _post(self, act: Callable[[], None]) -> None:
         self._inbox.put(act)
+
+    def _do(self, act: Callable[[], None]) -> Future[None]:
+        def run(future: Future[None]) -> None:
+            act()
+            future.set_result(None)
+
+        return self._ask(run)
 
     def _ask(self, act: Callable[[Future[T]], None]) -> Future[T]:
         """Run `act` on the engine's thread; it answers through the future, now or later."""

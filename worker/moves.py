@@ -96,6 +96,7 @@ class Mover:
         self._copying = 0
         self._to_store: list[tuple[Slot, BlockHash, int, int]] = []
         self._pending: Counter[BlockHash] = Counter()
+        self._tails: dict[BlockHash, tuple[int, int]] = {}
         self._closed = False
         self.stores_dropped = 0
         self._copier = ThreadPoolExecutor(1, "offload")
@@ -132,6 +133,10 @@ class Mover:
             job.done()
             if job.to_store and self.store is not None:
                 self._queue_store(job.name, job.num_tokens, job.ttl_s)
+            elif not job.to_store:
+                self._tails[job.name] = (job.num_tokens, job.ttl_s)
+                if len(self._tails) > self.host.use().capacity:  # the host tier has not kept all of them
+                    self._tails.pop(next(iter(self._tails)))
             self._settle(job.name)
 
     def _queue_store(self, name: BlockHash, num_tokens: int, ttl_s: int) -> None:
@@ -176,9 +181,29 @@ class Mover:
         with self._changed:
             return self._changed.wait_for(lambda: not any(name in self._pending for name in names), timeout_s)
 
-    def idle(self) -> bool:
-        """Nothing is on its way down."""
-        return not self._pending
+    def outgrown(self, name: BlockHash) -> None:
+        """The conversation has gone on from this unfull block: nobody will miss it in the store."""
+        self._tails.pop(name, None)
+
+    def store_tails(self) -> None:
+        """Write the unfull last blocks, which no turn has taken up yet, to the store. Blocks its caller."""
+        tails, self._tails = self._tails, {}
+        if self.store is None:
+            return
+        by_ttl: dict[int, list[tuple[BlockHash, int, BlockId | None]]] = {}
+        for name, (num_tokens, ttl_s) in tails.items():
+            by_ttl.setdefault(ttl_s, []).append((name, num_tokens, None))
+        try:
+            for ttl_s, blocks in by_ttl.items():
+                self.park(blocks, ttl_s=ttl_s)
+        except StoreError as error:
+            self.stores_dropped += len(tails)
+            log.warning("unfull blocks not stored", blocks=len(tails), error=str(error))
+
+    def settled(self, *, timeout_s: float) -> bool:
+        """Wait until nothing is on its way down. False if that took longer. Blocks its caller."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._pending, timeout_s)
 
     def park(
         self, blocks: Sequence[tuple[BlockHash, int, BlockId | None]], *, ttl_s: int
@@ -202,6 +227,8 @@ class Mover:
                         slots.append((slot, name, num_tokens))
                 self.store.put([Store(name, count, slot.buffer, ttl_s) for slot, name, count in slots])
                 present |= {name for _, name, _ in slots}
+                for _, name, _ in slots:
+                    self._tails.pop(name, None)
                 num_bytes += sum(len(slot.buffer) for slot, _, _ in slots)
             finally:
                 for slot, _, _ in slots:

@@ -86,6 +86,8 @@ class Scheduler:
         request.table = [shared[index] if index in shared else next(rest) for index in range(request.num_blocks)]
         found: dict[int, Tier | MissReason] = {}
         for want in wanted:
+            if want.content_tokens < size:
+                self.mover.outgrown(want.name)
             if want.index not in on_device:
                 self.pool.need(want.name)
                 continue
