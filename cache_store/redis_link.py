@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from redis import ConnectionPool, Redis, RedisCluster
+from redis import exceptions as theirs
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode
 from redis.crc import key_slot
@@ -62,8 +63,9 @@ class RedisLink:
         with ours(f"connect to {node or 'redis'}"):
             try:
                 connection.connect()
-            except BaseException:
-                connection.disconnect()
+            except theirs.TimeoutError as error:
+                if left_s < self.timeout_s:
+                    raise DeadlinePassed(f"no connection to {node or 'redis'} before the deadline") from error
                 raise
         # redis-py has no public name for this. Its parser has read every reply of the handshake and holds nothing back.
         return Wire(connection._sock, stall_s=self.timeout_s, disconnect=connection.disconnect)

@@ -373,6 +373,14 @@ def test_a_stalled_server_makes_blocks_late_by_the_deadline(own_redis: RedisServ
     assert fetch(own_store, wanted(0, 1)) == [Fetched.HIT] * 2
 
 
+def test_a_short_deadline_says_nothing_about_the_server(own_redis: RedisServer, own_store: BlockStore) -> None:
+    own_redis.pause()
+    for _ in range(5):
+        assert fetch(own_store, wanted(0), within_s=0.05) == [Fetched.LATE], "connecting, this time"
+    assert own_store.available()
+    own_redis.resume()
+
+
 def test_a_stalled_server_is_given_up_before_a_far_deadline(own_redis: RedisServer, own_store: BlockStore) -> None:
     own_store.put(stored(0, 1))
     own_redis.pause()

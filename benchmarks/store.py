@@ -1,0 +1,211 @@
+"""Blocks into and out of Redis, from and to real tensors: our store, a bare socket (the limit) and redis-py.
+
+All speak to the same server and overwrite values that are there. TTLs are not refreshed after a get: that happens
+behind the caller, and would only disturb the side that is measured next.
+"""
+
+import itertools
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from urllib.parse import urlsplit
+
+import redis
+import torch
+import xxhash
+
+from benchmarks.harness import at_least, finish, interleaved, medians
+from cache_store.embedded_redis import RedisServer
+from cache_store.frame import HEADER_BYTES, Framer, check_payload
+from cache_store.ids import BlockHash, full_block_hashes, root_hash
+from cache_store.layout import KVLayout
+from cache_store.open_store import open_block_store
+from cache_store.store import BlockStore, Fetch, Fetched, Store
+
+_IN_FLIGHT = 2
+_PIECE_BYTES = 256 * 1024
+_TOKENS = 16
+_TTL_S = 3600
+_TIMEOUT_S = 10.0
+
+Buffers = Sequence[memoryview]
+Side = Callable[[], None]
+
+
+def run(*, block_bytes: int = 1_835_008, blocks: int = 64, rounds: int = 7, as_json: bool = False) -> int:
+    """Measure GB/s; return 0 when every bar holds. `block_bytes` is a multiple of 4096."""
+    layout = KVLayout(
+        num_layers=block_bytes // 4096, num_kv_heads=1, head_dim=32, block_tokens=_TOKENS, dtype="float32"
+    )
+    if layout.block_bytes != block_bytes:
+        raise ValueError(f"block_bytes must be a multiple of 4096, got {block_bytes}")
+    source = torch.randn(blocks, *layout.block_shape)
+    target = torch.full_like(source, torch.nan)  # touches every page
+    outgoing, incoming = _views(source), _views(target)
+    with ExitStack() as stack:
+        server = stack.enter_context(RedisServer())
+        sides: dict[str, Side] = {}
+        for transport, url in (("unix", server.unix_url), ("tcp", server.url)):
+            store = open_block_store(url, layout, b"benchmark", timeout_s=_TIMEOUT_S, refresh_ttl_s=0)
+            assert store is not None
+            ours = _Ours(stack.enter_context(closing(store)), outgoing, incoming)
+            raw = _Raw(stack.enter_context(_connected(url)), outgoing, incoming)
+            client = stack.enter_context(redis.Redis.from_url(url))
+            theirs = _RedisPy(client, Framer(layout, b"benchmark"), outgoing, incoming)
+            bare = _RedisPyBare(client, outgoing, incoming)
+            for name, side in (("raw", raw), ("rekindle", ours), ("redis-py", theirs), ("bare redis-py", bare)):
+                sides[f"{transport} put {name}"] = side.put
+                sides[f"{transport} get {name}"] = side.get
+        timed = {name: _gb_per_s(side, blocks * block_bytes) for name, side in sides.items()}
+        speeds = medians(interleaved(timed, rounds=rounds, quiet=as_json, title="store"))
+        target.fill_(torch.nan)
+        ours.get()
+        if not torch.equal(source, target):
+            raise RuntimeError("the blocks that came back are not those that were stored")
+    bars = [
+        at_least(f"{transport} get against a raw socket", _ratio(speeds, f"{transport} get", "raw"), 0.8)
+        for transport in ("unix", "tcp")
+    ] + [
+        at_least(f"{transport} {verb} against redis-py", _ratio(speeds, f"{transport} {verb}", "redis-py"), 1.5)
+        for transport, verb in itertools.product(("unix", "tcp"), ("put", "get"))
+    ]
+    figures = {"block_bytes": block_bytes, "blocks": blocks} | {f"{name} GB/s": gb for name, gb in speeds.items()}
+    return finish("store", figures, bars, as_json=as_json)
+
+
+class _Ours:
+    def __init__(self, store: BlockStore, outgoing: Buffers, incoming: Buffers) -> None:
+        pairs = list(zip(_names(len(outgoing)), outgoing, incoming, strict=True))
+        self._store = store
+        self._stores = [Store(name, _TOKENS, payload, _TTL_S) for name, payload, _ in pairs]
+        self._fetches = [Fetch(name, _TOKENS, into) for name, _, into in pairs]
+
+    def put(self) -> None:
+        self._store.put(self._stores)
+
+    def get(self) -> None:
+        self._store.get(self._fetches, _must_hit, deadline_s=time.monotonic() + _TIMEOUT_S)
+
+
+class _Raw:
+    """The least that a client can do: commands ready-made, no checksum, no error but an assertion."""
+
+    def __init__(self, sock: socket.socket, outgoing: Buffers, incoming: Buffers) -> None:
+        self._sock, self._outgoing, self._incoming = sock, outgoing, incoming
+        block_bytes = outgoing[0].nbytes
+        keys = [b"raw:%04d" % number for number in range(len(outgoing))]
+        self._sets = [b"*3\r\n$3\r\nSET\r\n$8\r\n%b\r\n$%d\r\n" % (key, block_bytes) for key in keys]
+        self._gets = [b"*2\r\n$3\r\nGET\r\n$8\r\n%b\r\n" % key for key in keys]
+        self._head = memoryview(bytearray(len(b"$%d\r\n" % block_bytes)))
+        self._tail = memoryview(bytearray(2))
+        self._ok = memoryview(bytearray(5))
+
+    def put(self) -> None:
+        for number, payload in enumerate(self._outgoing):
+            parts = [memoryview(self._sets[number]), payload, memoryview(b"\r\n")]
+            while parts:
+                sent = self._sock.sendmsg(parts)
+                while parts and sent >= parts[0].nbytes:
+                    sent -= parts.pop(0).nbytes
+                if sent:
+                    parts[0] = parts[0][sent:]
+            if number >= _IN_FLIGHT - 1:
+                self._receive(self._ok)
+        for _ in range(_IN_FLIGHT - 1):
+            self._receive(self._ok)
+        assert bytes(self._ok) == b"+OK\r\n"
+
+    def get(self) -> None:
+        for command in self._gets[: _IN_FLIGHT - 1]:
+            self._sock.sendall(command)
+        for number, into in enumerate(self._incoming):
+            for command in self._gets[number + _IN_FLIGHT - 1 : number + _IN_FLIGHT]:
+                self._sock.sendall(command)
+            self._receive(self._head)
+            self._receive(into)
+            self._receive(self._tail)
+        assert bytes(self._tail) == b"\r\n"
+
+    def _receive(self, into: memoryview) -> None:
+        filled = 0
+        while filled < len(into):
+            filled += self._sock.recv_into(into[filled : filled + _PIECE_BYTES])
+
+
+class _RedisPy:
+    """redis-py's client and default parser doing the same: one value of header and payload, checked when it is back."""
+
+    def __init__(self, client: redis.Redis, framer: Framer, outgoing: Buffers, incoming: Buffers) -> None:
+        self._client, self._framer, self._outgoing, self._incoming = client, framer, outgoing, incoming
+        self._names = _names(len(outgoing))
+
+    def put(self) -> None:
+        for block, payload in zip(self._names, self._outgoing, strict=True):
+            self._client.set(block, b"".join((self._framer.header(block, _TOKENS, payload), payload)), ex=_TTL_S)
+
+    def get(self) -> None:
+        for block, into in zip(self._names, self._incoming, strict=True):
+            value = self._client.get(block)
+            assert isinstance(value, bytes)
+            expected = self._framer.expect(
+                value[:HEADER_BYTES], block=block, num_tokens=_TOKENS, value_bytes=len(value)
+            )
+            payload = memoryview(value)[HEADER_BYTES:]
+            check_payload(xxhash.xxh3_64_intdigest(payload), expected)
+            into[:] = payload
+
+
+class _RedisPyBare:
+    """redis-py handed one buffer, which it sends uncopied: no header, no checksum. Not a block, but its best."""
+
+    def __init__(self, client: redis.Redis, outgoing: Buffers, incoming: Buffers) -> None:
+        self._client, self._outgoing, self._incoming = client, outgoing, incoming
+
+    def put(self) -> None:
+        for number, payload in enumerate(self._outgoing):
+            self._client.set(f"bare:{number}", payload)
+
+    def get(self) -> None:
+        for number, into in enumerate(self._incoming):
+            value = self._client.get(f"bare:{number}")
+            assert isinstance(value, bytes)
+            into[:] = value
+
+
+def _names(blocks: int) -> list[BlockHash]:
+    return list(full_block_hashes(root_hash(b"benchmark", ""), range(_TOKENS * blocks), _TOKENS))
+
+
+def _views(tensor: torch.Tensor) -> list[memoryview]:
+    return [memoryview(block.reshape(-1).view(torch.uint8).numpy()) for block in tensor]
+
+
+def _connected(url: str) -> socket.socket:
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(parts.path)
+        return sock
+    assert parts.port is not None
+    sock = socket.create_connection(("127.0.0.1", parts.port))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def _must_hit(index: int, outcome: Fetched) -> None:
+    if outcome is not Fetched.HIT:
+        raise RuntimeError(f"block {index} is {outcome.name}")
+
+
+def _gb_per_s(side: Side, num_bytes: int) -> Callable[[], float]:
+    def measure() -> float:
+        start_s = time.perf_counter()
+        side()
+        return num_bytes / (time.perf_counter() - start_s) / 1e9
+
+    return measure
+
+
+def _ratio(speeds: dict[str, float], what: str, against: str) -> float:
+    return speeds[f"{what} rekindle"] / speeds[f"{what} {against}"]
