@@ -65,23 +65,15 @@ class Client:
         timeout_s: float = 30.0,
         turn_timeout_s: float = 600.0,
         connect_timeout_s: float = 5.0,
-        token: str = "",
-        root_certificates: bytes | None = None,
     ) -> None:
-        """`token` names the tenant (sent as a bearer token). `root_certificates` (PEM) turns TLS on."""
         options = [
             ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
         ]
-        if root_certificates is None:
-            self._channel = grpc.aio.insecure_channel(target, options)
-        else:
-            credentials = grpc.ssl_channel_credentials(root_certificates)
-            self._channel = grpc.aio.secure_channel(target, credentials, options)
+        self._channel = grpc.aio.insecure_channel(target, options)
         self._target = target
         self._timeout_s, self._turn_timeout_s, self._connect_timeout_s = timeout_s, turn_timeout_s, connect_timeout_s
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._inference: Any = InferenceStub(self._channel)  # type: ignore[no-untyped-call]  # generated code
         self._sessions: Any = SessionsStub(self._channel)  # type: ignore[no-untyped-call]
         self._cache: Any = CacheStub(self._channel)  # type: ignore[no-untyped-call]
@@ -177,7 +169,7 @@ class Client:
 
     async def _call(self, method: Callable[..., Awaitable[T]], request: Message, timeout_s: float | None) -> T:
         try:
-            return await method(request, timeout=timeout_s or self._timeout_s, metadata=self._metadata)
+            return await method(request, timeout=timeout_s or self._timeout_s)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
 
@@ -188,7 +180,7 @@ class Client:
                 await self._channel.channel_ready()
         except TimeoutError:
             raise make_error(grpc.StatusCode.UNAVAILABLE, f"no connection to {self._target}") from None
-        return self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
+        return self._inference.Generate(request, timeout=timeout_s)
 
 
 class Generation:

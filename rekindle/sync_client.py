@@ -10,28 +10,29 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from protos import rekindle_pb2 as pb
-from rekindle.client import Client, Generation, Input
+from rekindle.client import Client as AsyncClient
+from rekindle.client import Generation, Input
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def _blocking(
-    method: Callable[Concatenate[Client, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate["SyncClient", P], T]:
-    """Make the blocking counterpart of a method of Client."""
+    method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate["Client", P], T]:
+    """Make the blocking counterpart of a method of the asynchronous client."""
 
     @wraps(method)
-    def call(self: "SyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self._loop.run(method(self._client, *args, **kwargs))
 
     return call
 
 
-class SyncClient:
-    """A connection to a Rekindle server. Use it as `with SyncClient("host:port") as client:`. Safe to share by threads.
+class Client:
+    """A connection to a Rekindle server. Use it as `with Client("host:port") as client:`. Safe to share by threads.
 
-    Takes what Client takes.
+    Takes what rekindle.client.Client takes.
     """
 
     def __init__(self, target: str, **options: Any) -> None:
@@ -52,23 +53,23 @@ class SyncClient:
     def generate(
         self, input: Input, *, session_id: str = "", timeout_s: float | None = None, **sampling: Any
     ) -> "SyncGeneration":
-        """Start one turn, as Client.generate does."""
+        """Start one turn, as the asynchronous client does."""
         return SyncGeneration(
             self._loop, self._client.generate(input, session_id=session_id, timeout_s=timeout_s, **sampling)
         )
 
     def list_sessions(self, *, page_size: int = 0, timeout_s: float | None = None) -> Iterator[pb.Session]:
-        """Yield all sessions, as Client.list_sessions does."""
+        """Yield all sessions, as the asynchronous client does."""
         return self._loop.iterate(self._client.list_sessions(page_size=page_size, timeout_s=timeout_s))
 
-    create_session = _blocking(Client.create_session)
-    get_session = _blocking(Client.get_session)
-    update_session = _blocking(Client.update_session)
-    fork_session = _blocking(Client.fork_session)
-    park_session = _blocking(Client.park_session)
-    warm_session = _blocking(Client.warm_session)
-    delete_session = _blocking(Client.delete_session)
-    stats = _blocking(Client.stats)
+    create_session = _blocking(AsyncClient.create_session)
+    get_session = _blocking(AsyncClient.get_session)
+    update_session = _blocking(AsyncClient.update_session)
+    fork_session = _blocking(AsyncClient.fork_session)
+    park_session = _blocking(AsyncClient.park_session)
+    warm_session = _blocking(AsyncClient.warm_session)
+    delete_session = _blocking(AsyncClient.delete_session)
+    stats = _blocking(AsyncClient.stats)
 
 
 class SyncGeneration:
@@ -147,8 +148,8 @@ class _LoopThread:
         self._loop.close()
 
 
-async def _make_client(target: str, options: dict[str, Any]) -> Client:
-    return Client(target, **options)  # grpc.aio binds a channel to the loop it is made on
+async def _make_client(target: str, options: dict[str, Any]) -> AsyncClient:
+    return AsyncClient(target, **options)  # grpc.aio binds a channel to the loop it is made on
 
 
 async def _next(items: AsyncIterator[T]) -> T | None:

@@ -24,13 +24,11 @@ class ScriptedFrontEnd:
     turns: list[Script] = field(default_factory=list)
     errors: list[grpc.StatusCode | None] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
-    metadata: list[tuple[str, str]] = field(default_factory=list)
     sessions: list[pb.Session] = field(default_factory=list)
     target: str = ""
 
     async def generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         self.requests.append(request)
-        self.metadata.extend(context.invocation_metadata() or ())
         script = self.turns[len([seen for seen in self.requests if isinstance(seen, pb.GenerateRequest)]) - 1]
         async for response in script(request, context):
             yield response

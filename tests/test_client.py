@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from protos import rekindle_pb2 as pb
 from rekindle import errors
 from rekindle.client import Client
-from rekindle.sync_client import SyncClient
+from rekindle.sync_client import Client as PlainClient
 from tests.scripted_front_end import Script, ScriptedFrontEnd, delta, finished, refuse, serving
 
 
@@ -79,13 +79,6 @@ async def test_chat_messages_and_token_ids_travel_in_their_own_fields(
 async def test_an_unknown_sampling_field_is_refused_before_anything_is_sent(client: Client) -> None:
     with pytest.raises(ValueError, match="temprature"):
         client.generate("hello", temprature=1.0)
-
-
-async def test_the_token_travels_as_a_bearer_token(front_end: ScriptedFrontEnd) -> None:
-    front_end.turns = [reply]
-    async with Client(front_end.target, token="secret") as client:
-        await client.generate("hello").read()
-    assert ("authorization", "Bearer secret") in front_end.metadata
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
@@ -257,7 +250,7 @@ async def test_the_plain_client_does_the_same_from_a_thread(front_end: ScriptedF
     front_end.errors = [grpc.StatusCode.NOT_FOUND]
 
     def use() -> None:
-        with SyncClient(front_end.target, timeout_s=10.0) as client:
+        with PlainClient(front_end.target, timeout_s=10.0) as client:
             with pytest.raises(errors.NotFound):
                 client.get_session("s")
             assert client.create_session("mine", ttl_s=5).session_id == "mine"

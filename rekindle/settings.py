@@ -1,0 +1,136 @@
+"""All settings of `rekindle serve`: one typed object, and each setting as the command line shows it.
+
+A setting is described once, in the docstring under its field. Knows neither gRPC nor Ray nor cyclopts.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self, get_type_hints
+
+from server.config import ServerConfig
+from worker.config import ConfigError, WorkerConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemConfig:
+    """What the system consists of besides a front end: workers on Ray, and perhaps a Redis of its own."""
+
+    num_workers: int = 1
+    """Workers to start. Each is a Ray actor with a whole copy of the model."""
+
+    gpus_per_worker: float = 0.0
+    """GPUs that Ray reserves for a worker; 0 runs it on the CPU."""
+
+    cpus_per_worker: float = 1.0
+    """CPU cores that Ray reserves for a worker."""
+
+    ray_address: str = ""
+    """A running Ray cluster: HOST:PORT, ray://HOST:PORT or auto; empty starts a local one that ends with the server."""
+
+    embedded_redis: bool = False
+    """Start a Redis server of its own, on loopback and in memory, that ends with the server: conversations too.
+    --redis-url is then ignored."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ConfigError(f"num_workers must be at least 1, got {self.num_workers}")
+        for name in ("gpus_per_worker", "cpus_per_worker"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One setting: the flag --NAME, the TOML key NAME, the environment's REKINDLE_NAME."""
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    group: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that `rekindle serve` can be told."""
+
+    server: ServerConfig
+    worker: WorkerConfig
+    system: SystemConfig
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """Build from values by setting name; what is not named keeps its default. Raises ValueError (ConfigError)."""
+        return cls(
+            **{
+                part: config(**{field: values[name] for field, name in _names(config).items() if name in values})
+                for part, config in _PARTS.items()
+            }
+        )
+
+
+_PARTS: dict[str, type] = {"server": ServerConfig, "worker": WorkerConfig, "system": SystemConfig}
+
+_SHARED = frozenset({"redis_url", "redis_timeout_s", "block_ttl_s"})
+"""One value for front end and workers. Other names that both have are two settings, the worker's with a prefix."""
+
+_GROUPS = {
+    "Front end": (),
+    "Model": ("model", "dtype", "device", "cpu_threads", "preset_seed", "show_progress"),
+    "Memory": ("block_tokens", "device_cache_bytes", "host_cache_bytes"),
+    "Redis": (
+        "redis_url",
+        "redis_timeout_s",
+        "block_ttl_s",
+        "restore_timeout_s",
+        "store_queue_bytes",
+        "embedded_redis",
+    ),
+    "Batching": ("max_step_tokens", "max_running", "max_waiting"),
+    "Workers and Ray": (),
+}
+_GROUP_OF_THE_REST = {ServerConfig: "Front end", WorkerConfig: "Workers and Ray", SystemConfig: "Workers and Ray"}
+
+
+def all_settings() -> Iterator[Setting]:
+    """Every setting once, by group."""
+    settings = {setting.name: setting for config in _PARTS.values() for setting in _settings_of(config)}
+    yield from sorted(settings.values(), key=lambda setting: list(_GROUPS).index(setting.group))
+
+
+def _settings_of(config: type) -> Iterator[Setting]:
+    names, kinds, helps = _names(config), get_type_hints(config), field_docs(config)
+    for field in fields(config):
+        group = next((group for group, members in _GROUPS.items() if field.name in members), _GROUP_OF_THE_REST[config])
+        yield Setting(
+            name=names[field.name],
+            kind=kinds[field.name],
+            default=field.default,
+            help=helps[field.name],
+            group=group,
+        )
+
+
+def _names(config: type) -> dict[str, str]:
+    """Field to setting name."""
+    taken = {field.name for field in fields(ServerConfig)} - _SHARED if config is WorkerConfig else set()
+    return {field.name: f"worker_{field.name}" if field.name in taken else field.name for field in fields(config)}
+
+
+def field_docs(config: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, on one line. One docstring serves all fields right above it."""
+    docs: dict[str, str] = {}
+    undocumented: list[str] = []
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
+    assert isinstance(definition, ast.ClassDef)
+    for statement in definition.body:
+        match statement:
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                undocumented.append(name)
+            case ast.Expr(value=ast.Constant(value=str(text))):
+                docs |= dict.fromkeys(undocumented, " ".join(text.split()))
+                undocumented.clear()
+    return docs
