@@ -48,7 +48,7 @@ def test_a_turn_looks_for_the_unfull_block_that_its_history_ended_with() -> None
     tail = wanted[2]
     assert (tail.index, tail.content_tokens, tail.offers) == (2, 7, 7)
     assert tail.name == chain(wanted[1].name, history[32:39])
-    assert wanted[:3] == wanted_by_history(ROOT, full_names(ROOT, history, 16), history, 16)
+    assert wanted[:3] == wanted_by_history(ROOT, history, 16)
     assert len(wanted) == 4
 
 
@@ -74,3 +74,12 @@ def test_every_computed_token_has_a_reason() -> None:
     assert why_missed(MissReason.CORRUPT, 5, 10) is MissReason.CORRUPT
     assert why_missed(MissReason.ABSENT, 9, 10) is MissReason.TAIL
     assert why_missed(MissReason.UNAVAILABLE, 10, 10) is MissReason.NEW
+
+
+def test_a_history_that_ends_with_a_block_has_that_block_but_for_its_last_token() -> None:
+    wanted = wanted_by_history(ROOT, list(range(32)), 16)
+    assert [(want.index, want.content_tokens) for want in wanted] == [(0, 16), (1, 15)]
+    assert wanted_by_history(ROOT, list(range(33)), 16) == [
+        *wanted[:1],
+        *wanted_by_prompt(ROOT, full_names(ROOT, list(range(33)), 16), list(range(33)), 33, 16)[1:],
+    ]

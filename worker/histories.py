@@ -112,12 +112,13 @@ class Histories:
         self._threads.shutdown(wait=True)
 
     def _wanted(self, tenant: str, tokens: Sequence[int]) -> list[Wanted]:
-        root = root_hash(self._fingerprint, tenant)
-        size = self._layout.block_tokens
-        return wanted_by_history(root, full_names(root, tokens, size), tokens, size)
+        return wanted_by_history(root_hash(self._fingerprint, tenant), tokens, self._layout.block_tokens)
 
     def _names(self, tenant: str, tokens: Sequence[int]) -> list[BlockHash]:
-        return [want.name for want in self._wanted(tenant, tokens)]
+        """Of every block that holds any of these tokens and no others: a last block that a later turn filled up too."""
+        names = [want.name for want in self._wanted(tenant, tokens)]
+        full = full_names(root_hash(self._fingerprint, tenant), tokens, self._layout.block_tokens)
+        return list(dict.fromkeys([*names, *full]))
 
     def _store(self) -> BlockStore:
         if self._mover.store is None:

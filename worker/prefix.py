@@ -54,13 +54,10 @@ def wanted_by_prompt(
     return wanted
 
 
-def wanted_by_history(
-    root: BlockHash, names: Sequence[BlockHash], tokens: Sequence[int], block_tokens: int
-) -> list[Wanted]:
-    """All blocks that a committed history can have: its full ones, and the unfull last one."""
-    num_kv = max(0, len(tokens) - 1)
+def wanted_by_history(root: BlockHash, tokens: Sequence[int], block_tokens: int) -> list[Wanted]:
+    """All blocks of a committed history (which has KV for all tokens but its last): full ones, and the unfull one."""
+    kv_tokens = tokens[: max(0, len(tokens) - 1)]
+    names = full_names(root, kv_tokens, block_tokens)
+    tail = tail_of(root, names, kv_tokens, len(kv_tokens), block_tokens)
     wanted = [Wanted(index, name, block_tokens, block_tokens) for index, name in enumerate(names)]
-    tail = tail_of(root, names, tokens, num_kv, block_tokens)
-    if tail is not None and tail.index == len(wanted):
-        wanted.append(tail)
-    return wanted
+    return wanted if tail is None else [*wanted, tail]
