@@ -1,0 +1,132 @@
+"""An engine that plays a script on a thread of its own, for tests of what is around the engine."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from cache_store.layout import KVLayout
+from worker.calls import (
+    DropReport,
+    EngineStats,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerateCall,
+    Located,
+    MissReason,
+    ParkReport,
+    Receipt,
+    TierUse,
+    WarmReport,
+)
+
+T = TypeVar("T")
+
+
+class FakeEngine:
+    """Each submitted call hears `script`, then `reason`; with `reason` None it waits to be finished or cancelled."""
+
+    def __init__(self, *, vocab_size: int = 1000) -> None:
+        self.max_context_tokens = 4096
+        self.layout = KVLayout(num_layers=2, num_kv_heads=1, head_dim=8, block_tokens=16, dtype="float32")
+        self.fingerprint = b"\x01\x02"
+        self.eos_token_ids = frozenset({1})
+        self.vocab_size = vocab_size
+        self.script: Sequence[Event] = ()
+        self.reason: FinishReason | None = FinishReason.LENGTH
+        self.refusal: Exception | None = None
+        """Raised by `submit`, and by the futures of everything else."""
+        self.calls: list[GenerateCall] = []
+        self.asked: list[tuple[object, ...]] = []
+        self.ended: dict[str, threading.Event] = {}
+        self.kept: dict[str, int] = {}
+        self.steps: list[str] = []
+        self._thread = ThreadPoolExecutor(1)
+
+    def submit(self, call: GenerateCall, listener: Callable[[Event], None]) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.calls.append(call)
+        self.ended[call.request_id] = threading.Event()
+        self._thread.submit(self._play, call, listener)
+
+    def cancel(self, request_id: str) -> None:
+        self.ended[request_id].set()
+
+    def finish(self, request_id: str, num_kept: int) -> None:
+        self.kept[request_id] = num_kept
+        self.ended[request_id].set()
+
+    def park(self, tenant: str, tokens: Sequence[int], *, drop_host: bool, ttl_s: int) -> Future[ParkReport]:
+        return self._answer(ParkReport(32, 2, 1, 999), "park", tenant, tokens, drop_host, ttl_s)
+
+    def warm(self, tenant: str, tokens: Sequence[int]) -> Future[WarmReport]:
+        return self._answer(WarmReport(48, 16), "warm", tenant, tokens)
+
+    def flush(self, tenant: str, tokens: Sequence[int]) -> Future[None]:
+        return self._answer(None, "flush", tenant, tokens)
+
+    def locate(self, tenant: str, tokens: Sequence[int], *, with_redis: bool) -> Future[Located]:
+        return self._answer(Located(16, 32, 48), "locate", tenant, tokens, with_redis)
+
+    def drop(self, tenant: str, tokens: Sequence[int], *, with_redis: bool) -> Future[DropReport]:
+        return self._answer(DropReport(1, 2, 3), "drop", tenant, tokens, with_redis)
+
+    def retain(self, tenant: str, tokens: Sequence[int], *, ttl_s: int) -> Future[int]:
+        return self._answer(7, "retain", tenant, tokens, ttl_s)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            device_tokens=1,
+            host_tokens=2,
+            redis_tokens=3,
+            computed_tokens=4,
+            device=TierUse(5, 10, 500, 1000),
+            host=TierUse(6, 20, 600, 2000),
+            stores_dropped=7,
+            evicted_then_needed=8,
+            running=9,
+            waiting=10,
+        )
+
+    def drain(self, within_s: float) -> None:
+        self.steps.append(f"drain {within_s}")
+
+    def close(self) -> None:
+        self.steps.append("close")
+        for ended in self.ended.values():
+            ended.set()
+        self._thread.shutdown()
+
+    def _play(self, call: GenerateCall, listener: Callable[[Event], None]) -> None:
+        for event in self.script:
+            listener(event)
+            if isinstance(event, Failed):
+                return
+        if self.reason is None:
+            self.ended[call.request_id].wait(timeout=30)
+            if call.request_id not in self.kept:
+                return  # cancelled: nothing more is heard
+        num_prompt = len(call.history) + len(call.input)
+        receipt = Receipt(
+            device_tokens=0,
+            host_tokens=1,
+            redis_tokens=0,
+            computed_tokens=num_prompt - 1,
+            misses={MissReason.NEW: num_prompt - 1},
+            restored_bytes=64,
+            decode_ms=10.0,
+            ttft_ms=20.0,
+        )
+        listener(Finished(self.reason or FinishReason.STOP, receipt, len(self.script)))
+
+    def _answer(self, answer: T, *asked: object) -> Future[T]:
+        self.asked.append(asked)
+        future: Future[T] = Future()
+        if self.refusal is not None:
+            future.set_exception(self.refusal)
+        else:
+            future.set_result(answer)
+        return future

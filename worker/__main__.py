@@ -1,0 +1,48 @@
+"""A worker as a plain process, without Ray: `python -m worker --config JSON`. Stops cleanly on SIGTERM and SIGINT."""
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+
+import structlog
+
+from cache_store.errors import ServingError
+from worker.app import WorkerApp
+from worker.config import ConfigError, WorkerConfig
+
+
+async def _serve(worker_id: str, config: WorkerConfig, port: int, drain_s: float) -> None:
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    app = await WorkerApp.start(worker_id, config, port=port)
+    # One line for whoever started this process and waits for it to be up.
+    sys.stdout.write(json.dumps({"address": app.address, "metrics_address": app.metrics_address}) + "\n")
+    sys.stdout.flush()
+    await stopped.wait()
+    await app.stop(within_s=drain_s)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m worker", description="Serve one model as one Rekindle worker.")
+    parser.add_argument("--worker-id", default="0", help="names the worker in receipts, logs and metrics")
+    parser.add_argument("--port", type=int, default=0, help="of the gRPC server; 0 takes a free one")
+    parser.add_argument("--drain-s", type=float, default=30.0, help="how long running turns may take when it stops")
+    parser.add_argument("--config", default="{}", help="WorkerConfig as a JSON object; what is missing has its default")
+    arguments = parser.parse_args()
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout has the one line
+    try:
+        config = WorkerConfig(**json.loads(arguments.config))
+        asyncio.run(_serve(arguments.worker_id, config, arguments.port, arguments.drain_s))
+    except (ConfigError, TypeError, json.JSONDecodeError) as error:
+        parser.error(f"--config: {error}")
+    except (ServingError, OSError) as error:
+        sys.stderr.write(f"worker: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The composition root of a worker: from settings to a serving engine, and back to nothing. Knows no Ray."""
+
+import asyncio
+from typing import TYPE_CHECKING, Self
+
+import grpc.aio
+import structlog
+
+from worker.config import WorkerConfig
+from worker.engine_like import EngineLike
+from worker.metrics import WorkerMetrics
+from worker.service import WorkerService, start_server
+
+if TYPE_CHECKING:
+    from worker.text import TextCodec
+
+_log = structlog.get_logger(__name__)
+
+
+class WorkerApp:
+    """An engine and its servers, on the event loop that started them."""
+
+    def __init__(
+        self, engine: EngineLike, service: WorkerService, server: grpc.aio.Server, metrics: WorkerMetrics
+    ) -> None:
+        self._engine = engine
+        self._service = service
+        self._server = server
+        self._metrics = metrics
+        self._stopping: asyncio.Task[None] | None = None
+        self.address = ""
+        """host:port of the gRPC server."""
+        self.metrics_address = ""
+        """host:port of the Prometheus endpoint."""
+
+    @classmethod
+    async def start(cls, worker_id: str, config: WorkerConfig, *, port: int = 0) -> Self:
+        """Load the model (it takes a while: on a thread) and serve. Raises ModelRefused, InvalidRequest, OSError."""
+        engine, codec = await asyncio.to_thread(_build, config)
+        metrics = WorkerMetrics(engine.stats)
+        try:
+            metrics_address = f"{config.listen_host}:{metrics.serve(config.listen_host, config.metrics_port)}"
+            service = WorkerService(
+                engine,
+                codec,
+                worker_id=worker_id,
+                model=config.model,
+                metrics_address=metrics_address,
+                on_receipt=metrics.turn_finished,
+            )
+            server, address = await start_server(service, config.listen_host, port)
+        except BaseException:
+            metrics.close()
+            await asyncio.to_thread(engine.close)
+            raise
+        app = cls(engine, service, server, metrics)
+        app.address, app.metrics_address = address, metrics_address
+        _log.info("worker serves", worker=worker_id, model=config.model, address=address, metrics=metrics_address)
+        return app
+
+    async def stop(self, *, within_s: float) -> None:
+        """Let running turns finish within `within_s`, store what is not yet stored, and go. Called again: wait."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop(within_s))
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self, within_s: float) -> None:
+        self._service.accepting = False
+        await asyncio.to_thread(self._engine.drain, within_s)
+        await asyncio.to_thread(self._engine.close)
+        await self._server.stop(grace=1.0)  # the last answers are on their way
+        self._service.close()
+        self._metrics.close()
+
+
+def _build(config: WorkerConfig) -> tuple[EngineLike, "TextCodec"]:
+    # Here, because they bring torch and transformers with them.
+    from worker.engine import Engine
+    from worker.text import load_tokenizer
+
+    engine = Engine.build(config)
+    try:
+        return engine, load_tokenizer(config.model, engine.vocab_size)
+    except BaseException:
+        engine.close()
+        raise

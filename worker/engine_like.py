@@ -1,0 +1,43 @@
+"""What the worker's shells (service, metrics) ask of an engine. No torch: cheap to import."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+from cache_store.layout import KVLayout
+from worker.calls import DropReport, EngineStats, Event, GenerateCall, Located, ParkReport, WarmReport
+
+
+class EngineLike(Protocol):
+    """Safe from any thread; only `drain` and `close` block. Futures raise StoreUnavailable, Draining."""
+
+    max_context_tokens: int
+    layout: KVLayout
+    fingerprint: bytes
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+
+    def submit(self, call: GenerateCall, listener: Callable[[Event], None]) -> None:
+        """Queue a turn; `listener` hears of it on the engine's thread and must return at once.
+
+        Raises ContextTooLong, Overloaded, Draining: then nothing was queued.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request within one step; its listener hears nothing more. Harmless when it is over."""
+        ...
+
+    def finish(self, request_id: str, num_kept: int) -> None:
+        """End a request as STOP, its reply being its first `num_kept` tokens. Harmless when it is over."""
+        ...
+
+    def park(self, tenant: str, tokens: Sequence[int], *, drop_host: bool, ttl_s: int) -> Future[ParkReport]: ...
+    def warm(self, tenant: str, tokens: Sequence[int]) -> Future[WarmReport]: ...
+    def flush(self, tenant: str, tokens: Sequence[int]) -> Future[None]: ...
+    def locate(self, tenant: str, tokens: Sequence[int], *, with_redis: bool) -> Future[Located]: ...
+    def drop(self, tenant: str, tokens: Sequence[int], *, with_redis: bool) -> Future[DropReport]: ...
+    def retain(self, tenant: str, tokens: Sequence[int], *, ttl_s: int) -> Future[int]: ...
+    def stats(self) -> EngineStats: ...
+    def drain(self, within_s: float) -> None: ...
+    def close(self) -> None: ...

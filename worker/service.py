@@ -1,0 +1,238 @@
+"""The worker's gRPC service: text in and out around the engine, which knows only tokens. Knows no Ray."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from itertools import count
+from typing import Any, Protocol, TypeVar
+
+import grpc.aio
+import structlog
+
+from protos import rekindle_pb2 as pb
+from protos import rekindle_worker_pb2 as wpb
+from protos.rekindle_worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
+from protos.status import abort
+from worker import translate
+from worker.calls import Failed, Finished, GenerateCall, Receipt, Token
+from worker.chat import ChatMessage
+from worker.crossing import Crossing, EventStream
+from worker.engine_like import EngineLike
+from worker.reply import Detokenizing, Reply
+from worker.status import failure_of, is_expected
+
+T = TypeVar("T")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_MAX_MESSAGE_BYTES = 256 << 20
+"""Histories travel whole. Only front ends call, and they have bounds of their own."""
+
+_log = structlog.get_logger(__name__)
+
+
+class Codec(Protocol):
+    """A worker.text.TextCodec."""
+
+    def encode(self, text: str, *, is_first: bool) -> tuple[int, ...]: ...
+    def encode_chat(self, messages: Sequence[ChatMessage], history: Sequence[int]) -> tuple[int, ...]: ...
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+    def detokenizer(self, prompt: Sequence[int] = ()) -> Detokenizing: ...
+
+
+class WorkerService(WorkerServicer):
+    """Lives on one event loop."""
+
+    def __init__(
+        self,
+        engine: EngineLike,
+        codec: Codec,
+        *,
+        worker_id: str,
+        model: str,
+        metrics_address: str = "",
+        on_receipt: Callable[[Receipt, int], None] = lambda receipt, completion_tokens: None,
+    ) -> None:
+        """`on_receipt` is told of each finished turn, with the number of its tokens."""
+        self._engine = engine
+        self._codec = codec
+        self._worker_id = worker_id
+        self._model = model
+        self._metrics_address = metrics_address
+        self._on_receipt = on_receipt
+        self._crossing = Crossing()
+        self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
+        self._numbers = count(1)
+        self.accepting = True
+
+    async def Generate(self, request: wpb.WorkerGenerateRequest, context: Context) -> None:
+        async with self._statuses(context, request.request_id):
+            input_ids = await self._tokenize(request)
+            call = translate.call_of(
+                request,
+                input_ids,
+                self._engine,
+                call_id=f"{request.request_id}#{next(self._numbers)}",  # a retry may overtake what it replaces
+                deadline_s=_deadline_s(context),
+            )
+            reply = Reply(self._codec.detokenizer(call.input or call.history), translate.stops_of(request.sampling))
+            stream = EventStream()
+            self._engine.submit(call, self._crossing.into(stream))
+            try:
+                await context.write(translate.started_event(input_ids))
+                await self._relay(call, reply, stream, context)
+            finally:
+                self._engine.cancel(call.request_id)
+
+    async def _relay(self, call: GenerateCall, reply: Reply, stream: EventStream, context: Context) -> None:
+        """Send what the engine says until it says that it is done."""
+        last_token_id: int | None = None
+        while True:
+            events = await stream.take()
+            ended = events.pop() if not isinstance(events[-1], Token) else None
+            if isinstance(ended, Failed):
+                raise ended.error
+            was_stopped = reply.stop_string is not None
+            text, tokens = reply.push([event for event in events if isinstance(event, Token)])
+            if reply.stop_string is not None and not was_stopped:
+                self._engine.finish(call.request_id, reply.num_tokens)
+            if ended is not None:
+                text += reply.flush()
+            if text or tokens:
+                await context.write(translate.delta_event(text, tokens))
+                last_token_id = tokens[-1].token_id if tokens else last_token_id
+            if isinstance(ended, Finished):
+                self._on_receipt(ended.receipt, reply.num_tokens)
+                await context.write(
+                    translate.finished_event(
+                        call,
+                        ended,
+                        num_tokens=reply.num_tokens,
+                        last_token_id=last_token_id,
+                        stop_string=reply.stop_string,
+                        worker_id=self._worker_id,
+                    )
+                )
+                return
+
+    async def _tokenize(self, request: wpb.WorkerGenerateRequest) -> tuple[int, ...]:
+        """The new input as tokens. Text waits for a thread: a long one takes a while."""
+        history = request.history.token_ids
+        match request.WhichOneof("input"):
+            case "text":
+                return await self._in_thread(lambda: self._codec.encode(request.text, is_first=not history))
+            case "chat":
+                messages = [
+                    ChatMessage(role=message.role, content=message.content) for message in request.chat.messages
+                ]
+                return await self._in_thread(lambda: self._codec.encode_chat(messages, history[-1:]))
+            case _:
+                return tuple(request.tokens.token_ids)
+
+    async def Park(self, request: wpb.ParkRequest, context: Context) -> wpb.ParkReply:
+        park = partial(self._engine.park, drop_host=request.drop_host, ttl_s=request.block_ttl_s)
+        report = await self._ask(context, request, park)
+        return wpb.ParkReply(
+            redis_tokens=report.redis_tokens,
+            device_blocks_dropped=report.device_blocks_dropped,
+            host_blocks_dropped=report.host_blocks_dropped,
+            bytes_stored=report.bytes_stored,
+        )
+
+    async def Warm(self, request: wpb.WarmRequest, context: Context) -> wpb.WarmReply:
+        report = await self._ask(context, request, self._engine.warm)
+        return wpb.WarmReply(device_tokens=report.device_tokens, restored_tokens=report.restored_tokens)
+
+    async def Flush(self, request: wpb.FlushRequest, context: Context) -> wpb.FlushReply:
+        await self._ask(context, request, self._engine.flush)
+        return wpb.FlushReply()
+
+    async def Locate(self, request: wpb.LocateRequest, context: Context) -> wpb.LocateReply:
+        found = await self._ask(context, request, partial(self._engine.locate, with_redis=request.with_redis))
+        return wpb.LocateReply(
+            device_tokens=found.device_tokens, host_tokens=found.host_tokens, redis_tokens=found.redis_tokens
+        )
+
+    async def Drop(self, request: wpb.DropRequest, context: Context) -> wpb.DropReply:
+        report = await self._ask(context, request, partial(self._engine.drop, with_redis=request.with_redis))
+        return wpb.DropReply(
+            device_blocks=report.device_blocks, host_blocks=report.host_blocks, redis_blocks=report.redis_blocks
+        )
+
+    async def Retain(self, request: wpb.RetainRequest, context: Context) -> wpb.RetainReply:
+        blocks = await self._ask(context, request, partial(self._engine.retain, ttl_s=request.block_ttl_s))
+        return wpb.RetainReply(blocks=blocks)
+
+    async def Detokenize(self, request: wpb.DetokenizeRequest, context: Context) -> wpb.DetokenizeReply:
+        async with self._statuses(context, "Detokenize"):
+            translate.check_tokens("token_ids", request.token_ids, self._engine.vocab_size)
+            text = await self._in_thread(lambda: self._codec.decode(request.token_ids))
+        return wpb.DetokenizeReply(text=text)
+
+    async def Describe(self, request: wpb.DescribeRequest, context: Context) -> wpb.DescribeReply:
+        return wpb.DescribeReply(
+            worker_id=self._worker_id,
+            model=self._model,
+            fingerprint=self._engine.fingerprint.hex(),
+            max_context_tokens=self._engine.max_context_tokens,
+            block_tokens=self._engine.layout.block_tokens,
+            accepting=self.accepting,
+            metrics_address=self._metrics_address,
+        )
+
+    async def GetStats(self, request: wpb.GetStatsRequest, context: Context) -> pb.WorkerCacheStats:
+        return translate.stats_message(
+            self._engine.stats(),
+            worker_id=self._worker_id,
+            model=self._model,
+            block_tokens=self._engine.layout.block_tokens,
+        )
+
+    def close(self) -> None:
+        self._text_thread.shutdown()
+
+    async def _ask(self, context: Context, request: Any, question: Callable[[str, tuple[int, ...]], Future[T]]) -> T:
+        """Ask the engine about the request's history."""
+        async with self._statuses(context, type(request).__name__):
+            answer = question(request.history.tenant, tuple(request.history.token_ids))
+            # Shielded: a client that goes away must not cancel what the engine is about to answer.
+            return await asyncio.shield(asyncio.wrap_future(answer))
+
+    def _in_thread(self, work: Callable[[], T]) -> Awaitable[T]:
+        return asyncio.get_running_loop().run_in_executor(self._text_thread, work)
+
+    @asynccontextmanager
+    async def _statuses(self, context: Context, request_id: str) -> AsyncIterator[None]:
+        """End the call with the status of what is raised within. The log has what the client is not told."""
+        try:
+            yield
+        except Exception as error:
+            if not is_expected(error):
+                _log.exception("request failed", request=request_id, worker=self._worker_id)
+            await abort(context, failure_of(error, request_id))
+
+
+def _deadline_s(context: Any) -> float | None:
+    """When the client gives up, of `time.monotonic()`; None for never."""
+    remaining_s: float | None = context.time_remaining()  # grpc-stubs don't know of None
+    return None if remaining_s is None else time.monotonic() + remaining_s
+
+
+async def start_server(service: WorkerService, host: str, port: int = 0) -> tuple[grpc.aio.Server, str]:
+    """Serve on `host`, on a free port if none is given; return the server and its host:port. Raises OSError."""
+    server = grpc.aio.server(
+        options=(
+            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),  # a port that is taken is an error, not half of the calls lost
+        )
+    )
+    add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise OSError(f"can't listen on {host}:{port}: {error}") from error
+    await server.start()
+    return server, f"{host}:{bound}"

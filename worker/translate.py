@@ -1,0 +1,170 @@
+"""Protobuf messages to the engine's calls and back, and the checks of what only a message can get wrong."""
+
+import secrets
+from collections.abc import Sequence
+
+from cache_store.errors import InvalidRequest
+from protos import rekindle_pb2 as pb
+from protos import rekindle_worker_pb2 as wpb
+from worker.calls import EngineStats, Finished, FinishReason, GenerateCall, Receipt, Sampling, TierUse, Token
+from worker.engine_like import EngineLike
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+
+
+def sampling_of(message: pb.Sampling) -> Sampling:
+    """Unset fields take their defaults, an unset seed a random number. Raises InvalidRequest."""
+    given = {
+        name: getattr(message, name)
+        for name in (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "seed",
+            "logprobs",
+        )
+        if message.HasField(name)
+    }
+    return Sampling(**{"seed": secrets.randbits(64), **given})
+
+
+def stops_of(message: pb.Sampling) -> tuple[str, ...]:
+    """Raises InvalidRequest."""
+    if len(message.stop) > MAX_STOP_STRINGS:
+        raise InvalidRequest("sampling.stop", f"at most {MAX_STOP_STRINGS} strings, got {len(message.stop)}")
+    if any(not 1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in message.stop):
+        raise InvalidRequest("sampling.stop", f"each must have 1 to {MAX_STOP_CHARACTERS} characters")
+    return tuple(message.stop)
+
+
+def call_of(
+    request: wpb.WorkerGenerateRequest,
+    input_ids: tuple[int, ...],
+    engine: EngineLike,
+    *,
+    call_id: str,
+    deadline_s: float | None,
+) -> GenerateCall:
+    """The turn in tokens. Raises InvalidRequest."""
+    sampling = request.sampling
+    history = tuple(request.history.token_ids)
+    if not history and not input_ids:
+        raise InvalidRequest("input", "the prompt is empty")
+    check_tokens("history.token_ids", history, engine.vocab_size)
+    check_tokens("tokens.token_ids", input_ids, engine.vocab_size)
+    check_tokens("sampling.stop_token_ids", sampling.stop_token_ids, engine.vocab_size)
+    if sampling.HasField("max_new_tokens") and sampling.max_new_tokens == 0:
+        raise InvalidRequest("sampling.max_new_tokens", "must be above 0")
+    return GenerateCall(
+        request_id=call_id,
+        tenant=request.history.tenant,
+        history=history,
+        input=input_ids,
+        sampling=sampling_of(sampling),
+        max_new_tokens=sampling.max_new_tokens if sampling.HasField("max_new_tokens") else None,
+        stop_token_ids=frozenset(sampling.stop_token_ids),
+        eos_token_ids=frozenset() if sampling.ignore_eos else engine.eos_token_ids,
+        block_ttl_s=request.block_ttl_s,
+        deadline_s=deadline_s,
+    )
+
+
+def check_tokens(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises InvalidRequest for an id that the model does not have."""
+    largest = max(token_ids, default=0)
+    if largest >= vocab_size:
+        raise InvalidRequest(field, f"{largest} is not in the vocabulary of {vocab_size} tokens")
+
+
+def started_event(input_ids: Sequence[int]) -> wpb.WorkerEvent:
+    return wpb.WorkerEvent(started=wpb.Started(input_token_ids=input_ids))
+
+
+def delta_event(text: str, tokens: Sequence[Token]) -> wpb.WorkerEvent:
+    logprobs = [
+        pb.TokenLogprobs(
+            logprob=token.logprobs.logprob,
+            top=[pb.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in token.logprobs.top],
+        )
+        for token in tokens
+        if token.logprobs is not None
+    ]
+    delta = pb.Delta(text=text, token_ids=[token.token_id for token in tokens], logprobs=logprobs)
+    return wpb.WorkerEvent(delta=delta)
+
+
+def finished_event(
+    call: GenerateCall,
+    finished: Finished,
+    *,
+    num_tokens: int,
+    last_token_id: int | None,
+    stop_string: str | None,
+    worker_id: str,
+) -> wpb.WorkerEvent:
+    """`num_tokens` were sent, `last_token_id` the last of them: with a stop string, maybe less than were generated."""
+    reason = finished.reason if stop_string is None else FinishReason.STOP
+    event = pb.Finished(
+        reason=f"FINISH_REASON_{reason.name}",
+        usage=pb.Usage(
+            prompt_tokens=len(call.history) + len(call.input),
+            completion_tokens=num_tokens,
+            input_tokens=len(call.input),
+        ),
+        receipt=_receipt(finished.receipt, worker_id),
+        stop_string=stop_string or "",
+        seed=call.sampling.seed,
+    )
+    if reason is FinishReason.STOP and stop_string is None and last_token_id is not None:
+        event.stop_token_id = last_token_id
+    return wpb.WorkerEvent(finished=event)
+
+
+def _receipt(receipt: Receipt, worker_id: str) -> pb.Receipt:
+    return pb.Receipt(
+        device_tokens=receipt.device_tokens,
+        host_tokens=receipt.host_tokens,
+        redis_tokens=receipt.redis_tokens,
+        computed_tokens=receipt.computed_tokens,
+        misses=[
+            pb.Miss(reason=f"MISS_REASON_{reason.name}", tokens=tokens) for reason, tokens in receipt.misses.items()
+        ],
+        restored_bytes=receipt.restored_bytes,
+        queue_ms=receipt.queue_ms,
+        restore_ms=receipt.restore_ms,
+        prefill_ms=receipt.prefill_ms,
+        decode_ms=receipt.decode_ms,
+        ttft_ms=receipt.ttft_ms,
+        worker_id=worker_id,
+    )
+
+
+def stats_message(stats: EngineStats, *, worker_id: str, model: str, block_tokens: int) -> pb.WorkerCacheStats:
+    return pb.WorkerCacheStats(
+        worker_id=worker_id,
+        model=model,
+        prompt_tokens=pb.TokensBySource(
+            device=stats.device_tokens,
+            host=stats.host_tokens,
+            redis=stats.redis_tokens,
+            computed=stats.computed_tokens,
+        ),
+        device=_tier_stats(stats.device),
+        host=_tier_stats(stats.host),
+        stores_dropped=stats.stores_dropped,
+        evicted_then_needed=stats.evicted_then_needed,
+        running=stats.running,
+        waiting=stats.waiting,
+        block_tokens=block_tokens,
+    )
+
+
+def _tier_stats(use: TierUse) -> pb.TierStats:
+    return pb.TierStats(
+        blocks=use.blocks, capacity_blocks=use.capacity_blocks, bytes=use.bytes, capacity_bytes=use.capacity_bytes
+    )
