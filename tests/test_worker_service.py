@@ -236,7 +236,7 @@ async def test_the_clients_deadline_reaches_the_engine(stub: Any, engine: FakeEn
     await hear(stub, asking(), timeout=50.0)
     (call,) = engine.calls
     assert call.deadline_s is not None
-    assert before_s + 40 < call.deadline_s < time.monotonic() + 50
+    assert before_s + 40 < call.deadline_s < time.monotonic() + 52  # gRPC rounds it up
 
 
 async def test_equal_request_ids_do_not_meet_in_the_engine(stub: Any, engine: FakeEngine) -> None:

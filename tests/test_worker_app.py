@@ -1,0 +1,104 @@
+"""A whole worker, with a real engine: as a process, and as the actor that Ray will run."""
+
+import asyncio
+import json
+import signal
+import sys
+from typing import Any
+
+import grpc
+import pytest
+import ray
+
+from protos import rekindle_pb2 as pb
+from protos import rekindle_worker_pb2 as wpb
+from protos.rekindle_worker_pb2_grpc import WorkerStub
+from tests.test_worker_service import asking, hear, scrape
+from worker.actor import WorkerActor
+from worker.config import WorkerConfig
+
+SMALL = {"redis_url": "memory://", "block_tokens": 16, "device_cache_bytes": 32 << 20, "host_cache_bytes": 32 << 20}
+
+
+async def test_a_worker_process_serves_counts_and_stops_cleanly_on_sigterm() -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "worker", "--worker-id", "w-9", "--config", json.dumps(SMALL),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        addresses = json.loads(await process.stdout.readline())
+        async with grpc.aio.insecure_channel(addresses["address"]) as channel:
+            stub: Any = WorkerStub(channel)  # type: ignore[no-untyped-call]
+            first = await hear(stub, asking("hello " * 20, max_new_tokens=20, ignore_eos=True))
+            again = await hear(stub, asking("hello " * 20, max_new_tokens=20, ignore_eos=True))
+            description = await stub.Describe(wpb.DescribeRequest())
+        found = await asyncio.to_thread(scrape, addresses["metrics_address"])
+        process.send_signal(signal.SIGTERM)
+        _, errors = await asyncio.wait_for(process.communicate(), timeout=30)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0, errors.decode()
+    assert (description.worker_id, description.metrics_address) == ("w-9", addresses["metrics_address"])
+    assert len(first.token_ids) == 20
+    assert (again.token_ids, again.text) == (first.token_ids, first.text)
+    assert again.finished.receipt.device_tokens > 0
+    prompts = first.finished.usage.prompt_tokens + again.finished.usage.prompt_tokens
+    sources = ("device", "host", "redis", "computed")
+    assert sum(found[f'rekindle_prompt_tokens_total{{source="{source}"}}'] for source in sources) == prompts
+    assert found['rekindle_ttft_seconds_count{kind="new"}'] == found['rekindle_ttft_seconds_count{kind="hot"}'] == 1
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"nonsense": 1}', '{"block_tokens": 17}'])
+async def test_a_worker_process_refuses_a_config_that_makes_no_sense(config: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "worker", "--config", config, stderr=asyncio.subprocess.PIPE
+    )
+    _, errors = await process.communicate()
+    assert process.returncode == 2
+    assert b"--config:" in errors
+
+
+async def test_an_actor_answers_when_it_serves_and_drains_to_its_end() -> None:
+    actor = WorkerActor("w-1", WorkerConfig(**SMALL))  # type: ignore[arg-type]
+    address, metrics_address = await actor.address(), await actor.metrics_address()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = WorkerStub(channel)  # type: ignore[no-untyped-call]
+        running = asyncio.create_task(hear(stub, asking(max_new_tokens=100, ignore_eos=True)))
+        while not (await stub.GetStats(wpb.GetStatsRequest())).running:
+            assert not running.done()
+        await asyncio.gather(actor.drain(30.0), actor.drain(30.0))
+        heard = await running
+        assert (len(heard.token_ids), heard.finished.reason) == (100, pb.FINISH_REASON_LENGTH)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.Describe(wpb.DescribeRequest())
+    with pytest.raises(OSError, match="refused"):
+        await asyncio.to_thread(scrape, metrics_address)
+
+
+async def test_an_actor_that_could_not_start_says_why(tmp_path: Any) -> None:
+    actor = WorkerActor("w-1", WorkerConfig(model=str(tmp_path / "nowhere"), redis_url=""))
+    with pytest.raises(Exception, match="nowhere"):
+        await actor.address()
+
+
+@pytest.mark.ray
+def test_ray_runs_the_actor_on_its_event_loop() -> None:
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        object_store_memory=80 << 20,
+        log_to_driver=False,
+        logging_level="error",
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        handle = ray.remote(WorkerActor).remote("w-1", WorkerConfig(**SMALL))  # type: ignore[arg-type]
+        host, _, port = ray.get(handle.address.remote(), timeout=90).partition(":")
+        assert (host, int(port) > 0) == ("127.0.0.1", True)
+        ray.get(handle.drain.remote(5.0), timeout=60)
+    finally:
+        ray.shutdown()
