@@ -388,7 +388,13 @@ def test_metrics_show_the_engines_figures_and_each_kind_of_turn(engine: FakeEngi
     try:
         for device, host, redis in ((0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1)):
             receipt = Receipt(
-                device_tokens=device, host_tokens=host, redis_tokens=redis, computed_tokens=1, ttft_ms=30, decode_ms=80
+                device_tokens=device,
+                host_tokens=host,
+                redis_tokens=redis,
+                computed_tokens=1,
+                restored_bytes=64,
+                ttft_ms=30,
+                decode_ms=80,
             )
             metrics.turn_finished(receipt, completion_tokens=9)
         found = scrape(address)
@@ -398,6 +404,7 @@ def test_metrics_show_the_engines_figures_and_each_kind_of_turn(engine: FakeEngi
     sources = [found[f'rekindle_prompt_tokens_total{{source="{s}"}}'] for s in ("device", "host", "redis", "computed")]
     assert sources == [1, 2, 3, 4]
     assert found['rekindle_device_blocks{state="held"}'] == found['rekindle_device_blocks{state="free"}'] == 5
+    assert found["rekindle_restored_bytes_total"] == 4 * 64
     assert found["rekindle_stores_dropped_total"] == 7
     assert found["rekindle_evicted_then_needed_total"] == 8
     assert found['rekindle_queue_requests{state="waiting"}'] == 10

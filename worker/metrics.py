@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -34,6 +34,9 @@ class WorkerMetrics:
         self._queue = self._histogram("queue", "From a request's arrival to its admission.", _LATENCY_BUCKETS_S)
         self._restore = self._histogram("restore", "Bringing a prompt's blocks back.", _LATENCY_BUCKETS_S)
         self._prefill = self._histogram("prefill", "Computing what was missing of a prompt.", _LATENCY_BUCKETS_S)
+        self._restored_bytes = Counter(
+            "rekindle_restored_bytes_total", "Bytes of KV brought back for turns.", registry=self.registry
+        )
         self._server: WSGIServer | None = None
         self._thread: Thread | None = None
 
@@ -43,6 +46,7 @@ class WorkerMetrics:
         self._queue.labels(kind).observe(receipt.queue_ms / 1e3)
         self._restore.labels(kind).observe(receipt.restore_ms / 1e3)
         self._prefill.labels(kind).observe(receipt.prefill_ms / 1e3)
+        self._restored_bytes.inc(receipt.restored_bytes)
         if completion_tokens > 1:
             self._tpot.labels(kind).observe(receipt.decode_ms / 1e3 / (completion_tokens - 1))
 
