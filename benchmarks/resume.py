@@ -7,16 +7,16 @@ from itertools import count
 import redis as redis_py
 import torch
 
+from benchmarks.bare_models import load_both
 from benchmarks.deployment import deployment
 from benchmarks.harness import at_least, at_most, finish, interleaved, medians
 from benchmarks.overhead import prompt
-from benchmarks.raw_sockets import RawRedis
+from benchmarks.raw_socket import RawGets, connect
 from cache_store.embedded_redis import RedisServer
+from protos import rekindle_pb2 as pb
 from rekindle.sync_client import Client
-from worker.config import WorkerConfig
 from worker.ids import BlockId
 from worker.kv_cache import KVCache
-from worker.model import load_model
 from worker.runner import ModelRunner
 from worker.step import Chunk
 
@@ -42,7 +42,7 @@ def run(
     """
     model = f"preset:{preset}"
     with RedisServer() as redis, deployment(model=model, redis_url=redis.url) as address, Client(address) as client:
-        bench = Resume(client, redis, model, context, new_tokens)
+        bench = Resume(client, redis, preset, context, new_tokens)
         quick = interleaved(
             {"restored_s": bench.restored, "raw_read_s": bench.raw_read, "bare_forward_s": bench.bare_forward},
             rounds=rounds,
@@ -74,20 +74,19 @@ def run(
 class Resume:
     """The sides, each a call that returns its seconds."""
 
-    def __init__(self, client: Client, redis: RedisServer, model: str, context: int, new_tokens: int) -> None:
+    def __init__(self, client: Client, redis: RedisServer, preset: str, context: int, new_tokens: int) -> None:
         self._client, self._new_tokens, self._context = client, new_tokens, context
-        self._loaded = load_model(WorkerConfig(model=model))
+        self._loaded, self._plain = load_both(preset)
         self._numbers = count()
         self._session = client.create_session().session_id
         first = client.generate(self._prompt(context - 1), session_id=self._session, max_new_tokens=1, ignore_eos=True)
         first.read()
-        self._parked_as_it_was(self._session)
+        client.park_session(self._session, drop_host=True)
         self.restored_bytes = 0
-        self._raw = RawRedis(redis.port)
         with redis_py.Redis.from_url(redis.url) as keys:
-            self._keys = sorted(keys.scan_iter("rekindle:b:*", count=1000))
-            self._sizes = [keys.strlen(key) for key in self._keys]
-        self._buffers = [memoryview(bytearray(size)) for size in self._sizes]
+            names = sorted(keys.scan_iter("rekindle:b:*", count=1000))
+            buffers = [memoryview(bytearray(keys.strlen(name))) for name in names]
+        self._raw = RawGets(connect(redis.url), names, buffers)
         layout = self._loaded.layout
         num_blocks = -(-(context + new_tokens) // layout.block_tokens)
         self._kv_cache = KVCache(layout, num_blocks, self._loaded.device)
@@ -100,7 +99,7 @@ class Resume:
         seconds, receipt = self._first_token(fork)
         assert receipt.redis_tokens == self._context - 1, f"not restored from Redis alone: {receipt}"
         self.restored_bytes = receipt.restored_bytes
-        self._parked_as_it_was(fork)
+        self._client.park_session(fork, drop_host=True)
         return seconds
 
     def computed(self) -> float:
@@ -110,7 +109,7 @@ class Resume:
 
     def raw_read(self) -> float:
         """The session's values over a plain socket, into memory that was touched before."""
-        return _timed(lambda: self._raw.get_into(self._keys, self._buffers))
+        return _timed(self._raw.get)
 
     def bare_forward(self) -> float:
         """The new tokens alone through the model, their history lying in the device's blocks."""
@@ -119,27 +118,19 @@ class Resume:
 
     def transformers(self) -> float:
         """History and new tokens through transformers' own forward, as its `generate` would prefill them."""
-        model = self._loaded.model
-        ours = model.config._attn_implementation
-        model.set_attn_implementation("sdpa")
         tokens = torch.tensor([self._prompt(self._context + self._new_tokens)])
-        try:
-            with torch.inference_mode():
-                return _timed(lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1))
-        finally:
-            model.set_attn_implementation(ours)
+        with torch.inference_mode():
+            return _timed(lambda: self._plain(input_ids=tokens, use_cache=True, logits_to_keep=1))
 
-    def _first_token(self, session_id: str):  # type: ignore[no-untyped-def]
+    def _first_token(self, session_id: str) -> tuple[float, pb.Receipt]:
         tokens = self._prompt(self._new_tokens)
         began = time.perf_counter()
         generation = self._client.generate(tokens, session_id=session_id, max_new_tokens=1, ignore_eos=True)
         next(iter(generation))
         seconds = time.perf_counter() - began
         generation.read()
+        assert generation.receipt is not None
         return seconds, generation.receipt
-
-    def _parked_as_it_was(self, session_id: str) -> None:
-        self._client.park_session(session_id, drop_host=True)
 
     def _prompt(self, num_tokens: int) -> tuple[int, ...]:
         return prompt(next(self._numbers), num_tokens, self._loaded.vocab_size)

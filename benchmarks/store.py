@@ -9,13 +9,13 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from urllib.parse import urlsplit
 
 import redis
 import torch
 import xxhash
 
 from benchmarks.harness import at_least, finish, interleaved, medians
+from benchmarks.raw_socket import IN_FLIGHT, RawGets, connect, receive
 from cache_store.embedded_redis import RedisServer
 from cache_store.frame import HEADER_BYTES, Framer, check_payload
 from cache_store.ids import BlockHash, full_block_hashes, root_hash
@@ -23,8 +23,6 @@ from cache_store.layout import KVLayout
 from cache_store.open_store import open_block_store
 from cache_store.store import BlockStore, Fetch, Fetched, Store
 
-_IN_FLIGHT = 2
-_PIECE_BYTES = 256 * 1024
 _TOKENS = 16
 _TTL_S = 3600
 _TIMEOUT_S = 10.0
@@ -50,7 +48,7 @@ def run(*, block_bytes: int = 1_835_008, blocks: int = 64, rounds: int = 7, as_j
             store = open_block_store(url, layout, b"benchmark", timeout_s=_TIMEOUT_S, refresh_ttl_s=0)
             assert store is not None
             ours = _Ours(stack.enter_context(closing(store)), outgoing, incoming)
-            raw = _Raw(stack.enter_context(_connected(url)), outgoing, incoming)
+            raw = _Raw(stack.enter_context(connect(url)), outgoing, incoming)
             client = stack.enter_context(redis.Redis.from_url(url))
             theirs = _RedisPy(client, Framer(layout, b"benchmark"), outgoing, incoming)
             bare = _RedisPyBare(client, outgoing, incoming)
@@ -92,13 +90,11 @@ class _Raw:
     """The least that a client can do: commands ready-made, no checksum, no error but an assertion."""
 
     def __init__(self, sock: socket.socket, outgoing: Buffers, incoming: Buffers) -> None:
-        self._sock, self._outgoing, self._incoming = sock, outgoing, incoming
+        self._sock, self._outgoing = sock, outgoing
         block_bytes = outgoing[0].nbytes
         keys = [b"raw:%04d" % number for number in range(len(outgoing))]
         self._sets = [b"*3\r\n$3\r\nSET\r\n$8\r\n%b\r\n$%d\r\n" % (key, block_bytes) for key in keys]
-        self._gets = [b"*2\r\n$3\r\nGET\r\n$8\r\n%b\r\n" % key for key in keys]
-        self._head = memoryview(bytearray(len(b"$%d\r\n" % block_bytes)))
-        self._tail = memoryview(bytearray(2))
+        self.get = RawGets(sock, keys, incoming).get
         self._ok = memoryview(bytearray(5))
 
     def put(self) -> None:
@@ -110,27 +106,11 @@ class _Raw:
                     sent -= parts.pop(0).nbytes
                 if sent:
                     parts[0] = parts[0][sent:]
-            if number >= _IN_FLIGHT - 1:
-                self._receive(self._ok)
-        for _ in range(_IN_FLIGHT - 1):
-            self._receive(self._ok)
+            if number >= IN_FLIGHT - 1:
+                receive(self._sock, self._ok)
+        for _ in range(IN_FLIGHT - 1):
+            receive(self._sock, self._ok)
         assert bytes(self._ok) == b"+OK\r\n"
-
-    def get(self) -> None:
-        for command in self._gets[: _IN_FLIGHT - 1]:
-            self._sock.sendall(command)
-        for number, into in enumerate(self._incoming):
-            for command in self._gets[number + _IN_FLIGHT - 1 : number + _IN_FLIGHT]:
-                self._sock.sendall(command)
-            self._receive(self._head)
-            self._receive(into)
-            self._receive(self._tail)
-        assert bytes(self._tail) == b"\r\n"
-
-    def _receive(self, into: memoryview) -> None:
-        filled = 0
-        while filled < len(into):
-            filled += self._sock.recv_into(into[filled : filled + _PIECE_BYTES])
 
 
 class _RedisPy:
@@ -179,18 +159,6 @@ def _names(blocks: int) -> list[BlockHash]:
 
 def _views(tensor: torch.Tensor) -> list[memoryview]:
     return [memoryview(block.reshape(-1).view(torch.uint8).numpy()) for block in tensor]
-
-
-def _connected(url: str) -> socket.socket:
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect(parts.path)
-        return sock
-    assert parts.port is not None
-    sock = socket.create_connection(("127.0.0.1", parts.port))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
 
 
 def _must_hit(index: int, outcome: Fetched) -> None:

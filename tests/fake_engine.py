@@ -16,6 +16,7 @@ from worker.calls import (
     GenerateCall,
     Located,
     MissReason,
+    Moved,
     ParkReport,
     Receipt,
     TierUse,
@@ -89,6 +90,9 @@ class FakeEngine:
             evicted_then_needed=8,
             running=9,
             waiting=10,
+            device_blocks={"free": 5, "used": 3, "cached": 2},
+            moved=(Moved("redis", "host", 4, 400, 0.5),),
+            prefill_s_saved=2.5,
         )
 
     def drain(self, within_s: float) -> None:

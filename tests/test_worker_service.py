@@ -403,7 +403,10 @@ def test_metrics_show_the_engines_figures_and_each_kind_of_turn(engine: FakeEngi
         engine.close()
     sources = [found[f'rekindle_prompt_tokens_total{{source="{s}"}}'] for s in ("device", "host", "redis", "computed")]
     assert sources == [1, 2, 3, 4]
-    assert found['rekindle_device_blocks{state="held"}'] == found['rekindle_device_blocks{state="free"}'] == 5
+    assert [found[f'rekindle_device_blocks{{state="{state}"}}'] for state in ("free", "used", "cached")] == [5, 3, 2]
+    assert found['rekindle_moved_bytes_total{source="redis",target="host"}'] == 400
+    assert found['rekindle_moved_seconds_total{source="redis",target="host"}'] == 0.5
+    assert found["rekindle_prefill_saved_seconds_total"] == 2.5
     assert found["rekindle_restored_bytes_total"] == 4 * 64
     assert found["rekindle_stores_dropped_total"] == 7
     assert found["rekindle_evicted_then_needed_total"] == 8

@@ -149,8 +149,8 @@ class AttentionStep:
         softcap: float | None,
     ) -> torch.Tensor:
         layer: int = module.layer_idx
-        self._pool[layer, 0].index_copy_(0, self._slots, key[0].transpose(0, 1))
-        self._pool[layer, 1].index_copy_(0, self._slots, value[0].transpose(0, 1))
+        self._pool[layer, 0].index_copy_(1, self._slots, key[0])
+        self._pool[layer, 1].index_copy_(1, self._slots, value[0])
         if window not in self._plans:
             self._plans[window] = self._backend.plan(self._spans, window)
         return self._backend.attend(self._plans[window], layer, query, key, value, scaling, softcap)
@@ -201,12 +201,12 @@ def exact_attention(
 ) -> torch.Tensor:
     """Attend by the definition, in float32: every score, mask and sum.
 
-    query [heads, queries, head_dim], of positions from `start` on; key and value [keys, kv_heads, head_dim], of
+    query [heads, queries, head_dim], of positions from `start` on; key and value [kv_heads, keys, head_dim], of
     `key_positions`. Returns [queries, heads, head_dim] in the query's dtype.
     """
     heads, num_queries, head_dim = query.shape
-    kv_heads = key.shape[1]
-    keys, values = key.float().permute(1, 2, 0)[:, None], value.float().transpose(0, 1)[:, None]
+    kv_heads = key.shape[0]
+    keys, values = key.float().transpose(1, 2)[:, None], value.float()[:, None]
     queries = query.float().view(kv_heads, heads // kv_heads, num_queries, head_dim)
     positions = torch.arange(start, start + num_queries, device=query.device)[:, None]
     hidden = key_positions > positions
@@ -261,8 +261,8 @@ class ExactAttention:
         attended = [
             exact_attention(
                 query[0, :, part.span.row : part.span.row + part.span.num_queries],
-                self._pool[layer, 0].index_select(0, part.slots),
-                self._pool[layer, 1].index_select(0, part.slots),
+                self._pool[layer, 0].index_select(1, part.slots),
+                self._pool[layer, 1].index_select(1, part.slots),
                 start=part.span.start,
                 key_positions=part.positions,
                 scaling=scaling,

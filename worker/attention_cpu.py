@@ -45,8 +45,8 @@ class CpuAttention:
     def __init__(self, pool: torch.Tensor) -> None:
         """`pool` is KVCache.data."""
         self._mask_dtype = pool.dtype
-        self._keys = [layer[0].transpose(0, 1)[None] for layer in pool]  # [1, kv_heads, slots, head_dim]
-        self._values = [layer[1].transpose(0, 1)[None] for layer in pool]
+        self._keys = [layer[0][None] for layer in pool]  # [1, kv_heads, slots, head_dim]
+        self._values = [layer[1][None] for layer in pool]
 
     def plan(self, spans: Sequence[Span], window: int | None) -> list[CpuSpan]:
         return [self._plan_span(span, window) for span in spans]
@@ -114,9 +114,7 @@ def _attend_piece(
     if piece.gathered is None:
         seen, content = keys.narrow(2, piece.slot, piece.length), values.narrow(2, piece.slot, piece.length)
     else:
-        # In the pool's own order of memory, where a slot is one contiguous row.
-        seen = keys.transpose(1, 2).index_select(1, piece.gathered).transpose(1, 2)
-        content = values.transpose(1, 2).index_select(1, piece.gathered).transpose(1, 2)
+        seen, content = keys.index_select(2, piece.gathered), values.index_select(2, piece.gathered)
     output: tuple[torch.Tensor, torch.Tensor] = _flash(
         queries, seen, content, 0.0, False, attn_mask=piece.mask, scale=scaling
     )

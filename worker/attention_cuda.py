@@ -38,7 +38,7 @@ class VarlenAttention:
         """`pool` is KVCache.data."""
         self._varlen: Callable[..., torch.Tensor] = import_module("torch.nn.attention.varlen").varlen_attn
         self._block_tokens = block_tokens
-        pages = pool.unflatten(2, (-1, block_tokens))
+        pages = pool.unflatten(3, (-1, block_tokens)).permute(0, 1, 3, 4, 2, 5)
         self._keys = [layer[0] for layer in pages]  # [blocks, block_tokens, kv_heads, head_dim]
         self._values = [layer[1] for layer in pages]
 
@@ -129,8 +129,8 @@ class GatherAttention:
         for span in plan:
             output = scaled_dot_product_attention(
                 query.narrow(2, span.row, span.num_queries),
-                self._pool[layer, 0].index_select(0, span.slots).transpose(0, 1)[None],
-                self._pool[layer, 1].index_select(0, span.slots).transpose(0, 1)[None],
+                self._pool[layer, 0].index_select(1, span.slots)[None],
+                self._pool[layer, 1].index_select(1, span.slots)[None],
                 attn_mask=span.mask,
                 scale=scaling,
                 enable_gqa=True,
@@ -166,15 +166,15 @@ def _agrees(
 ) -> bool:
     """Attend to random KV with a decoding query and a chunk, over scattered blocks, both ways."""
     generator = torch.Generator(pool.device).manual_seed(0)
-    shape = pool[0, :, : 4 * block_tokens].shape
-    pool[0, :, : shape[1]] = torch.randn(shape, generator=generator, device=pool.device).to(pool.dtype)
+    shape = pool[0, :, :, : 4 * block_tokens].shape
+    pool[0, :, :, : shape[2]] = torch.randn(shape, generator=generator, device=pool.device).to(pool.dtype)
     lengths = (block_tokens + 5, 2 * block_tokens)
     spans = (
         Span(0, 1, lengths[0] - 1, runs_of([2, 0], lengths[0], block_tokens)),
         Span(1, 7, lengths[1] - 7, runs_of([3, 1], lengths[1], block_tokens)),
     )
     query = torch.randn(1, num_heads, 8, shape[-1], generator=generator, device=pool.device).to(pool.dtype)
-    own = query[:, : shape[2]]  # the backends read this step's keys from the pool; only the shape matters here
+    own = query[:, : shape[1]]  # the backends read this step's keys from the pool; only the shape matters here
     outputs = [
         backend.attend(backend.plan(spans, window), 0, query, own, own, shape[-1] ** -0.5, None).float()
         for backend in (paged, ExactAttention(pool))

@@ -182,6 +182,17 @@ class TierUse:
 
 
 @dataclass(frozen=True, slots=True)
+class Moved:
+    """What went from one tier to another since the start, and the seconds that took (of all threads together)."""
+
+    source: str
+    target: str
+    blocks: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the start, and levels now."""
 
@@ -195,3 +206,8 @@ class EngineStats:
     evicted_then_needed: int
     running: int
     waiting: int
+    device_blocks: dict[str, int] = field(default_factory=dict)
+    """By state: free, used, cached."""
+    moved: tuple[Moved, ...] = ()
+    prefill_s_saved: float = 0.0
+    """What computing the tokens that came from a tier would have taken, at the speed of those that were computed."""

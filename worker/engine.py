@@ -17,6 +17,7 @@ import torch
 from cache_store.host_tier import HostTier
 from cache_store.ids import root_hash
 from cache_store.open_store import open_block_store
+from cache_store.store import BlockStore
 from worker.calls import (
     DropReport,
     EngineStats,
@@ -34,14 +35,16 @@ from worker.errors import ContextTooLong, Draining, Overloaded
 from worker.histories import Histories
 from worker.kv_cache import KVCache
 from worker.model import LoadedModel, load_model
-from worker.moves import Mover
+from worker.moves import MoveCounter
 from worker.plan import Span, plan_step
 from worker.pool import BlockPool
 from worker.request import Phase, Request
+from worker.restore import Restorer
 from worker.runner import ModelRunner
 from worker.sampler import LogitsNotFinite, Sampler
 from worker.scheduler import Scheduler
 from worker.step import Chunk
+from worker.write_behind import WriteBehind
 
 T = TypeVar("T")
 
@@ -54,7 +57,12 @@ _MIN_HOST_BLOCKS = 8
 
 class Engine:
     def __init__(
-        self, config: WorkerConfig, loaded: LoadedModel, kv_cache: KVCache, host: HostTier, mover: Mover
+        self,
+        config: WorkerConfig,
+        loaded: LoadedModel,
+        kv_cache: KVCache,
+        host: HostTier,
+        store: BlockStore | None,
     ) -> None:
         self.layout = loaded.layout
         self.fingerprint = loaded.fingerprint
@@ -66,11 +74,23 @@ class Engine:
         self._runner = ModelRunner(loaded, kv_cache)
         self._sampler = Sampler(loaded.vocab_size, loaded.device)
         self._host = host
-        self._mover = mover
+        self._store = store
+        self._moves = MoveCounter(self.layout.block_bytes)
+        self._write_behind = WriteBehind(
+            kv_cache,
+            host,
+            store,
+            self._moves,
+            max_pinned_blocks=max(1, kv_cache.num_blocks // 8),
+            max_queued_stores=max(1, config.store_queue_bytes // self.layout.block_bytes),
+            enabled=config.host_cache_bytes > 0 or store is not None,
+        )
+        self._restorer = Restorer(kv_cache, host, store, self._moves)
         self._pool = BlockPool(kv_cache.num_blocks)
         self._scheduler = Scheduler(
             self._pool,
-            mover,
+            self._write_behind,
+            self._restorer,
             block_tokens=self.layout.block_tokens,
             block_bytes=self.layout.block_bytes,
             max_running=config.max_running,
@@ -78,13 +98,17 @@ class Engine:
             copy_tokens=kv_cache.copy_tokens,
             post=self._post,
         )
-        self._histories = Histories(self._pool, self._scheduler, mover, self.layout, self.fingerprint, self._post)
+        self._histories = Histories(
+            self._pool, self._scheduler, self._write_behind, self.layout, self.fingerprint, self._post
+        )
         self._requests: dict[str, Request] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._accepting = threading.Semaphore(config.max_waiting + config.max_running)
         self._draining = False
         self._closed = False
         self._seconds_a_request = 1.0
+        self._prefilled_tokens = 0
+        self._prefill_s = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @classmethod
@@ -103,15 +127,7 @@ class Engine:
             timeout_s=config.redis_timeout_s,
             refresh_ttl_s=config.block_ttl_s,
         )
-        mover = Mover(
-            kv_cache,
-            host,
-            store,
-            max_pinned_blocks=max(1, kv_cache.num_blocks // 8),
-            max_queued_stores=max(1, config.store_queue_bytes // block_bytes),
-            write_behind=config.host_cache_bytes > 0 or store is not None,
-        )
-        engine = cls(config, loaded, kv_cache, host, mover)
+        engine = cls(config, loaded, kv_cache, host, store)
         engine._thread.start()
         return engine
 
@@ -184,15 +200,18 @@ class Engine:
             computed_tokens=sources["computed"],
             device=TierUse(held, self._pool.num_blocks, held * block_bytes, self._pool.num_blocks * block_bytes),
             host=TierUse(host.blocks, host.capacity, host.blocks * block_bytes, host.capacity * block_bytes),
-            stores_dropped=self._mover.stores_dropped,
+            stores_dropped=self._write_behind.stores_dropped,
             evicted_then_needed=self._pool.evicted_then_needed,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
+            device_blocks=used._asdict(),
+            moved=self._moves.read(),
+            prefill_s_saved=self._prefill_s_saved(),
         )
 
     def check(self) -> None:
         """Prove that blocks balance; when no request is left, that none is used. For idle moments and tests."""
-        settled = self._mover.settled(timeout_s=30)
+        settled = self._write_behind.settled(timeout_s=30)
         self._do(lambda: self._check(settled)).result(timeout=60)
 
     def drain(self, within_s: float) -> None:
@@ -206,7 +225,7 @@ class Engine:
         while self._requests and time.monotonic() < deadline:
             time.sleep(0.01)
         self._do(self._fail_all).result()
-        self._mover.store_tails()
+        self._write_behind.store_tails()
 
     def close(self, *, flush_s: float = 5.0) -> None:
         """Stop: fail what runs, write out what is queued for Redis within `flush_s`, and let go of everything."""
@@ -215,9 +234,12 @@ class Engine:
         self._draining = True
         self._post(self._fail_all)
         self._histories.close()
-        self._mover.close(flush_s=flush_s)
+        self._write_behind.close(flush_s=flush_s)
+        self._restorer.close()
         self._post(self._stop)
         self._thread.join()
+        if self._store is not None:
+            self._store.close()
 
     # On the engine's thread
 
@@ -254,6 +276,7 @@ class Engine:
             for request, spans in work
             for span in spans
         ]
+        began = time.perf_counter()
         try:
             logits = self._runner.run(chunks)
             tokens = self._sample(logits, [request for request, spans in work if spans[-1].end == len(request.tokens)])
@@ -267,7 +290,15 @@ class Engine:
                 scheduler.computed(request, spans)
         for request, token in tokens:
             self._publish(request, token)
+        num_prefilled = sum(span.tokens for spans in planned for span in spans)
+        self._prefilled_tokens += num_prefilled
+        self._prefill_s += (time.perf_counter() - began) * num_prefilled / (num_prefilled + len(decoding))
         return True
+
+    def _prefill_s_saved(self) -> float:
+        sources = self._scheduler.tokens_by_source
+        restored = sources["device"] + sources["host"] + sources["redis"]
+        return restored * self._prefill_s / self._prefilled_tokens if self._prefilled_tokens else 0.0
 
     def _sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[tuple[Request, Token]]:
         """The next token of each request ([n, vocab] logits). A request whose logits are not finite fails, alone."""

@@ -13,10 +13,10 @@ from cache_store.ids import BlockHash, root_hash
 from cache_store.layout import KVLayout
 from cache_store.store import BlockStore
 from worker.calls import DropReport, Located, ParkReport, WarmReport
-from worker.moves import Mover
 from worker.pool import BlockPool
 from worker.prefix import Wanted, full_names, wanted_by_history
 from worker.scheduler import Scheduler
+from worker.write_behind import WriteBehind
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,14 +29,14 @@ class Histories:
         self,
         pool: BlockPool,
         scheduler: Scheduler,
-        mover: Mover,
+        write_behind: WriteBehind,
         layout: KVLayout,
         fingerprint: bytes,
         post: Callable[[Callable[[], None]], None],
     ) -> None:
         self._pool = pool
         self._scheduler = scheduler
-        self._mover = mover
+        self._write_behind = write_behind
         self._layout = layout
         self._fingerprint = fingerprint
         self._post = post
@@ -59,25 +59,29 @@ class Histories:
                 ParkReport(
                     redis_tokens=_tokens(wanted, [want.name in present for want in wanted]),
                     device_blocks_dropped=self._pool.drop(names),
-                    host_blocks_dropped=self._mover.host.drop(names) if drop_host else 0,
+                    host_blocks_dropped=self._write_behind.host.drop(names) if drop_host else 0,
                     bytes_stored=num_bytes,
                 )
             )
 
-        self._later(lambda: self._mover.park(blocks, ttl_s=ttl_s), future, parked, lambda: self._pool.release(held))
+        self._later(
+            lambda: self._write_behind.park(blocks, ttl_s=ttl_s), future, parked, lambda: self._pool.release(held)
+        )
 
     def warm(self, tenant: str, tokens: Sequence[int], future: Future[WarmReport]) -> None:
         self._scheduler.warm(self._wanted(tenant, tokens), future.set_result)
 
     def flush(self, tenant: str, tokens: Sequence[int], future: Future[None]) -> None:
         names = self._names(tenant, tokens)
-        self._later(lambda: self._mover.flush(names, timeout_s=_FLUSH_S), future, lambda _: future.set_result(None))
+        self._later(
+            lambda: self._write_behind.flush(names, timeout_s=_FLUSH_S), future, lambda _: future.set_result(None)
+        )
 
     def locate(self, tenant: str, tokens: Sequence[int], with_redis: bool, future: Future[Located]) -> None:
         wanted = self._wanted(tenant, tokens)
         device = _tokens(wanted, [self._pool.find(want.name) is not None for want in wanted])
-        host = _tokens(wanted, [self._mover.host.contains(want.name) for want in wanted])
-        if not with_redis or self._mover.store is None:
+        host = _tokens(wanted, [self._write_behind.host.contains(want.name) for want in wanted])
+        if not with_redis or self._write_behind.store is None:
             future.set_result(Located(device, host, 0))
             return
         store, names = self._store(), [want.name for want in wanted]
@@ -92,9 +96,9 @@ class Histories:
         names = self._names(tenant, tokens)
 
         def delete() -> tuple[int, int]:
-            self._mover.flush(names, timeout_s=_FLUSH_S)
-            host = self._mover.host.drop(names)
-            return host, self._store().delete(names) if with_redis and self._mover.store is not None else 0
+            self._write_behind.flush(names, timeout_s=_FLUSH_S)
+            host = self._write_behind.host.drop(names)
+            return host, self._store().delete(names) if with_redis and self._write_behind.store is not None else 0
 
         device = self._pool.drop(names)
         self._later(delete, future, lambda counts: future.set_result(DropReport(device, *counts)))
@@ -103,7 +107,7 @@ class Histories:
         names, store = self._names(tenant, tokens), self._store()
 
         def retain() -> int:
-            self._mover.flush(names, timeout_s=_FLUSH_S)
+            self._write_behind.flush(names, timeout_s=_FLUSH_S)
             return store.retain(names, ttl_s=ttl_s)
 
         self._later(retain, future, future.set_result)
@@ -121,9 +125,9 @@ class Histories:
         return list(dict.fromkeys([*names, *full]))
 
     def _store(self) -> BlockStore:
-        if self._mover.store is None:
+        if self._write_behind.store is None:
             raise StoreUnavailable("this worker has no shared tier (redis_url is empty)")
-        return self._mover.store
+        return self._write_behind.store
 
     def _later(
         self,

@@ -19,8 +19,9 @@ _CUDA_COPIES_AT_ONCE = 4
 class KVCache:
     """`num_blocks` blocks of `layout` in one tensor, allocated once and touched, so that no step pays for page faults.
 
-    `data` is [layers, 2 (key, value), num_blocks * block_tokens, kv_heads, head_dim]: layer-first, so that
-    neighbouring blocks are one plain strided view in every layer.
+    `data` is [layers, 2 (key, value), kv_heads, num_blocks * block_tokens, head_dim]: layer-first, so that
+    neighbouring blocks are one plain strided view in every layer; and heads before slots, so that what one head reads
+    of a run lies in one piece (measured on a CPU: a third less time for attention than with slots first).
 
     `read_block` and `write_block` may be called from any thread while the engine's thread runs the model on other
     blocks; the caller sees to it that nobody else writes the block meanwhile.
@@ -30,8 +31,8 @@ class KVCache:
         self.layout = layout
         self.num_blocks = num_blocks
         self.device = device
-        layers, _, block_tokens, kv_heads, head_dim = layout.block_shape
-        shape = (layers, 2, num_blocks * block_tokens, kv_heads, head_dim)
+        layers, _, kv_heads, block_tokens, head_dim = layout.block_shape
+        shape = (layers, 2, kv_heads, num_blocks * block_tokens, head_dim)
         self.data = torch.empty(shape, dtype=getattr(torch, layout.dtype), device=device).zero_()
         self._blocks: _HostBlocks | _CudaBlocks
         self._blocks = _CudaBlocks(self.data, layout) if device.type == "cuda" else _HostBlocks(self.data, layout)
@@ -51,13 +52,13 @@ class KVCache:
         assert 0 < num_tokens <= self.layout.block_tokens
         assert source != target
         first, other = self._first_slot(source), self._first_slot(target)
-        self.data[:, :, other : other + num_tokens].copy_(self.data[:, :, first : first + num_tokens])
+        self.data[:, :, :, other : other + num_tokens].copy_(self.data[:, :, :, first : first + num_tokens])
 
     def poison(self, blocks: Iterable[BlockId]) -> None:
         """Fill blocks with NaN, so that whoever reads what was never written there is found out."""
         for block in blocks:
             first = self._first_slot(block)
-            self.data[:, :, first : first + self.layout.block_tokens] = math.nan
+            self.data[:, :, :, first : first + self.layout.block_tokens] = math.nan
 
     def _first_slot(self, block: BlockId) -> int:
         assert 0 <= block < self.num_blocks, f"block {block} of {self.num_blocks}"
@@ -69,9 +70,9 @@ class _HostBlocks:
     kernel threads, which would take the cores from the model's step for a copy that one core does at memory speed."""
 
     def __init__(self, data: torch.Tensor, layout: KVLayout) -> None:
-        # [layers * 2, bytes of all slots]: a block is one contiguous piece of each row.
-        self._rows: _Bytes = data.view(torch.uint8).flatten(2).flatten(0, 1).numpy()
-        self._block_shape = (2 * layout.num_layers, layout.block_bytes // (2 * layout.num_layers))
+        # [layers * 2 * kv_heads, bytes of all slots]: a block is one contiguous piece of each row.
+        self._rows: _Bytes = data.view(torch.uint8).flatten(3).flatten(0, 2).numpy()
+        self._block_shape = (len(self._rows), layout.block_bytes // len(self._rows))
         self._slot_bytes = self._block_shape[1] // layout.block_tokens
 
     def read(self, first_slot: int, into: _Bytes) -> None:
@@ -126,4 +127,4 @@ class _CudaBlocks:
             self._free.put(lane)
 
     def _slots(self, first_slot: int) -> torch.Tensor:
-        return self._data[:, :, first_slot : first_slot + self._block_tokens]
+        return self._data[:, :, :, first_slot : first_slot + self._block_tokens]

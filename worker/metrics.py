@@ -89,7 +89,7 @@ class _EngineCollector(Collector):
             "device_blocks",
             "KV blocks on the device.",
             "state",
-            {"held": stats.device.blocks, "free": stats.device.capacity_blocks - stats.device.blocks},
+            stats.device_blocks,
         )
         yield _gauge(
             "host_blocks",
@@ -101,6 +101,21 @@ class _EngineCollector(Collector):
             "cache_bytes", "Bytes of KV held.", "tier", {"device": stats.device.bytes, "host": stats.host.bytes}
         )
         yield _gauge("queue_requests", "Requests now.", "state", {"running": stats.running, "waiting": stats.waiting})
+        moved_bytes = CounterMetricFamily(
+            "rekindle_moved_bytes", "Bytes of KV moved between tiers.", labels=["source", "target"]
+        )
+        moved_s = CounterMetricFamily(
+            "rekindle_moved_seconds", "Seconds spent moving KV between tiers.", labels=["source", "target"]
+        )
+        for moved in stats.moved:
+            moved_bytes.add_metric([moved.source, moved.target], moved.bytes)
+            moved_s.add_metric([moved.source, moved.target], moved.seconds)
+        yield from (moved_bytes, moved_s)
+        yield CounterMetricFamily(
+            "rekindle_prefill_saved_seconds",
+            "Prefill that the tiers have spared the device.",
+            value=stats.prefill_s_saved,
+        )
         yield CounterMetricFamily(
             "rekindle_stores_dropped", "Blocks not written to Redis for want of room.", value=stats.stores_dropped
         )

@@ -14,11 +14,13 @@ from cache_store.ids import BlockHash
 from worker.calls import Failed, Finished, FinishReason, MissReason, WarmReport
 from worker.errors import DeadlinePassed
 from worker.ids import BlockId
-from worker.moves import Mover, Offload, Restore, Tier
+from worker.moves import Tier
 from worker.plan import Span
 from worker.pool import BlockPool
 from worker.prefix import Wanted, tail_of, wanted_by_prompt
 from worker.request import Phase, Request
+from worker.restore import Restore, Restorer
+from worker.write_behind import Offload, WriteBehind
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +29,8 @@ class Scheduler:
     def __init__(
         self,
         pool: BlockPool,
-        mover: Mover,
+        write_behind: WriteBehind,
+        restorer: Restorer,
         *,
         block_tokens: int,
         block_bytes: int,
@@ -37,7 +40,8 @@ class Scheduler:
         post: Callable[[Callable[[], None]], None],
     ) -> None:
         self.pool = pool
-        self.mover = mover
+        self._write_behind = write_behind
+        self._restorer = restorer
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """Everything admitted, in order of arrival: RESTORING, PREFILL and DECODE."""
@@ -87,7 +91,7 @@ class Scheduler:
         found: dict[int, Tier | MissReason] = {}
         for want in wanted:
             if want.content_tokens < size:
-                self.mover.outgrown(want.name)
+                self._write_behind.outgrown(want.name)
             if want.index not in on_device:
                 self.pool.need(want.name)
                 continue
@@ -103,7 +107,7 @@ class Scheduler:
     def _restore(self, request: Request, wanted: Sequence[Wanted], found: dict[int, Tier | MissReason]) -> None:
         """Ask the tiers below for what the device has not; go on at once if there is nobody to ask."""
         missing = [want for want in wanted if want.index not in found]
-        asked = [want for want in missing if self.mover.may_have(want.name)]
+        asked = [want for want in missing if self._restorer.may_have(want.name)]
         found.update({want.index: MissReason.ABSENT for want in missing})
         if not asked:
             self._ready(request, wanted, found, 0)
@@ -118,7 +122,7 @@ class Scheduler:
         deadline_s = time.monotonic() + self._restore_timeout_s
         if request.call.deadline_s is not None:
             deadline_s = min(deadline_s, request.call.deadline_s)
-        self.mover.restore(
+        self._restorer.restore(
             [Restore(want.name, want.content_tokens, request.table[want.index]) for want in asked],
             done,
             deadline_s=deadline_s,
@@ -187,7 +191,7 @@ class Scheduler:
     def _offload(self, request: Request, block: BlockId, name: BlockHash, num_tokens: int, *, to_store: bool) -> None:
         self.pool.acquire([block])
         release = [block]
-        self.mover.offload(
+        self._write_behind.offload(
             Offload(
                 block=block,
                 name=name,
@@ -265,7 +269,7 @@ class Scheduler:
 
     def warm(self, wanted: Sequence[Wanted], done: Callable[[WarmReport], None]) -> None:
         """Restore what the device lacks of a history, as far as blocks are free, and leave it cached."""
-        missing = [want for want in wanted if self.pool.find(want.name) is None and self.mover.may_have(want.name)]
+        missing = [want for want in wanted if self.pool.find(want.name) is None and self._restorer.may_have(want.name)]
         missing = missing[: self.pool.available]
         have = [block for want in wanted if (block := self.pool.find(want.name)) is not None]
         self.pool.acquire(have)
@@ -282,7 +286,7 @@ class Scheduler:
             on_device = sum(want.offers for want in wanted if self.pool.find(want.name) is not None)
             done(WarmReport(device_tokens=on_device, restored_tokens=restored))
 
-        self.mover.restore(
+        self._restorer.restore(
             [Restore(want.name, want.content_tokens, target) for want, target in zip(missing, targets, strict=True)],
             lambda outcomes: self._post(lambda: landed(outcomes)),
             deadline_s=time.monotonic() + self._restore_timeout_s,
@@ -294,4 +298,4 @@ class Scheduler:
         self.pool.check()
         for request in self.running:
             assert len(request.table) <= self.pool.num_blocks
-        self.mover.host.check()
+        self._write_behind.host.check()

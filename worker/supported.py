@@ -138,8 +138,8 @@ class _Probe:
         halves = [
             exact_attention(
                 query[0, :, rows : rows + _PROBE_TOKENS],
-                key[0, :, rows : rows + _PROBE_TOKENS].transpose(0, 1),
-                value[0, :, rows : rows + _PROBE_TOKENS].transpose(0, 1),
+                key[0, :, rows : rows + _PROBE_TOKENS],
+                value[0, :, rows : rows + _PROBE_TOKENS],
                 start=0,
                 key_positions=positions,
                 scaling=scaling,

@@ -1,0 +1,238 @@
+"""Move blocks down, off the engine's thread: from the device to the host tier, and from there to the shared store.
+
+It is told which device block holds what and never chooses: whoever hands a block over keeps it referenced until it is
+told that the copy is done. Both queues are bounded: what does not fit is dropped and counted, and no caller waits.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import structlog
+
+from cache_store.errors import StoreError
+from cache_store.host_tier import HostTier, Slot
+from cache_store.ids import BlockHash
+from cache_store.store import BlockStore, Store
+from worker.ids import BlockId
+from worker.moves import BATCH_BLOCKS, DeviceMemory, MoveCounter, Tier, log_bug
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """A block that is full, or ends a turn, and will not change until `done`."""
+
+    block: BlockId
+    name: BlockHash
+    num_tokens: int
+    ttl_s: int
+    to_store: bool
+    done: Callable[[], None]
+    """Called on another thread, whatever came of it."""
+
+
+class WriteBehind:
+    def __init__(
+        self,
+        device: DeviceMemory,
+        host: HostTier,
+        store: BlockStore | None,
+        counter: MoveCounter,
+        *,
+        max_pinned_blocks: int,
+        max_queued_stores: int,
+        enabled: bool = True,
+    ) -> None:
+        """Holds at most `max_pinned_blocks` device blocks and `max_queued_stores` host slots at a time.
+
+        Where there is no tier below the device it is not `enabled`, and drops everything uncounted.
+        """
+        self.host = host
+        self.store = store
+        self._device = device
+        self._counter = counter
+        self._max_pinned = max_pinned_blocks
+        self._max_stores = max_queued_stores
+        self._enabled = enabled
+        self._changed = threading.Condition()
+        self._copying = 0
+        self._to_store: list[tuple[Slot, BlockHash, int, int]] = []
+        self._pending: Counter[BlockHash] = Counter()
+        self._tails: dict[BlockHash, tuple[int, int]] = {}
+        self._closed = False
+        self.stores_dropped = 0
+        self._copier = ThreadPoolExecutor(1, "offload")
+        self._storer = threading.Thread(target=self._store_loop, name="store", daemon=True)
+        self._storer.start()
+
+    def offload(self, job: Offload) -> None:
+        """Copy a block to the host tier, and from there to the store, in time. Never blocks, never fails."""
+        if not self._enabled:
+            job.done()
+            return
+        with self._changed:
+            if self._closed or self._copying >= self._max_pinned:
+                self.stores_dropped += 1
+                full = True
+            else:
+                full = False
+                self._copying += 1
+                self._pending[job.name] += 1
+        if full:
+            job.done()
+        else:
+            self._copier.submit(self._copy_down, job).add_done_callback(log_bug)
+
+    def _copy_down(self, job: Offload) -> None:
+        try:
+            self._fill_host(job.name, job.num_tokens, job.block)
+        finally:
+            with self._changed:
+                self._copying -= 1
+            job.done()
+            if job.to_store and self.store is not None:
+                self._queue_store(job.name, job.num_tokens, job.ttl_s)
+            elif not job.to_store:
+                self._tails[job.name] = (job.num_tokens, job.ttl_s)
+                if len(self._tails) > self.host.use().capacity:  # the host tier has not kept all of them
+                    self._tails.pop(next(iter(self._tails)))
+            self._settle(job.name)
+
+    def _queue_store(self, name: BlockHash, num_tokens: int, ttl_s: int) -> None:
+        assert self.store is not None
+        with self._changed:
+            room = len(self._to_store) < self._max_stores and not self._closed and self.store.available()
+            slot = self.host.pin(name) if room else None
+            if slot is None:
+                self.stores_dropped += 1
+                return
+            self._pending[name] += 1
+            self._to_store.append((slot, name, num_tokens, ttl_s))
+            self._changed.notify_all()
+
+    def _store_loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._to_store or self._closed)
+                batch, self._to_store = self._to_store[:BATCH_BLOCKS], self._to_store[BATCH_BLOCKS:]
+            if not batch:
+                return
+            assert self.store is not None
+            try:
+                with self._counter.timed(Tier.HOST, Tier.REDIS, len(batch)):
+                    self.store.put([Store(name, count, slot.buffer, ttl_s) for slot, name, count, ttl_s in batch])
+            except StoreError as error:
+                self.stores_dropped += len(batch)
+                log.warning("stores dropped", blocks=len(batch), error=str(error))
+            finally:
+                for slot, name, _, _ in batch:
+                    self.host.unpin(slot)
+                    self._settle(name)
+
+    def _settle(self, name: BlockHash) -> None:
+        with self._changed:
+            self._pending[name] -= 1
+            if not self._pending[name]:
+                del self._pending[name]
+            self._changed.notify_all()
+
+    def flush(self, names: Sequence[BlockHash], *, timeout_s: float) -> bool:
+        """Wait until none of these blocks is on its way. False if that took longer. Blocks its caller."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not any(name in self._pending for name in names), timeout_s)
+
+    def outgrown(self, name: BlockHash) -> None:
+        """The conversation has gone on from this unfull block: nobody will miss it in the store."""
+        self._tails.pop(name, None)
+
+    def store_tails(self) -> None:
+        """Write the unfull last blocks, which no turn has taken up yet, to the store. Blocks its caller."""
+        tails, self._tails = self._tails, {}
+        if self.store is None:
+            return
+        by_ttl: dict[int, list[tuple[BlockHash, int, BlockId | None]]] = {}
+        for name, (num_tokens, ttl_s) in tails.items():
+            by_ttl.setdefault(ttl_s, []).append((name, num_tokens, None))
+        try:
+            for ttl_s, blocks in by_ttl.items():
+                self.park(blocks, ttl_s=ttl_s)
+        except StoreError as error:
+            self.stores_dropped += len(tails)
+            log.warning("unfull blocks not stored", blocks=len(tails), error=str(error))
+
+    def settled(self, *, timeout_s: float) -> bool:
+        """Wait until nothing is on its way down. False if that took longer. Blocks its caller."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._pending, timeout_s)
+
+    def park(
+        self, blocks: Sequence[tuple[BlockHash, int, BlockId | None]], *, ttl_s: int
+    ) -> tuple[set[BlockHash], int]:
+        """Make sure the store has these (name, tokens, device block if any). Blocks its caller.
+
+        Returns the names that the store has now, and the bytes written for it. Raises StoreError.
+        """
+        assert self.store is not None
+        names = [name for name, _, _ in blocks]
+        self.flush(names, timeout_s=30.0)
+        present = {name for name, there in zip(names, self.store.which(names), strict=True) if there}
+        missing = [block for block in blocks if block[0] not in present]
+        num_bytes = 0
+        for start in range(0, len(missing), BATCH_BLOCKS):
+            slots: list[tuple[Slot, BlockHash, int]] = []
+            try:
+                for name, num_tokens, block in missing[start : start + BATCH_BLOCKS]:
+                    slot = self._host_copy(name, num_tokens, block)
+                    if slot is not None:
+                        slots.append((slot, name, num_tokens))
+                with self._counter.timed(Tier.HOST, Tier.REDIS, len(slots)):
+                    self.store.put([Store(name, count, slot.buffer, ttl_s) for slot, name, count in slots])
+                present |= {name for _, name, _ in slots}
+                for _, name, _ in slots:
+                    self._tails.pop(name, None)
+                num_bytes += sum(len(slot.buffer) for slot, _, _ in slots)
+            finally:
+                for slot, _, _ in slots:
+                    self.host.unpin(slot)
+        return present, num_bytes
+
+    def _host_copy(self, name: BlockHash, num_tokens: int, block: BlockId | None) -> Slot | None:
+        """The block in the host tier, pinned, copied there from the device if need be."""
+        slot = self.host.pin(name)
+        if slot is None and block is not None:
+            self._fill_host(name, num_tokens, block)
+            slot = self.host.pin(name)
+        return slot
+
+    def _fill_host(self, name: BlockHash, num_tokens: int, block: BlockId) -> None:
+        """Copy a device block to the host tier, unless it is there already or there is no room."""
+        slot = self.host.reserve(name, num_tokens)
+        if slot is None:
+            return
+        try:
+            with self._counter.timed(Tier.DEVICE, Tier.HOST):
+                self._device.read_block(block, slot.buffer)
+        except BaseException:
+            self.host.abort(slot)
+            raise
+        self.host.publish(slot)
+
+    def close(self, *, flush_s: float) -> None:
+        """Write out what is queued, within `flush_s`; drop the rest (counted)."""
+        self._copier.shutdown(wait=True)
+        deadline = time.monotonic() + flush_s
+        with self._changed:
+            self._changed.wait_for(lambda: not self._to_store, max(0.0, deadline - time.monotonic()))
+            self.stores_dropped += len(self._to_store)
+            dropped, self._to_store = self._to_store, []
+            for slot, name, _, _ in dropped:
+                self.host.unpin(slot)
+                self._settle(name)
+            self._closed = True
+            self._changed.notify_all()
+        self._storer.join()
