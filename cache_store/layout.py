@@ -10,7 +10,7 @@ TARGET_BLOCK_BYTES = 2 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayout:
-    """[layers, 2 (key, value), block_tokens, kv_heads, head_dim] of `dtype`, contiguous: the payload of a block."""
+    """[layers, 2 (key, value), kv_heads, block_tokens, head_dim] of `dtype`, contiguous: the payload of a block."""
 
     num_layers: int
     num_kv_heads: int
@@ -33,7 +33,7 @@ class KVLayout:
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
-        return (self.num_layers, 2, self.block_tokens, self.num_kv_heads, self.head_dim)
+        return (self.num_layers, 2, self.num_kv_heads, self.block_tokens, self.head_dim)
 
 
 def choose_block_tokens(token_bytes: int) -> int:

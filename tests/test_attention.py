@@ -55,12 +55,12 @@ def poisoned_pool(
     spans: Sequence[Span], kv_heads: int, head_dim: int, dtype: torch.dtype, device: str = "cpu"
 ) -> torch.Tensor:
     """NaN everywhere but where the spans' past lies."""
-    shape = (LAYERS, 2, NUM_BLOCKS * BLOCK_TOKENS, kv_heads, head_dim)
+    shape = (LAYERS, 2, kv_heads, NUM_BLOCKS * BLOCK_TOKENS, head_dim)
     pool = torch.full(shape, float("nan"), dtype=dtype)
     for span in spans:
         if past := clip(span.runs, 0, span.start):
             slots = torch.from_numpy(slots_of(past))
-            pool[:, :, slots] = torch.randn(LAYERS, 2, len(slots), kv_heads, head_dim).to(dtype)
+            pool[:, :, :, slots] = torch.randn(LAYERS, 2, kv_heads, len(slots), head_dim).to(dtype)
     return pool.to(device)
 
 
@@ -113,7 +113,7 @@ def test_the_definition_is_what_the_formula_says(window: int | None, softcap: fl
     pool = poisoned_pool([span], 1, 4, torch.float32)
     query, key, value = random_qkv([span], 2, 1, 4, torch.float32)
     ours = attend(ExactAttention(pool), pool, [span], (query, key, value), window=window, softcap=softcap)
-    keys, values = pool[1, :, 48:60, 0].double()
+    keys, values = pool[1, :, 0, 48:60].double()
     for row, position in enumerate(range(9, 12)):
         first = 0 if window is None else position - window + 1
         for head in range(2):
@@ -140,9 +140,9 @@ def test_a_step_writes_its_keys_and_values_to_its_slots_and_nowhere_else() -> No
     query, key, value = random_qkv(spans, 4, 2, 8, torch.float32)
     attend(CpuAttention(pool), pool, spans, (query, key, value))
     slots = torch.cat([torch.from_numpy(slots_of(clip(span.runs, span.start, span.end))) for span in spans])
-    assert torch.equal(pool[1, 0, slots], key[0].transpose(0, 1))
-    assert torch.equal(pool[1, 1, slots], value[0].transpose(0, 1))
-    before[1, :, slots] = pool[1, :, slots]
+    assert torch.equal(pool[1, 0, :, slots], key[0])
+    assert torch.equal(pool[1, 1, :, slots], value[0])
+    before[1, :, :, slots] = pool[1, :, :, slots]
     torch.testing.assert_close(pool, before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -161,7 +161,7 @@ def test_a_window_hides_the_runs_before_it() -> None:
 
 def test_without_a_paged_kernel_cuda_attention_falls_back_to_gathering() -> None:
     """On a CPU the paged kernel is there by name and refuses to run: the choice must be made by trying it."""
-    pool = torch.zeros(1, 2, 8 * BLOCK_TOKENS, 2, 16)
+    pool = torch.zeros(1, 2, 2, 8 * BLOCK_TOKENS, 16)
     assert isinstance(choose_cuda_attention(pool, BLOCK_TOKENS, 4, [None]), GatherAttention)
 
 
@@ -173,7 +173,7 @@ def test_the_attention_chosen_on_cuda_equals_the_definition(window: int | None, 
     spans = ragged_spans(0)
     if block_tokens != BLOCK_TOKENS:  # each sequence in order, in large blocks
         spans = tuple(Span(s.row, s.num_queries, s.start, (Run(0, 512 * i, s.end),)) for i, s in enumerate(spans))
-    pool = torch.zeros(LAYERS, 2, 5120, 2, 64, dtype=torch.bfloat16, device="cuda")
+    pool = torch.zeros(LAYERS, 2, 2, 5120, 64, dtype=torch.bfloat16, device="cuda")
     backend = choose_cuda_attention(pool, block_tokens, 4, [window])
     assert isinstance(backend, VarlenAttention | GatherAttention)
     pool.normal_()

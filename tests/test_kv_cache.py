@@ -38,7 +38,7 @@ def test_the_payload_of_a_block_is_its_tensor_in_the_order_of_block_shape(cache:
     payload = buffer()
     cache.read_block(BlockId(5), payload)
     tensor = torch.frombuffer(payload, dtype=torch.bfloat16).view(LAYOUT.block_shape)
-    assert torch.equal(tensor, cache.data[:, :, slots(5)].cpu())
+    assert torch.equal(tensor, cache.data[:, :, :, slots(5)].cpu())
 
 
 def test_a_block_comes_back_bit_for_bit_into_a_poisoned_one_and_touches_no_other(cache: KVCache) -> None:
@@ -46,16 +46,16 @@ def test_a_block_comes_back_bit_for_bit_into_a_poisoned_one_and_touches_no_other
     cache.read_block(BlockId(11), payload)
     before = cache.data.clone()
     cache.poison([BlockId(2)])
-    assert bool(cache.data[:, :, slots(2)].isnan().all())
+    assert bool(cache.data[:, :, :, slots(2)].isnan().all())
     cache.write_block(BlockId(2), payload.toreadonly())
-    before[:, :, slots(2)] = before[:, :, slots(11)]
+    before[:, :, :, slots(2)] = before[:, :, :, slots(11)]
     assert torch.equal(cache.data, before)
 
 
 def test_copy_on_write_copies_the_first_tokens_alone(cache: KVCache) -> None:
     before = cache.data.clone()
     cache.copy_tokens(BlockId(1), BlockId(7), 5)
-    before[:, :, 7 * 16 : 7 * 16 + 5] = before[:, :, 16 : 16 + 5]
+    before[:, :, :, 7 * 16 : 7 * 16 + 5] = before[:, :, :, 16 : 16 + 5]
     assert torch.equal(cache.data, before)
 
 
@@ -75,7 +75,7 @@ def test_threads_move_different_blocks_at_once(cache: KVCache) -> None:
     for thread in threads:
         thread.join()
     for source, target in moves:
-        assert torch.equal(cache.data[:, :, slots(target)], before[:, :, slots(source)])
+        assert torch.equal(cache.data[:, :, :, slots(target)], before[:, :, :, slots(source)])
 
 
 def test_a_pool_starts_without_garbage() -> None:

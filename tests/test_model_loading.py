@@ -38,7 +38,7 @@ def save(directory: Path, class_name: str, **settings: Any) -> Path:
 
 def test_a_checkpoint_says_what_others_must_know_of_it(llama: Path) -> None:
     loaded = load(llama)
-    assert loaded.layout.block_shape == (3, 2, 256, 2, 12)
+    assert loaded.layout.block_shape == (3, 2, 2, 256, 12)
     assert loaded.layout.dtype == "float32"
     assert (loaded.max_context_tokens, loaded.vocab_size) == (512, 320)
     assert loaded.eos_token_ids == {1}
