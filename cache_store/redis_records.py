@@ -209,12 +209,18 @@ class RedisRecords:
 
     @asynccontextmanager
     async def _asking(self, doing: str) -> AsyncGenerator[None, None]:
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled_before = task.cancelling()
         try:
             async with asyncio.timeout(self._timeout_s):
                 with ours(doing):
                     yield
         except TimeoutError as error:
             raise StoreUnavailable(f"{doing}: no answer within {self._timeout_s} s") from error
+        finally:
+            if task.cancelling() > cancelled_before:  # redis-py was seen to swallow it
+                raise asyncio.CancelledError
 
 
 def _keys(tenant: str, session_id: str) -> _Keys:

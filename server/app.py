@@ -24,6 +24,7 @@ from server.sessions_service import SessionsService
 from server.turns import Turns
 
 _SERVICES = ("Inference", "Sessions", "Cache")
+_UNWIND_S = 5.0
 _log = structlog.get_logger(__name__)
 
 
@@ -95,6 +96,7 @@ class Application:
         """Stop at once; what still runs is cancelled. Safe to call more than once."""
         if self._server is not None:
             await self._server.stop(grace=None)
+            await self._calls.drain(_UNWIND_S)  # cancelled calls still release their sessions
             self._server = None
         await self._health.aclose()
         await self.directory.aclose()

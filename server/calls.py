@@ -28,7 +28,7 @@ def request_id() -> str:
     return _request_id.get()
 
 
-class Calls(grpc.aio.ServerInterceptor[Any, Any]):
+class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the methods of rekindle.v1; health and reflection pass as they are."""
 
     def __init__(self, metrics: FrontMetrics) -> None:
@@ -40,13 +40,13 @@ class Calls(grpc.aio.ServerInterceptor[Any, Any]):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        handler: Any = await continuation(handler_call_details)
+    ) -> Any:
+        handler = await continuation(handler_call_details)
         path = handler_call_details.method
         if handler is None or not path.startswith(_OURS):
-            return handler  # type: ignore[no-any-return]
+            return handler
         wrap = (
             grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
         )

@@ -47,7 +47,7 @@ class Lease:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop_renewing()
+        await self._stop_renewing()
         if not self._ended:
             await self._release()
 
@@ -58,7 +58,7 @@ class Lease:
 
     async def commit(self, new_tokens: list[int], turn: TurnRecord, *, model: str, worker_id: str) -> None:
         """Append the turn and unlock. Tries again while Redis is away for a moment: a commit may be repeated."""
-        self._stop_renewing()
+        await self._stop_renewing()
         for pause_s in (*_COMMIT_PAUSES_S, None):
             try:
                 await self._records.commit(
@@ -79,7 +79,7 @@ class Lease:
 
     async def delete(self) -> SessionRecord:
         """Forget the session, lock and all."""
-        self._stop_renewing()
+        await self._stop_renewing()
         was = await self._records.delete(self._tenant, self._session_id)
         self._ended = True
         return was
@@ -95,10 +95,11 @@ class Lease:
             except StoreError as error:  # there is time for two more tries; the commit tells in the end
                 _log.warning("lease not renewed", session=self._session_id, error=str(error))
 
-    def _stop_renewing(self) -> None:
-        if self._renewal is not None:
-            self._renewal.cancel()
-            self._renewal = None
+    async def _stop_renewing(self) -> None:
+        renewal, self._renewal = self._renewal, None
+        if renewal is not None:
+            renewal.cancel()
+            await asyncio.wait([renewal])  # its connection is back before anybody closes the pool
 
     async def _release(self) -> None:
         await _uninterrupted(self._try_release())

@@ -1,7 +1,7 @@
 """Workers as Ray actors: started, found again by name, removed. The front end's only file that knows Ray.
 
 The actor class is passed in; it starts serving in its constructor, which Ray runs again after a crash, and has
-`async address() -> str` (host:port of its gRPC server) and `async drain(within_s) -> None`.
+`async address() -> str` (host:port of its gRPC server), `async pid() -> int` and `async drain(within_s) -> None`.
 """
 
 import asyncio
@@ -75,6 +75,13 @@ class RayCluster:
         await asyncio.wait(waiting, timeout=1.0)
         found = {worker_id: self._collect(worker_id, actor) for worker_id, actor in self._actors.items()}
         return {worker_id: address for worker_id, address in found.items() if address}
+
+    async def pid(self, worker_id: str) -> int:
+        """The id of the worker's process, on its machine. Waits until it is up; raises WorkerFault if it can't be."""
+        try:
+            return int(await asyncio.wrap_future(self._actors[worker_id].handle.pid.remote().future()))
+        except RayError as error:
+            raise WorkerFault(f"worker {worker_id}: {_reason(error)}") from error
 
     async def stop_workers(self, *, drain_s: float) -> None:
         """Let every worker finish and store what it holds, then remove it."""

@@ -60,7 +60,8 @@ class SessionKeeper:
         """The history, detokenized. Raises NoWorker."""
         if not record.token_ids:
             return ""
-        return await self._turns.pick(record, record.session_id).client.detokenize(record.token_ids)
+        _, text = await self._ask_one(record, lambda worker: worker.client.detokenize(record.token_ids))
+        return text
 
     async def residency(self, record: SessionRecord) -> list[pb.Residency]:
         """Where the KV is: tiers that hold nothing are left out."""
@@ -81,8 +82,10 @@ class SessionKeeper:
         record = await self._records.update(tenant, session_id, ttl_s=ttl_s, pinned=pinned)
         if record.token_ids:
             try:
-                worker = self._turns.pick(record, session_id)
-                await worker.client.retain(_history(record), block_ttl_s=self._turns.block_ttl_s(record))
+                block_ttl_s = self._turns.block_ttl_s(record)
+                await self._ask_one(
+                    record, lambda worker: worker.client.retain(_history(record), block_ttl_s=block_ttl_s)
+                )
             except ServingError as error:  # each turn sets the blocks' time again
                 _log.warning("blocks keep their old time to live", session=session_id, error=str(error))
         return record
@@ -123,7 +126,10 @@ class SessionKeeper:
             request = wpb.ParkRequest(
                 history=_history(record), drop_host=drop_host, block_ttl_s=self._turns.block_ttl_s(record)
             )
-            parked = [await worker.client.park(request) for worker in await self._holders(record)]
+            answers = await self._ask_all(await self._holders(record), lambda worker: worker.client.park(request))
+        parked = [reply for _, reply in answers]
+        if not parked:
+            raise WorkerLost("the session's worker has just gone; what it had not stored is computed again")
         return pb.ParkSessionResponse(
             redis_tokens=max(reply.redis_tokens for reply in parked),
             device_blocks_dropped=sum(reply.device_blocks_dropped for reply in parked),
@@ -134,8 +140,8 @@ class SessionKeeper:
     async def warm(self, tenant: str, session_id: str) -> pb.WarmSessionResponse:
         """Restore onto the worker that the next turn would go to. Raises NoWorker."""
         async with self._locked(tenant, session_id) as lease:
-            worker = self._turns.pick(lease.record, session_id)
-            warmed = await worker.client.warm(wpb.WarmRequest(history=_history(lease.record)))
+            request = wpb.WarmRequest(history=_history(lease.record))
+            worker, warmed = await self._ask_one(lease.record, lambda worker: worker.client.warm(request))
         return pb.WarmSessionResponse(
             worker_id=worker.worker_id, device_tokens=warmed.device_tokens, restored_tokens=warmed.restored_tokens
         )
@@ -178,6 +184,17 @@ class SessionKeeper:
     def _locked(self, tenant: str, session_id: str) -> Lease:
         return Lease(self._records, tenant, session_id, holder=_new_id(), lease_s=self._lease_s)
 
+    async def _ask_one(
+        self, record: SessionRecord, ask: Callable[[Worker], Awaitable[_Answer]]
+    ) -> tuple[Worker, _Answer]:
+        """Ask the worker that the session's next turn would go to; another if it has just gone. Raises NoWorker."""
+        while True:
+            worker = self._turns.pick(record, record.session_id)
+            try:
+                return worker, await ask(worker)
+            except WorkerLost as error:
+                self._lost(worker, error)
+
     async def _ask_all(
         self, workers: list[Worker], ask: Callable[[Worker], Awaitable[_Answer]]
     ) -> list[tuple[Worker, _Answer]]:
@@ -187,10 +204,14 @@ class SessionKeeper:
             try:
                 return worker, await ask(worker)
             except WorkerLost as error:
-                _log.warning("worker left out", worker=worker.worker_id, error=str(error))
+                self._lost(worker, error)
                 return None
 
         return [answer for answer in await asyncio.gather(*(one(worker) for worker in workers)) if answer is not None]
+
+    def _lost(self, worker: Worker, error: WorkerLost) -> None:
+        self._directory.suspect(worker)
+        _log.warning("worker left out", worker=worker.worker_id, error=str(error))
 
 
 def _history(record: SessionRecord) -> wpb.History:
