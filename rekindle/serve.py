@@ -3,15 +3,15 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 
 from cache_store.embedded_redis import RedisServer
+from cache_store.errors import ServingError
 from rekindle.settings import Settings
-from rekindle.signals import until_signalled, whole
+from rekindle.signals import StopSignals, whole
 from server.app import Application
-from server.errors import WorkerFault
 from server.logs import set_up_logs
 from server.ray_cluster import RayCluster
 from worker.actor import WorkerActor
@@ -21,23 +21,34 @@ def serve(settings: Settings) -> None:
     """Run the system until SIGTERM or SIGINT. Exits with a message if it can't start."""
     set_up_logs(settings.server.log_format, settings.server.log_level)
     try:
-        asyncio.run(until_signalled(_serve(settings, Console(stderr=True))))
-    except (WorkerFault, OSError) as error:
+        asyncio.run(_serve(settings, Console(stderr=True)))
+    except (ServingError, OSError) as error:
         raise SystemExit(f"rekindle: {error}") from error
 
 
 async def _serve(settings: Settings, console: Console) -> None:
-    async with running_system(settings, console) as application:
-        print(f"listening on {application.address}, metrics on http://{application.metrics_address}/", flush=True)
-        await asyncio.Event().wait()  # until cancelled
+    with StopSignals() as signals:
+        async with running_system(settings, console, signals) as system:
+            front_end = system.front_end
+            print(f"listening on {front_end.address}, metrics on http://{front_end.metrics_address}/", flush=True)
+            await asyncio.Event().wait()  # until a signal
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What runs."""
+
+    front_end: Application
+    cluster: RayCluster
 
 
 @asynccontextmanager
-async def running_system(settings: Settings, console: Console) -> AsyncIterator[Application]:
-    """Start everything and yield the front end, which listens. At the end turns finish, what is hot is parked, and
-    Ray's actors are removed: within two times `drain_s` and a few seconds.
+async def running_system(settings: Settings, console: Console, signals: StopSignals) -> AsyncIterator[System]:
+    """Start everything; the workers are up and the front end listens when this yields.
 
-    Raises WorkerFault if a worker can't start, OSError if a port is taken, StoreUnavailable without redis-server.
+    At the end turns finish, what is hot is parked, and Ray's actors are removed: within two times `drain_s` and a few
+    seconds. Raises WorkerFault if a worker can't start, OSError if a port is taken, StoreUnavailable without a
+    redis-server.
     """
     async with AsyncExitStack() as stack:
         settings = stack.enter_context(_with_redis(settings))
@@ -57,14 +68,15 @@ async def running_system(settings: Settings, console: Console) -> AsyncIterator[
         with console.status("starting Ray") as status:
             await whole(cluster.start())
             stack.push_async_callback(stop_workers)
+            signals.arm()
             status.update(f"loading {settings.worker.model} on {system.num_workers} worker(s)")
             await cluster.wait_until_up()
         patience_s = settings.server.drain_s
-        application = Application.build(settings.server, cluster)
-        stack.push_async_callback(application.aclose)
-        await application.start()
-        stack.push_async_callback(application.drain)
-        yield application
+        front_end = Application.build(settings.server, cluster)
+        stack.push_async_callback(front_end.aclose)
+        await front_end.start()
+        stack.push_async_callback(front_end.drain)
+        yield System(front_end, cluster)
 
 
 @contextmanager

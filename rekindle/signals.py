@@ -1,35 +1,43 @@
-"""Run until the work is done or somebody says stop: SIGINT and SIGTERM cancel the work, once."""
+"""Stop when told to: SIGINT and SIGTERM cancel the work, once, and leave its cleaning up alone."""
 
 import asyncio
 import signal
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 T = TypeVar("T")
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
-async def until_signalled(work: Coroutine[Any, Any, T]) -> T | None:
-    """Return what the work returns, or None if a signal ended it. What it does to clean up is not disturbed."""
-    task = asyncio.ensure_future(work)
-    signals: list[int] = []
+class StopSignals:
+    """`with StopSignals():` is left, without an error, when one of the signals has cancelled the work inside."""
 
-    def stop(number: int) -> None:
-        if not signals:
-            task.cancel()
-        signals.append(number)
+    def __init__(self) -> None:
+        self.received = False
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
-    try:
-        return await task
-    except asyncio.CancelledError:
-        if not signals:
-            raise
-        return None
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+    def __enter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self.arm()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
+        for number in _SIGNALS:
+            self._loop.remove_signal_handler(number)
+        stopped = self.received and kind is asyncio.CancelledError
+        if stopped and self._task is not None:
+            self._task.uncancel()
+        return stopped
+
+    def arm(self) -> None:
+        """Listen to the signals. To be called again after Ray has started, which takes SIGTERM for itself."""
+        for number in _SIGNALS:
+            self._loop.add_signal_handler(number, self._stop)
+
+    def _stop(self) -> None:
+        if not self.received and self._task is not None:
+            self._task.cancel()
+        self.received = True
 
 
 async def whole(work: Coroutine[Any, Any, T]) -> T:
