@@ -19,6 +19,7 @@ from server.errors import WorkerFault
 NAMESPACE: Final = "rekindle"
 _OBJECT_STORE_BYTES: Final = 80 << 20
 """Nothing of ours goes through Ray's object store; this is little above the least that Ray accepts."""
+_REACHABLE_S: Final = 5.0
 
 _log = structlog.get_logger(__name__)
 
@@ -57,10 +58,11 @@ class RayCluster:
     async def start(self) -> None:
         """Connect to Ray, then find or create every actor; don't wait until they are up. Raises WorkerFault."""
         try:
+            await self._check_reachable()
             await asyncio.to_thread(self._connect)
             for actor in self._actors.values():
                 await asyncio.to_thread(self._find_or_create, actor)
-        except (RayError, ConnectionError, ValueError, RuntimeError) as error:
+        except (RayError, OSError, ValueError, RuntimeError) as error:
             raise WorkerFault(f"Ray: {error}") from error
 
     async def wait_until_up(self) -> None:
@@ -109,6 +111,16 @@ class RayCluster:
             if actor.asked is not None:
                 actor.asked.cancel()
         await asyncio.to_thread(ray.shutdown)
+
+    async def _check_reachable(self) -> None:
+        """Raise OSError where nobody listens: Ray itself would try for minutes, then end the process."""
+        host, _, port = self._address.removeprefix("ray://").rpartition(":")
+        if not port.isdecimal():
+            return  # a local Ray, or "auto"
+        async with asyncio.timeout(_REACHABLE_S):
+            _, writer = await asyncio.open_connection(host, int(port))
+        writer.close()
+        await writer.wait_closed()
 
     def _connect(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

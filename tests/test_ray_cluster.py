@@ -1,0 +1,87 @@
+"""Workers on a real local Ray: started, restarted after a crash and found again, refused with the reason."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from server.directory import WorkerDirectory
+from server.errors import WorkerFault
+from server.ray_cluster import RayCluster
+from tests.fake_worker import FakeWorker
+
+pytestmark = pytest.mark.ray
+
+
+class FakeActor:
+    """Serves a fake worker, as the real actor serves an engine."""
+
+    def __init__(self, worker_id: str, problem: str) -> None:
+        self._worker = FakeWorker(worker_id)
+        self._starting = asyncio.get_running_loop().create_task(self._start(problem))
+
+    async def address(self) -> str:
+        return await asyncio.shield(self._starting)
+
+    async def drain(self, within_s: float) -> None:
+        await self._worker.kill()
+
+    async def process_id(self) -> int:
+        return os.getpid()
+
+    async def _start(self, problem: str) -> str:
+        if problem:
+            raise ValueError(problem)
+        return await self._worker.start()
+
+
+@pytest.fixture
+async def clusters() -> AsyncIterator[list[RayCluster]]:
+    """Whatever a test puts in is taken down after it."""
+    opened: list[RayCluster] = []
+    yield opened
+    for cluster in opened:
+        await cluster.stop_workers(drain_s=2.0)
+        await cluster.close()
+
+
+async def process_id(cluster: RayCluster, worker_id: str) -> int:
+    handle: Any = cluster._actors[worker_id].handle
+    return int(await handle.process_id.remote())
+
+
+async def test_a_crashed_worker_is_restarted_and_found_again(clusters: list[RayCluster]) -> None:
+    cluster = RayCluster(FakeActor, {"0": ("0", ""), "1": ("1", "")}, cpus_per_worker=0.5)
+    clusters.append(cluster)
+    await cluster.start()
+    await cluster.wait_until_up()
+    before = await cluster.addresses()
+    assert set(before) == {"0", "1"}
+    directory = WorkerDirectory(cluster, poll_s=0.2, max_message_bytes=1 << 20)
+    await directory.start()
+    await directory.wait_for_workers(2, timeout_s=10)
+    os.kill(await process_id(cluster, "0"), signal.SIGKILL)
+    async with asyncio.timeout(10):
+        while directory.find("0") is not None:
+            await directory.changed()
+    assert directory.find("1") is not None
+    await directory.wait_for_workers(2, timeout_s=60)
+    assert (await cluster.addresses())["1"] == before["1"]
+    await directory.aclose()
+
+
+async def test_a_worker_that_cannot_start_says_why(clusters: list[RayCluster]) -> None:
+    cluster = RayCluster(FakeActor, {"0": ("0", "this model has no standard attention")})
+    clusters.append(cluster)
+    await cluster.start()
+    with pytest.raises(WorkerFault, match=r"worker 0.*this model has no standard attention"):
+        await cluster.wait_until_up()
+    assert await cluster.addresses() == {}
+
+
+async def test_a_cluster_that_is_not_there_is_said_so() -> None:
+    with pytest.raises(WorkerFault, match="Ray"):
+        await RayCluster(FakeActor, {"0": ("0", "")}, address="127.0.0.1:1").start()
