@@ -69,7 +69,7 @@ class Chat:
                 for delta in generation:
                     self._console.out(delta.text, end="", highlight=False)
             except KeyboardInterrupt:
-                self._console.print("\n[dim]stopped; this turn is forgotten[/dim]")
+                self._console.print("\n[dim]stopped; a turn that had not ended is forgotten[/dim]")
                 return
         assert generation.finished is not None
         self._console.print(f"\n[dim]{escape(receipt_line(generation.finished))}[/dim]", highlight=False)

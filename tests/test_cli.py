@@ -76,6 +76,12 @@ def test_another_file_can_be_named(in_an_empty_folder: Path, rekindle: Run, serv
     assert settings.system.embedded_redis
 
 
+def test_the_file_that_deploy_offers_is_accepted(rekindle: Run, served: list[Settings]) -> None:
+    rekindle("serve", "--config", str(Path(cli.__file__).parent.parent / "deploy" / "rekindle.toml"))
+    (settings,) = served
+    assert settings.worker.redis_url == settings.server.redis_url == "unix:///run/redis/redis.sock"
+
+
 def test_a_file_that_is_not_there_is_an_error(rekindle: Run, served: list[Settings]) -> None:
     assert "nowhere.toml" in rekindle("serve", "--config", "nowhere.toml", status=2)
     assert not served
@@ -242,9 +248,11 @@ def test_chat_goes_on_after_a_mistake(address: str) -> None:
     assert "turn 1" in said
 
 
-def test_ctrl_c_stops_the_reply_and_not_the_chat(address: str) -> None:
-    said, session_id = chat(address, "hello", "/park", console_type=ConsoleWithCtrlC)
-    assert "stopped; this turn is forgotten" in said
-    assert "parked: 0 tokens" in said
+def test_ctrl_c_stops_the_reply_and_not_the_chat(front: FrontEnd, address: str) -> None:
+    for worker in front.workers.values():
+        worker.pause_s = 0.5
+    said, session_id = chat(address, "hello", "/help", console_type=ConsoleWithCtrlC)
+    assert "stopped" in said
+    assert "start another conversation" in said
     with Client(address) as client:
         assert client.get_session(session_id).num_tokens == 0
