@@ -63,7 +63,7 @@ def receipt_line(finished: pb.Finished) -> str:
     parts.append(f"{usage.completion_tokens} tokens in {receipt.decode_ms:.0f} ms")
     if finished.turn:
         parts.insert(0, f"turn {finished.turn}")
-    return " · ".join([*parts, receipt.worker_id])
+    return " · ".join([*parts, f"worker {receipt.worker_id}"])
 
 
 def sessions_table(sessions: Iterable[pb.Session]) -> Table:
@@ -80,7 +80,8 @@ def session_table(session: pb.Session) -> Table:
     table.add_row("turns", ", ".join(f"{turn.number} (to {turn.end})" for turn in session.turns) or "none yet")
     for residency in session.residency:
         tier = pb.Tier.Name(residency.tier).removeprefix("TIER_").lower()
-        table.add_row(f"in {tier}", f"{residency.tokens} tokens {residency.worker_id}".rstrip())
+        where = f" of worker {residency.worker_id}" if residency.worker_id else ""
+        table.add_row(f"in {tier}{where}", f"{residency.tokens} tokens")
     if session.parent_session_id:
         table.add_row("forked from", f"{session.parent_session_id}, turn {session.parent_turn}")
     table.add_row("created", when(session.created_ms))
