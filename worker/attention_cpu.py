@@ -125,6 +125,7 @@ def _merge(outputs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor
     """Join attention over disjoint keys, in float32: each part weighs as much as its share of the softmax's sum."""
     merged, total = outputs[0][0].float(), outputs[0][1]
     for output, log_sum in outputs[1:]:
-        merged = torch.lerp(merged, output.float(), torch.sigmoid(log_sum - total)[..., None])
+        share = torch.sigmoid(log_sum - total)[..., None]
+        merged.lerp_(output.float(), share)  # in place: fresh memory for every piece would cost as much as the sums
         total = torch.logaddexp(total, log_sum)
     return merged
