@@ -10,6 +10,7 @@ import pytest
 from worker.calls import Event, Failed, Finished, GenerateCall, Receipt, Sampling, Token
 from worker.config import WorkerConfig
 from worker.engine import Engine
+from worker.ids import BlockId
 
 TENANT = "tests"
 _numbers = count()
@@ -78,7 +79,7 @@ def generate(engine: Engine, history: Sequence[int], new: Sequence[int], **optio
 def poison(engine: Engine) -> None:
     """Fill every block that nobody uses with NaN: a restore that did not happen must not pass by luck."""
     pool, kv_cache = engine._pool, engine._kv_cache
-    free = [block for block in range(pool.num_blocks) if pool._free[block]]
+    free = [BlockId(block) for block in range(pool.num_blocks) if pool._free[block]]
     kv_cache.poison(free)
 
 

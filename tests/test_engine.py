@@ -378,7 +378,7 @@ def test_a_step_that_fails_fails_its_requests_and_not_the_engine(build_engine: E
         engine._runner.run = run  # type: ignore[method-assign]
         raise RuntimeError("out of memory")
 
-    engine._runner.run = fail_once  # type: ignore[assignment, method-assign]
+    engine._runner.run = fail_once  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="out of memory"):
         generate(engine, (), PROMPT)
     assert generate(engine, (), PROMPT).reply
