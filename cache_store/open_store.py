@@ -1,11 +1,8 @@
 """From a URL to a block store: the one place that knows every kind."""
 
 from cache_store.errors import InvalidRequest
-from cache_store.frame import Framer
 from cache_store.layout import KVLayout
 from cache_store.memory_store import MemoryBlockStore
-from cache_store.redis_link import link_to
-from cache_store.redis_store import RedisBlockStore
 from cache_store.store import BlockStore
 
 
@@ -29,6 +26,11 @@ def open_block_store(
         return MemoryBlockStore(refresh_ttl_s=refresh_ttl_s)
     if url.startswith("memory:"):
         raise InvalidRequest("redis_url", f"memory:// takes nothing after it, got {url!r}")
+    # Here: a worker without Redis needs no redis-py.
+    from cache_store.frame import Framer
+    from cache_store.redis_link import link_to
+    from cache_store.redis_store import RedisBlockStore
+
     return RedisBlockStore(
         link_to(url, timeout_s=timeout_s),
         Framer(layout, fingerprint),
