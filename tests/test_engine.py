@@ -16,6 +16,8 @@ from tests.engines import TENANT, EngineFactory, Turn, generate, poison, start
 from worker.calls import Finished, FinishReason, MissReason, Sampling, Token
 from worker.engine import Engine
 from worker.errors import ContextTooLong, DeadlinePassed, Draining, Overloaded
+from worker.sampler import LogitsNotFinite
+from worker.step import Chunk
 
 PROMPT = tuple(range(5, 55))
 SECOND = (7, 7, 9, 11, 2)
@@ -372,13 +374,36 @@ def test_a_draining_engine_finishes_what_runs_and_takes_nothing_new(build_engine
 
 def test_a_step_that_fails_fails_its_requests_and_not_the_engine(build_engine: EngineFactory) -> None:
     engine = build_engine()
-    run = engine._runner.run
+    runner = engine._stepper._runner
 
-    def fail_once(chunks: object) -> torch.Tensor:
-        engine._runner.run = run  # type: ignore[method-assign]
-        raise RuntimeError("out of memory")
+    class FailsOnce:
+        def run(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+            engine._stepper._runner = runner
+            raise RuntimeError("out of memory")
 
-    engine._runner.run = fail_once  # type: ignore[method-assign]
+    engine._stepper._runner = FailsOnce()
     with pytest.raises(RuntimeError, match="out of memory"):
         generate(engine, (), PROMPT)
     assert generate(engine, (), PROMPT).reply
+
+
+def test_a_request_whose_logits_are_not_finite_fails_alone(build_engine: EngineFactory) -> None:
+    engine = build_engine()
+    runner = engine._stepper._runner
+
+    class SpoilsTheFirstRowOnce:
+        def run(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+            engine._stepper._runner = runner
+            logits = runner.run(chunks).clone()
+            logits[0] = torch.nan
+            return logits
+
+    alone = generate(engine, (), SECOND, max_new_tokens=200).reply
+    first = start(engine, (), PROMPT, max_new_tokens=200)
+    assert isinstance(first.next(), Token)
+    second = start(engine, (), SECOND, max_new_tokens=200)
+    assert isinstance(token := second.next(), Token)
+    engine._stepper._runner = SpoilsTheFirstRowOnce()
+    with pytest.raises(LogitsNotFinite):
+        first.result()
+    assert (token.token_id, *second.result().reply) == alone

@@ -1,4 +1,4 @@
-"""The engine: one thread that plans a step, runs it, samples from it and publishes what came of it.
+"""The engine: one thread that steps as long as there is work, and does what other threads ask of it between two steps.
 
 All state is that thread's. Other threads put what they want into its inbox. It knows neither gRPC nor Ray, and works
 without Redis.
@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 import structlog
-import torch
 
 from cache_store.host_tier import HostTier
 from cache_store.ids import root_hash
@@ -27,7 +26,6 @@ from worker.calls import (
     Located,
     ParkReport,
     TierUse,
-    Token,
     WarmReport,
 )
 from worker.config import WorkerConfig
@@ -36,14 +34,13 @@ from worker.histories import Histories
 from worker.kv_cache import KVCache
 from worker.model import LoadedModel, load_model
 from worker.moves import MoveCounter
-from worker.plan import Span, plan_step
 from worker.pool import BlockPool
-from worker.request import Phase, Request
+from worker.request import Request
 from worker.restore import Restorer
 from worker.runner import ModelRunner
-from worker.sampler import LogitsNotFinite, Sampler
+from worker.sampler import Sampler
 from worker.scheduler import Scheduler
-from worker.step import Chunk
+from worker.stepper import Stepper
 from worker.write_behind import WriteBehind
 
 T = TypeVar("T")
@@ -71,7 +68,6 @@ class Engine:
         self.vocab_size = loaded.vocab_size
         self._config = config
         self._kv_cache = kv_cache
-        self._runner = ModelRunner(loaded, kv_cache)
         self._sampler = Sampler(loaded.vocab_size, loaded.device)
         self._host = host
         self._store = store
@@ -98,6 +94,9 @@ class Engine:
             copy_tokens=kv_cache.copy_tokens,
             post=self._post,
         )
+        self._stepper = Stepper(
+            self._scheduler, ModelRunner(loaded, kv_cache), self._sampler, max_step_tokens=config.max_step_tokens
+        )
         self._histories = Histories(
             self._pool, self._scheduler, self._write_behind, self.layout, self.fingerprint, self._post
         )
@@ -107,8 +106,6 @@ class Engine:
         self._draining = False
         self._closed = False
         self._seconds_a_request = 1.0
-        self._prefilled_tokens = 0
-        self._prefill_s = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @classmethod
@@ -206,7 +203,7 @@ class Engine:
             waiting=len(scheduler.waiting),
             device_blocks=used._asdict(),
             moved=self._moves.read(),
-            prefill_s_saved=self._prefill_s_saved(),
+            prefill_s_saved=self._stepper.prefill_s_saved,
         )
 
     def check(self) -> None:
@@ -247,7 +244,7 @@ class Engine:
         while not self._closed:
             self._scheduler.expire(time.monotonic())
             self._scheduler.admit()
-            stepped = self._step()
+            stepped = self._stepper.step()
             self._read_inbox(block=not stepped)
 
     def _read_inbox(self, *, block: bool) -> None:
@@ -259,70 +256,6 @@ class Engine:
                 self._inbox.get_nowait()()
         except queue.Empty:
             return
-
-    def _step(self) -> bool:
-        """Run one step over the batch. False if there was nothing to run."""
-        scheduler = self._scheduler
-        scheduler.grow()
-        decoding = [request for request in scheduler.running if request.phase is Phase.DECODE]
-        prompts = [request for request in scheduler.running if request.phase is Phase.PREFILL]
-        planned = plan_step(len(decoding), [request.gaps for request in prompts], self._config.max_step_tokens)
-        work = [(request, [Span(len(request.tokens) - 1, len(request.tokens))]) for request in decoding]
-        work += [(request, spans) for request, spans in zip(prompts, planned, strict=True) if spans]
-        if not work:
-            return False
-        chunks = [
-            Chunk(request.tokens[span.start : span.end], span.start, request.table, span.end == len(request.tokens))
-            for request, spans in work
-            for span in spans
-        ]
-        began = time.perf_counter()
-        try:
-            logits = self._runner.run(chunks)
-            tokens = self._sample(logits, [request for request, spans in work if spans[-1].end == len(request.tokens)])
-        except Exception as error:  # an accelerator out of memory, say: the step is lost, the engine is not
-            log.error("a step failed", requests=len(work), exc_info=error)
-            for request, _ in work:
-                scheduler.fail(request, error)
-            return True
-        for request, spans in work:
-            if request.phase is not Phase.OVER:
-                scheduler.computed(request, spans)
-        for request, token in tokens:
-            self._publish(request, token)
-        num_prefilled = sum(span.tokens for spans in planned for span in spans)
-        self._prefilled_tokens += num_prefilled
-        self._prefill_s += (time.perf_counter() - began) * num_prefilled / (num_prefilled + len(decoding))
-        return True
-
-    def _prefill_s_saved(self) -> float:
-        sources = self._scheduler.tokens_by_source
-        restored = sources["device"] + sources["host"] + sources["redis"]
-        return restored * self._prefill_s / self._prefilled_tokens if self._prefilled_tokens else 0.0
-
-    def _sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[tuple[Request, Token]]:
-        """The next token of each request ([n, vocab] logits). A request whose logits are not finite fails, alone."""
-        try:
-            tokens = self._sampler.sample(logits, [request.row for request in requests])
-        except LogitsNotFinite as error:
-            for row in error.rows:
-                self._scheduler.fail(requests[row], error)
-            rest = [row for row in range(len(requests)) if row not in error.rows]
-            return self._sample(logits[rest], [requests[row] for row in rest])
-        return list(zip(requests, tokens, strict=True))
-
-    def _publish(self, request: Request, token: Token) -> None:
-        if not request.num_generated:
-            request.first_token_s = time.monotonic()
-        request.tokens.append(token.token_id)
-        request.row.append(token.token_id)
-        request.listener(token)
-        if token.token_id in request.call.stop_token_ids:
-            self._scheduler.finish(request, FinishReason.STOP)
-        elif token.token_id in request.call.eos_token_ids:
-            self._scheduler.finish(request, FinishReason.EOS)
-        elif request.num_generated >= request.max_new_tokens:
-            self._scheduler.finish(request, FinishReason.LENGTH)
 
     def _accept(self, request: Request) -> None:
         self._requests[request.call.request_id] = request

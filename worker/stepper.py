@@ -1,0 +1,99 @@
+"""One step over the batch: plan, run, sample, publish. Used by the engine's thread alone."""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import structlog
+import torch
+
+from worker.calls import FinishReason, Token
+from worker.plan import Span, plan_step
+from worker.request import Phase, Request
+from worker.sampler import LogitsNotFinite, Sampler
+from worker.scheduler import Scheduler
+from worker.step import Chunk
+
+log = structlog.get_logger(__name__)
+
+
+class Runner(Protocol):
+    """A worker.runner.ModelRunner."""
+
+    def run(self, chunks: Sequence[Chunk]) -> torch.Tensor: ...
+
+
+class Stepper:
+    def __init__(self, scheduler: Scheduler, runner: Runner, sampler: Sampler, *, max_step_tokens: int) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._sampler = sampler
+        self._max_step_tokens = max_step_tokens
+        self._prefilled_tokens = 0
+        self._prefill_s = 0.0
+
+    def step(self) -> bool:
+        """Run one step over the batch. False if there was nothing to run."""
+        scheduler = self._scheduler
+        scheduler.grow()
+        decoding = [request for request in scheduler.running if request.phase is Phase.DECODE]
+        prompts = [request for request in scheduler.running if request.phase is Phase.PREFILL]
+        planned = plan_step(len(decoding), [request.gaps for request in prompts], self._max_step_tokens)
+        work = [(request, [Span(len(request.tokens) - 1, len(request.tokens))]) for request in decoding]
+        work += [(request, spans) for request, spans in zip(prompts, planned, strict=True) if spans]
+        if not work:
+            return False
+        chunks = [
+            Chunk(request.tokens[span.start : span.end], span.start, request.table, span.end == len(request.tokens))
+            for request, spans in work
+            for span in spans
+        ]
+        began = time.perf_counter()
+        try:
+            logits = self._runner.run(chunks)
+            tokens = self._sample(logits, [request for request, spans in work if spans[-1].end == len(request.tokens)])
+        except Exception as error:  # an accelerator out of memory, say: the step is lost, the engine is not
+            log.error("a step failed", requests=len(work), exc_info=error)
+            for request, _ in work:
+                scheduler.fail(request, error)
+            return True
+        for request, spans in work:
+            if request.phase is not Phase.OVER:
+                scheduler.computed(request, spans)
+        for request, token in tokens:
+            self._publish(request, token)
+        num_prefilled = sum(span.tokens for spans in planned for span in spans)
+        self._prefilled_tokens += num_prefilled
+        self._prefill_s += (time.perf_counter() - began) * num_prefilled / (num_prefilled + len(decoding))
+        return True
+
+    @property
+    def prefill_s_saved(self) -> float:
+        """Seconds that computing what came from the tiers would have taken, at the speed of what was computed."""
+        sources = self._scheduler.tokens_by_source
+        restored = sources["device"] + sources["host"] + sources["redis"]
+        return restored * self._prefill_s / self._prefilled_tokens if self._prefilled_tokens else 0.0
+
+    def _sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[tuple[Request, Token]]:
+        """The next token of each request ([n, vocab] logits). A request whose logits are not finite fails, alone."""
+        try:
+            tokens = self._sampler.sample(logits, [request.row for request in requests])
+        except LogitsNotFinite as error:
+            for row in error.rows:
+                self._scheduler.fail(requests[row], error)
+            rest = [row for row in range(len(requests)) if row not in error.rows]
+            return self._sample(logits[rest], [requests[row] for row in rest])
+        return list(zip(requests, tokens, strict=True))
+
+    def _publish(self, request: Request, token: Token) -> None:
+        if not request.num_generated:
+            request.first_token_s = time.monotonic()
+        request.tokens.append(token.token_id)
+        request.row.append(token.token_id)
+        request.listener(token)
+        if token.token_id in request.call.stop_token_ids:
+            self._scheduler.finish(request, FinishReason.STOP)
+        elif token.token_id in request.call.eos_token_ids:
+            self._scheduler.finish(request, FinishReason.EOS)
+        elif request.num_generated >= request.max_new_tokens:
+            self._scheduler.finish(request, FinishReason.LENGTH)
