@@ -187,18 +187,19 @@ async def eventually(check: Callable[[], Awaitable[bool]], *, within_s: float = 
         await asyncio.sleep(0.02)
 
 
-async def scrape(address: str) -> dict[tuple[str, str], float]:
-    """A Prometheus endpoint's samples, by name and value of the first label ("" where there is none)."""
+async def scrape(address: str) -> dict[str, float]:
+    """The samples of a Prometheus endpoint, each as `name` or `name{label=value,...}`."""
     reader, writer = await asyncio.open_connection(*address.split(":"))
-    writer.write(f"GET /metrics HTTP/1.0\r\nHost: {address}\r\n\r\n".encode())
+    writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
     body = (await reader.read()).partition(b"\r\n\r\n")[2].decode()
     writer.close()
     await writer.wait_closed()
-    return {
-        (sample.name, next(iter(sample.labels.values()), "")): sample.value
-        for family in text_string_to_metric_families(body)
-        for sample in family.samples
-    }
+    samples = {}
+    for family in text_string_to_metric_families(body):
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+            samples[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return samples
 
 
 @pytest.fixture(scope="session")
