@@ -25,7 +25,7 @@ def run(
         as_json: Print one JSON object.
     """
     loaded, model = load_both(preset)
-    chunk_tokens = WorkerConfig().max_step_tokens
+    chunk_tokens = WorkerConfig().max_prefill_tokens
     figures: dict[str, Any] = {
         "preset": preset,
         "dtype": loaded.layout.dtype,

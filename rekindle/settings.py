@@ -89,7 +89,7 @@ _GROUPS = {
         "store_queue_bytes",
         "embedded_redis",
     ),
-    "Batching": ("max_step_tokens", "max_running", "max_waiting"),
+    "Batching": ("max_step_tokens", "max_prefill_tokens", "max_running", "max_waiting"),
     "Workers and Ray": (),
 }
 _GROUP_OF_THE_REST = {ServerConfig: "Front end", WorkerConfig: "Workers and Ray", SystemConfig: "Workers and Ray"}

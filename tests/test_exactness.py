@@ -57,7 +57,9 @@ def test_turns_give_what_transformers_generates(
 ) -> None:
     checkpoint = tiny_models.save_tiny_model(tmp_path / architecture, architecture)
     wanted = expected(architecture)
-    engine = build_engine(model=str(checkpoint), redis_url=redis_url, max_step_tokens=24, max_running=16)
+    engine = build_engine(
+        model=str(checkpoint), redis_url=redis_url, max_step_tokens=24, max_prefill_tokens=24, max_running=16
+    )
     assert converse(engine, tenant="hot") == wanted
     assert converse(engine, park="host", tenant="to host") == wanted
     assert converse(engine, park="redis", tenant="to redis") == wanted

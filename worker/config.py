@@ -50,6 +50,9 @@ class WorkerConfig:
     max_step_tokens: int = 512
     """Tokens run through the model in one step: decoding sequences first, then chunks of prompts."""
 
+    max_prefill_tokens: int = 2048
+    """Tokens of prompts in one step while nothing decodes: with nobody to keep waiting, larger steps are faster."""
+
     max_running: int = 64
     """Requests in the batch at once."""
 
@@ -96,6 +99,11 @@ class WorkerConfig:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.max_prefill_tokens < self.max_step_tokens:
+            raise ConfigError(
+                "max_prefill_tokens must be at least max_step_tokens, "
+                f"got {self.max_prefill_tokens} and {self.max_step_tokens}"
+            )
         if self.max_step_tokens < self.max_running:
             raise ConfigError(
                 "max_step_tokens must be at least max_running (each decodes one token a step), "

@@ -95,7 +95,11 @@ class Engine:
             post=self._post,
         )
         self._stepper = Stepper(
-            self._scheduler, ModelRunner(loaded, kv_cache), self._sampler, max_step_tokens=config.max_step_tokens
+            self._scheduler,
+            ModelRunner(loaded, kv_cache),
+            self._sampler,
+            max_step_tokens=config.max_step_tokens,
+            max_prefill_tokens=config.max_prefill_tokens,
         )
         self._histories = Histories(
             self._pool, self._scheduler, self._write_behind, self.layout, self.fingerprint, self._post

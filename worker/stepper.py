@@ -24,11 +24,14 @@ class Runner(Protocol):
 
 
 class Stepper:
-    def __init__(self, scheduler: Scheduler, runner: Runner, sampler: Sampler, *, max_step_tokens: int) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, sampler: Sampler, *, max_step_tokens: int, max_prefill_tokens: int
+    ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._sampler = sampler
         self._max_step_tokens = max_step_tokens
+        self._max_prefill_tokens = max_prefill_tokens
         self._prefilled_tokens = 0
         self._prefill_s = 0.0
 
@@ -38,7 +41,8 @@ class Stepper:
         scheduler.grow()
         decoding = [request for request in scheduler.running if request.phase is Phase.DECODE]
         prompts = [request for request in scheduler.running if request.phase is Phase.PREFILL]
-        planned = plan_step(len(decoding), [request.gaps for request in prompts], self._max_step_tokens)
+        room = self._max_step_tokens if decoding else self._max_prefill_tokens
+        planned = plan_step(len(decoding), [request.gaps for request in prompts], room)
         work = [(request, [Span(len(request.tokens) - 1, len(request.tokens))]) for request in decoding]
         work += [(request, spans) for request, spans in zip(prompts, planned, strict=True) if spans]
         if not work:
