@@ -123,11 +123,6 @@ class System:
         """Whether no worker has a request."""
         return not any(worker.running or worker.waiting for worker in (await self.client.stats()).workers)
 
-    def block_keys(self, session: pb.Session) -> list[str]:
-        """The Redis keys of a session's blocks, as they follow from its tokens alone."""
-        root = root_hash(bytes.fromhex(session.model), "default")
-        return [f"rekindle:b:{want.name.hex()}" for want in wanted_by_history(root, session.token_ids, BLOCK_TOKENS)]
-
 
 class Turn:
     """A turn that has ended well."""
@@ -172,11 +167,17 @@ def chat(content: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": content}]
 
 
-def session_for(worker: WorkerProcess, among: Sequence[WorkerProcess]) -> str:
+def session_for(worker_id: str, among: Sequence[str]) -> str:
     """A session id that the router gives to this worker, all being equally busy."""
-    candidates = [Candidate(other.worker_id, 0, "") for other in among]
+    candidates = [Candidate(other, 0, "") for other in among]
     names = (f"session-{number}" for number in count())
-    return next(name for name in names if choose(candidates, key=name) == worker.worker_id)
+    return next(name for name in names if choose(candidates, key=name) == worker_id)
+
+
+def block_keys(session: pb.Session, block_tokens: int = BLOCK_TOKENS) -> list[str]:
+    """The Redis keys of a session's blocks, as they follow from its tokens alone."""
+    root = root_hash(bytes.fromhex(session.model), "default")
+    return [f"rekindle:b:{want.name.hex()}" for want in wanted_by_history(root, session.token_ids, block_tokens)]
 
 
 async def eventually(check: Callable[[], Awaitable[bool]], *, within_s: float = 5.0) -> None:

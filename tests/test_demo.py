@@ -1,12 +1,8 @@
 """The whole system as people start it: `rekindle demo` and `rekindle serve`, in processes of their own."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,48 +10,9 @@ import redis
 
 from cache_store.embedded_redis import RedisServer
 from rekindle.sync_client import Client
+from tests.processes import command
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
-
-_MARK = "REKINDLE_TEST_RUN"
-
-
-@contextmanager
-def command(tmp_path: Path, *words: str) -> Iterator["subprocess.Popen[str]"]:
-    """Run `rekindle`, and see that no process of it is left at the end."""
-    mark = f"{os.getpid()}-{tmp_path.name}"
-    with (tmp_path / "stderr").open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "rekindle", *words],
-            env={**os.environ, _MARK: mark},
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-    try:
-        yield process
-        assert processes_with(mark) == []
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-        for pid in processes_with(mark):
-            os.kill(pid, signal.SIGKILL)
-
-
-def processes_with(mark: str) -> list[int]:
-    """Living processes that inherited the mark in their environment, however they call themselves now."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                marked = f"{_MARK}={mark}\0".encode() in (entry / "environ").read_bytes()
-            except OSError:  # it has ended meanwhile
-                continue
-            if marked:
-                found.append(int(entry.name))
-    return found
 
 
 def test_the_demo_resumes_from_redis_on_the_other_worker_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ async def test_a_conversation_goes_on_elsewhere_when_its_worker_is_killed(
     doomed_system: System, doomed: WorkerProcess, workers: tuple[WorkerProcess, WorkerProcess], truth: Truth
 ) -> None:
     system = doomed_system
-    parked = (await system.client.create_session(session_for(doomed, [doomed, workers[0]]))).session_id
+    parked = session_for("doomed", ["doomed", workers[0].worker_id])
+    await system.client.create_session(parked)
     first = await system.say(chat("This one is parked before its worker dies."), parked)
     assert first.receipt.worker_id == "doomed"
     hot = (await system.client.fork_session(parked)).session_id
@@ -84,7 +85,9 @@ async def test_a_worker_killed_in_mid_stream_costs_the_turn_and_not_the_session(
     doomed_system: System, doomed: WorkerProcess, workers: tuple[WorkerProcess, WorkerProcess], truth: Truth
 ) -> None:
     system = doomed_system
-    session_id = (await system.client.create_session(session_for(doomed, [doomed, workers[0]]))).session_id
+    session_id = (
+        await system.client.create_session(session_for("doomed", ["doomed", workers[0].worker_id]))
+    ).session_id
     await system.say(chat("Nothing can happen to us."), session_id)
     generation = system.client.generate(chat("Tell me more."), session_id=session_id, max_new_tokens=2000)
     deltas = aiter(generation)

@@ -3,13 +3,7 @@
 import asyncio
 import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -91,37 +85,6 @@ async def test_a_worker_that_cannot_start_says_why(clusters: list[RayCluster]) -
 async def test_a_cluster_that_is_not_there_is_said_so() -> None:
     with pytest.raises(WorkerFault, match="Ray"):
         await RayCluster(FakeActor, {"0": ("0", "")}, address="127.0.0.1:1").start()
-
-
-@pytest.fixture
-def running_ray() -> Iterator[str]:
-    """Address of a Ray that outlives its drivers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        *("ray", "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2"),
-        *("--include-dashboard=false", "--disable-usage-stats", f"--object-store-memory={80 << 20}"),
-    ]
-    executable = Path(sys.executable).parent / command[0]
-    process = subprocess.Popen(
-        [executable, *command[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    give_up = time.monotonic() + 60
-    while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        assert process.poll() is None, "ray start failed"
-        assert time.monotonic() < give_up, "ray did not start"
-        time.sleep(0.2)
-    yield f"127.0.0.1:{port}"
-    process.terminate()
-    try:
-        process.wait(20)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 async def test_a_front_end_that_restarts_finds_its_workers_alive(running_ray: str) -> None:

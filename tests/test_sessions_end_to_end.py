@@ -7,7 +7,7 @@ import redis.asyncio
 
 from protos import rekindle_pb2 as pb
 from rekindle.errors import NotFound
-from tests.systems import BLOCK_TOKENS, System, Truth, chat, eventually
+from tests.systems import BLOCK_TOKENS, System, Truth, block_keys, chat, eventually
 
 
 async def new_session(system: System, *said: str) -> str:
@@ -111,7 +111,7 @@ async def test_a_pinned_sessions_blocks_stay_for_ever_and_an_unpinned_ones_do_no
     session_id = (await system.client.create_session(pinned=True)).session_id
     await system.say("Pin me to the wall, please, with a long pin", session_id)
     await system.client.park_session(session_id)
-    keys = system.block_keys(await with_tokens(system, session_id))
+    keys = block_keys(await with_tokens(system, session_id))
     async with redis.asyncio.from_url(redis_url) as client:
         assert [await client.ttl(key) for key in keys] == [-1] * len(keys)
         assert not (await system.client.update_session(session_id, pinned=False)).pinned
@@ -141,7 +141,7 @@ async def test_a_deleted_session_is_gone_from_every_tier(system: System, redis_u
     await system.client.park_session(session_id)
     await system.client.warm_session(session_id)
     session = await with_tokens(system, session_id)
-    keys = system.block_keys(session)
+    keys = block_keys(session)
     blocks = -(-(session.num_tokens - 1) // BLOCK_TOKENS)
     assert len(keys) == blocks
     async with redis.asyncio.from_url(redis_url) as client:

@@ -1,0 +1,130 @@
+"""`rekindle serve` on a real Ray: what dies is found again, what is stopped leaves nothing behind but its memory."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import redis
+from ray.util import list_named_actors
+
+from cache_store.embedded_redis import RedisServer
+from rekindle.sync_client import Client
+from tests.processes import command, mark_of, processes_with
+from tests.systems import BLOCK_TOKENS, block_keys, session_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(120)]
+
+_SERVE = (
+    *("serve", "--num-workers", "2", "--port", "0", "--metrics-port", "0", "--block-tokens", str(BLOCK_TOKENS)),
+    *("--device-cache-bytes", "16777216", "--host-cache-bytes", "16777216", "--worker-poll-s", "0.2"),
+)
+_LONG = "A sentence that is long enough to fill more than one block. "
+
+
+def address_of(serving: "subprocess.Popen[str]", tmp_path: Path) -> str:
+    """Wait until the front end listens."""
+    assert serving.stdout is not None
+    line = serving.stdout.readline()
+    assert line.startswith("listening on "), (tmp_path / "stderr").read_text()
+    return line.removeprefix("listening on ").partition(",")[0]
+
+
+def say(client: Client, session_id: str, text: str) -> Any:
+    """Run a turn; return its receipt."""
+    generation = client.generate(text, session_id=session_id, max_new_tokens=8, ignore_eos=True)
+    generation.read()
+    return generation.receipt
+
+
+def eventually(check: Callable[[], bool], *, within_s: float) -> None:
+    give_up = time.monotonic() + within_s
+    while not check():
+        assert time.monotonic() < give_up, f"did not happen within {within_s:g} s"
+        time.sleep(0.1)
+
+
+def workers_of(mark: str) -> set[int]:
+    """Ids of the processes that Ray runs the workers in."""
+    return {pid for pid in processes_with(mark) if b"WorkerActor" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
+def test_a_killed_worker_is_restarted_and_served_on_and_sigterm_ends_it_all(tmp_path: Path) -> None:
+    with command(tmp_path, *_SERVE, "--embedded-redis") as serving, Client(address_of(serving, tmp_path)) as client:
+        sessions = {session_for(worker_id, ["0", "1"]): worker_id for worker_id in ("0", "1")}
+        for session_id, worker_id in sessions.items():
+            client.create_session(session_id)
+            assert say(client, session_id, worker_id + _LONG).worker_id == worker_id
+        before = workers_of(mark_of(tmp_path))
+        assert len(before) == 2
+        victim = min(before)
+        os.kill(victim, signal.SIGKILL)
+        eventually(lambda: len(client.stats().workers) == 1, within_s=10)
+        (survivor,) = (worker.worker_id for worker in client.stats().workers)
+        for session_id, worker_id in sessions.items():
+            receipt = say(client, session_id, "And on it goes.")
+            assert receipt.worker_id == survivor
+            assert (receipt.device_tokens if worker_id == survivor else receipt.redis_tokens) >= BLOCK_TOKENS
+        eventually(lambda: len(client.stats().workers) == 2, within_s=40)
+        after = workers_of(mark_of(tmp_path))
+        assert len(after) == 2
+        assert before & after == before - {victim}
+        serving.send_signal(signal.SIGTERM)
+        assert serving.wait(30) == 0
+
+
+@pytest.fixture
+def ray_driver(running_ray: str) -> Iterator[str]:
+    """This process as one more driver of the running Ray, to see what it sees."""
+    ray.init(address=running_ray, namespace="rekindle", log_to_driver=False, logging_level="error")
+    yield running_ray
+    ray.shutdown()
+
+
+def test_a_killed_front_end_finds_its_workers_alive_and_sigterm_parks_what_is_hot(
+    tmp_path: Path, ray_driver: str
+) -> None:
+    def pids() -> list[int]:
+        return [ray.get(ray.get_actor(f"worker-{number}").pid.remote(), timeout=30) for number in range(2)]
+
+    with RedisServer() as server, redis.Redis(port=server.port) as records:
+        serve = (*_SERVE, "--redis-url", server.url, "--ray-address", ray_driver, "--cpus-per-worker", "0.5")
+        with command(tmp_path, *serve) as serving, Client(address_of(serving, tmp_path)) as client:
+            client.create_session("s")
+            first = say(client, "s", _LONG)
+            before = pids()
+            serving.kill()
+            serving.wait()
+        with command(tmp_path, *serve) as serving, Client(address_of(serving, tmp_path)) as client:
+            assert pids() == before
+            second = say(client, "s", "And on it goes.")
+            assert second.worker_id == first.worker_id
+            session = client.get_session("s", with_token_ids=True)
+            assert second.device_tokens == session.turns[0].end - 1
+            keys = block_keys(session)
+            assert not records.exists(keys[-1])  # an unfull block is stored when its session is parked
+            serving.send_signal(signal.SIGTERM)
+            assert serving.wait(30) == 0, (tmp_path / "stderr").read_text()
+        assert records.exists(*keys) == len(keys)
+    assert list_named_actors(all_namespaces=True) == []
+    assert ray.cluster_resources()["CPU"] == 2
+
+
+def test_a_session_whose_whole_deployment_was_stopped_resumes_in_another_from_redis(tmp_path: Path) -> None:
+    with RedisServer() as server:
+        serve = (*_SERVE, "--redis-url", server.url)
+        with command(tmp_path, *serve) as serving, Client(address_of(serving, tmp_path)) as client:
+            client.create_session("s")
+            say(client, "s", _LONG)
+            num_tokens = client.get_session("s").num_tokens
+            serving.send_signal(signal.SIGTERM)
+            assert serving.wait(30) == 0, (tmp_path / "stderr").read_text()
+        with command(tmp_path, *serve) as serving, Client(address_of(serving, tmp_path)) as client:
+            assert say(client, "s", "And on it goes.").redis_tokens == num_tokens - 1
+            serving.send_signal(signal.SIGTERM)
+            assert serving.wait(30) == 0, (tmp_path / "stderr").read_text()
