@@ -28,7 +28,8 @@ class SystemConfig:
     """CPU cores that Ray reserves for a worker."""
 
     ray_address: str = ""
-    """A running Ray cluster: HOST:PORT, ray://HOST:PORT or auto; empty starts a local one that ends with the server."""
+    """A running Ray cluster: HOST:PORT, ray://HOST:PORT or auto; empty starts a local one that ends with the server.
+    For HOST:PORT of a cluster that asks for a token, set RAY_AUTH_MODE=token in the environment."""
 
     embedded_redis: bool = False
     """Start a Redis server of its own, on loopback and in memory, that ends with the server: conversations too.
