@@ -99,7 +99,8 @@ class Resume:
         seconds, receipt = self._first_token(fork)
         assert receipt.redis_tokens == self._context - 1, f"not restored from Redis alone: {receipt}"
         self.restored_bytes = receipt.restored_bytes
-        self._client.park_session(fork, drop_host=True)
+        for session in (fork, self._session):  # the fork knows nothing of the unfull block that it grew out of
+            self._client.park_session(session, drop_host=True)
         return seconds
 
     def computed(self) -> float:
