@@ -1,5 +1,7 @@
 """What both directions of moving blocks share: the tiers, the device's memory as bytes, and the count of what moved."""
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -61,6 +63,12 @@ class MoveCounter:
                 Moved(source.name.lower(), target.name.lower(), blocks, blocks * self._block_bytes, seconds)
                 for (source, target), (blocks, seconds) in self._moved.items()
             )
+
+
+def stand_back() -> None:
+    """Give this thread the lowest priority: what it does can wait, and a step of the model should not."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def log_bug(future: Future[Any]) -> None:

@@ -18,7 +18,7 @@ from cache_store.host_tier import HostTier, Slot
 from cache_store.ids import BlockHash
 from cache_store.store import BlockStore, Store
 from worker.ids import BlockId
-from worker.moves import BATCH_BLOCKS, DeviceMemory, MoveCounter, Tier, log_bug
+from worker.moves import BATCH_BLOCKS, DeviceMemory, MoveCounter, Tier, log_bug, stand_back
 
 log = structlog.get_logger(__name__)
 
@@ -66,7 +66,7 @@ class WriteBehind:
         self._tails: dict[BlockHash, tuple[int, int]] = {}
         self._closed = False
         self.stores_dropped = 0
-        self._copier = ThreadPoolExecutor(1, "offload")
+        self._copier = ThreadPoolExecutor(1, "offload", initializer=stand_back)
         self._storer = threading.Thread(target=self._store_loop, name="store", daemon=True)
         self._storer.start()
 
@@ -116,6 +116,7 @@ class WriteBehind:
             self._changed.notify_all()
 
     def _store_loop(self) -> None:
+        stand_back()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._to_store or self._closed)
