@@ -15,7 +15,7 @@ from ray.util import list_named_actors
 
 from cache_store.embedded_redis import RedisServer
 from rekindle.sync_client import Client
-from tests.processes import command, mark_of, processes_with
+from tests.processes import command, processes_of
 from tests.systems import BLOCK_TOKENS, block_keys, session_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(120)]
@@ -49,9 +49,9 @@ def eventually(check: Callable[[], bool], *, within_s: float) -> None:
         time.sleep(0.1)
 
 
-def workers_of(mark: str) -> set[int]:
+def workers_of(tmp_path: Path) -> set[int]:
     """Ids of the processes that Ray runs the workers in."""
-    return {pid for pid in processes_with(mark) if b"WorkerActor" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    return {pid for pid in processes_of(tmp_path) if b"WorkerActor" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
 
 def test_a_killed_worker_is_restarted_and_served_on_and_sigterm_ends_it_all(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_killed_worker_is_restarted_and_served_on_and_sigterm_ends_it_all(tmp_
         for session_id, worker_id in sessions.items():
             client.create_session(session_id)
             assert say(client, session_id, worker_id + _LONG).worker_id == worker_id
-        before = workers_of(mark_of(tmp_path))
+        before = workers_of(tmp_path)
         assert len(before) == 2
         victim = min(before)
         os.kill(victim, signal.SIGKILL)
@@ -71,7 +71,7 @@ def test_a_killed_worker_is_restarted_and_served_on_and_sigterm_ends_it_all(tmp_
             assert receipt.worker_id == survivor
             assert (receipt.device_tokens if worker_id == survivor else receipt.redis_tokens) >= BLOCK_TOKENS
         eventually(lambda: len(client.stats().workers) == 2, within_s=40)
-        after = workers_of(mark_of(tmp_path))
+        after = workers_of(tmp_path)
         assert len(after) == 2
         assert before & after == before - {victim}
         serving.send_signal(signal.SIGTERM)
