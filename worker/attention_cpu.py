@@ -1,4 +1,7 @@
-"""Attention over the block pool on a CPU: torch's flash kernel on views of the pool, pieces merged by log-sum-exp."""
+"""Attention over the block pool on a CPU: our kernel for decoding, and torch's flash kernel on views of the pool.
+
+Flash attends to each long run where it lies, and the pieces are merged by log-sum-exp.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from worker.attention import Run, Span, clip, slots_of
+from worker.attention_native import DecodeKernel, DecodePlan
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -34,22 +38,35 @@ class CpuSpan:
     """Whether the step's own keys are attended to from where they are, causally, and not through a piece."""
 
 
+@dataclass(frozen=True, slots=True)
+class CpuPlan:
+    decoding: DecodePlan | None
+    """The spans that the decode kernel takes, all in one call."""
+    others: list[CpuSpan]
+
+
 class CpuAttention:
     """No padding, and no copy of the history: long runs are attended to where they lie.
 
-    A decoding query attends to the pool's runs. A chunk of queries attends to the past without a mask, and causally to
-    itself; where a sliding window's edge cuts through the chunk, the keys around the edge go with the chunk's own into
-    one masked piece.
+    Decoding queries go to the decode kernel, all in one call; without one, each attends to the pool's runs by flash. A
+    chunk of queries attends to the past without a mask, and causally to itself; where a sliding window's edge cuts
+    through the chunk, the keys around the edge go with the chunk's own into one masked piece.
     """
 
-    def __init__(self, pool: torch.Tensor) -> None:
-        """`pool` is KVCache.data."""
+    def __init__(self, pool: torch.Tensor, decode_kernel: DecodeKernel | None = None) -> None:
+        """`pool` is KVCache.data. Without `decode_kernel`, or where it can't serve the pool, flash does all."""
+        self._kernel = decode_kernel if decode_kernel is not None and decode_kernel.serves(pool) else None
         self._mask_dtype = pool.dtype
         self._keys = [layer[0][None] for layer in pool]  # [1, kv_heads, slots, head_dim]
         self._values = [layer[1][None] for layer in pool]
 
-    def plan(self, spans: Sequence[Span], window: int | None) -> list[CpuSpan]:
-        return [self._plan_span(span, window) for span in spans]
+    def plan(self, spans: Sequence[Span], window: int | None) -> CpuPlan:
+        if self._kernel is None:
+            return CpuPlan(None, [self._plan_span(span, window) for span in spans])
+        decoding = [span for span in spans if span.num_queries == 1]
+        chunks = [self._plan_span(span, window) for span in spans if span.num_queries > 1]
+        kv_heads = self._keys[0].shape[1]
+        return CpuPlan(self._kernel.plan(decoding, window, kv_heads) if decoding else None, chunks)
 
     def _plan_span(self, span: Span, window: int | None) -> CpuSpan:
         if span.num_queries == 1:
@@ -73,7 +90,7 @@ class CpuAttention:
 
     def attend(
         self,
-        plan: list[CpuSpan],
+        plan: CpuPlan,
         layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -83,16 +100,20 @@ class CpuAttention:
     ) -> torch.Tensor:
         assert softcap is None, "capped scores are ExactAttention's"
         keys, values = self._keys[layer], self._values[layer]
-        attended = []
-        for span in plan:
+        _, heads, num_tokens, head_dim = query.shape
+        attended = query.new_empty(1, num_tokens, heads, head_dim)
+        if plan.decoding is not None:
+            assert self._kernel is not None
+            self._kernel.attend(plan.decoding, query[0], keys[0], values[0], attended[0], scaling)
+        for span in plan.others:
             queries = query.narrow(2, span.row, span.num_queries)
             outputs = [_attend_piece(queries, keys, values, piece, scaling) for piece in span.pieces]
             if span.own:
                 own = key.narrow(2, span.row, span.num_queries), value.narrow(2, span.row, span.num_queries)
                 outputs.append(_flash(queries, *own, 0.0, True, scale=scaling))
-            output = outputs[0][0] if len(outputs) == 1 else _merge(outputs).to(query.dtype)
-            attended.append(output.transpose(1, 2))
-        return attended[0] if len(attended) == 1 else torch.cat(attended, 1)
+            output = outputs[0][0] if len(outputs) == 1 else _merge(outputs)
+            attended.narrow(1, span.row, span.num_queries).copy_(output.transpose(1, 2))
+        return attended
 
 
 def _pieces(runs: Sequence[Run]) -> tuple[Piece, ...]:

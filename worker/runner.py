@@ -9,6 +9,7 @@ import torch
 from worker.attention import AttentionBackend, AttentionStep, ExactAttention, Span, clip, runs_of, slots_of
 from worker.attention_cpu import CpuAttention
 from worker.attention_cuda import choose_cuda_attention
+from worker.attention_native import load_decode_kernel
 from worker.kv_cache import KVCache
 from worker.model import LoadedModel
 from worker.step import Chunk
@@ -81,4 +82,4 @@ def _choose_backend(loaded: LoadedModel, kv_cache: KVCache) -> AttentionBackend[
         return choose_cuda_attention(
             kv_cache.data, kv_cache.layout.block_tokens, attends.num_heads, sorted(set(attends.windows), key=str)
         )
-    return CpuAttention(kv_cache.data)
+    return CpuAttention(kv_cache.data, load_decode_kernel())
