@@ -128,13 +128,14 @@ async def test_a_client_that_vanishes_in_mid_stream_leaves_nothing_running(narro
 async def test_a_full_queue_refuses_work_before_it_is_accepted(narrow_system: System) -> None:
     system = narrow_system
     session_id = (await system.client.create_session()).session_id
-    first, second = (
-        system.inference.Generate(
-            pb.GenerateRequest(text=text, sampling=pb.Sampling(max_new_tokens=LONG, ignore_eos=True))
-        )
-        for text in ("I run", "I wait")
-    )
+
+    def generate(text: str) -> Any:
+        sampling = pb.Sampling(max_new_tokens=LONG, ignore_eos=True)
+        return system.inference.Generate(pb.GenerateRequest(text=text, sampling=sampling))
+
+    first = generate("I run")
     await first.read()
+    second = generate("I wait")  # only now: calls made together arrive in any order
     waiting = asyncio.ensure_future(second.read())
 
     async def queue_is_full() -> bool:
