@@ -62,7 +62,7 @@ async def running_system(settings: Settings, console: Console, signals: StopSign
             {str(number): (str(number), settings.worker) for number in range(system.num_workers)},
             address=system.ray_address,
             gpus_per_worker=system.gpus_per_worker,
-            cpus_per_worker=system.cpus_per_worker,
+            cpus_per_worker=system.reserved_cpus,
         )
         stack.push_async_callback(cluster.close)
         with console.status("starting Ray") as status:

@@ -5,6 +5,7 @@ A setting is described once, in the docstring under its field. Knows neither gRP
 
 import ast
 import inspect
+import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -24,8 +25,9 @@ class SystemConfig:
     gpus_per_worker: float = 0.0
     """GPUs that Ray reserves for a worker; 0 runs it on the CPU."""
 
-    cpus_per_worker: float = 1.0
-    """CPU cores that Ray reserves for a worker."""
+    cpus_per_worker: float = 0.0
+    """CPU cores that Ray reserves for a worker, and so the threads it computes with; 0 shares this machine's cores
+    among the workers (on a running cluster: 1)."""
 
     ray_address: str = ""
     """A running Ray cluster: HOST:PORT, ray://HOST:PORT or auto; empty starts a local one that ends with the server.
@@ -34,6 +36,13 @@ class SystemConfig:
     embedded_redis: bool = False
     """Start a Redis server of its own, on loopback and in memory, that ends with the server: conversations too.
     --redis-url is then ignored."""
+
+    @property
+    def reserved_cpus(self) -> float:
+        """`cpus_per_worker`, or what it stands for where it is 0."""
+        if self.cpus_per_worker or self.ray_address:
+            return self.cpus_per_worker or 1.0
+        return float(max(1, (os.cpu_count() or 1) // self.num_workers))
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
