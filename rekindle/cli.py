@@ -54,6 +54,10 @@ class Connection:
 
 
 def main() -> None:
+    import structlog
+
+    # stdout is for what a command says (with --json one object); what is logged meanwhile goes beside it.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     make_app().meta()
 
 
