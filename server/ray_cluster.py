@@ -128,6 +128,14 @@ class RayCluster:
         if self._address:
             ray.init(address=self._address, **common)
             return
+        try:
+            self._start_local(common)
+        except RuntimeError as error:  # now and then Ray's own control service does not come up; a second one does
+            _log.warning("Ray did not start; trying once more", error=str(error))
+            ray.shutdown()
+            self._start_local(common)
+
+    def _start_local(self, common: dict[str, Any]) -> None:
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, len(self._actors) * max(1, round(self._cpus))),

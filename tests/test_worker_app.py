@@ -8,11 +8,11 @@ from typing import Any
 
 import grpc
 import pytest
-import ray
 
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from protos.rekindle_worker_pb2_grpc import WorkerStub
+from server.ray_cluster import RayCluster
 from tests.test_worker_service import asking, hear, scrape
 from worker.actor import WorkerActor
 from worker.config import WorkerConfig
@@ -85,20 +85,13 @@ async def test_an_actor_that_could_not_start_says_why(tmp_path: Any) -> None:
 
 
 @pytest.mark.ray
-def test_ray_runs_the_actor_on_its_event_loop() -> None:
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        object_store_memory=80 << 20,
-        log_to_driver=False,
-        logging_level="error",
-        _node_ip_address="127.0.0.1",
-    )
+async def test_ray_runs_the_actor_on_its_event_loop() -> None:
+    cluster = RayCluster(WorkerActor, {"w-1": ("w-1", WorkerConfig(**SMALL))})  # type: ignore[arg-type]
     try:
-        handle = ray.remote(WorkerActor).remote("w-1", WorkerConfig(**SMALL))  # type: ignore[arg-type]
-        host, _, port = ray.get(handle.address.remote(), timeout=90).partition(":")
+        await cluster.start()
+        await cluster.wait_until_up()
+        host, _, port = (await cluster.addresses())["w-1"].partition(":")
         assert (host, int(port) > 0) == ("127.0.0.1", True)
-        ray.get(handle.drain.remote(5.0), timeout=60)
+        await cluster.stop_workers(drain_s=5.0)
     finally:
-        ray.shutdown()
+        await cluster.close()
