@@ -98,10 +98,14 @@ class WriteBehind:
             if job.to_store and self.store is not None:
                 self._queue_store(job.name, job.num_tokens, job.ttl_s)
             elif not job.to_store:
-                self._tails[job.name] = (job.num_tokens, job.ttl_s)
-                if len(self._tails) > self.host.use().capacity:  # the host tier has not kept all of them
-                    self._tails.pop(next(iter(self._tails)))
+                self._note_tail(job)
             self._settle(job.name)
+
+    def _note_tail(self, job: Offload) -> None:
+        with self._changed:
+            self._tails[job.name] = (job.num_tokens, job.ttl_s)
+            if len(self._tails) > self.host.use().capacity:  # the host tier has not kept all of them
+                del self._tails[next(iter(self._tails))]
 
     def _queue_store(self, name: BlockHash, num_tokens: int, ttl_s: int) -> None:
         assert self.store is not None
@@ -128,12 +132,16 @@ class WriteBehind:
                 with self._counter.timed(Tier.HOST, Tier.REDIS, len(batch)):
                     self.store.put([Store(name, count, slot.buffer, ttl_s) for slot, name, count, ttl_s in batch])
             except StoreError as error:
-                self.stores_dropped += len(batch)
+                self._drop(len(batch))
                 log.warning("stores dropped", blocks=len(batch), error=str(error))
             finally:
                 for slot, name, _, _ in batch:
                     self.host.unpin(slot)
                     self._settle(name)
+
+    def _drop(self, blocks: int) -> None:
+        with self._changed:
+            self.stores_dropped += blocks
 
     def _settle(self, name: BlockHash) -> None:
         with self._changed:
@@ -148,12 +156,14 @@ class WriteBehind:
             return self._changed.wait_for(lambda: not any(name in self._pending for name in names), timeout_s)
 
     def outgrown(self, name: BlockHash) -> None:
-        """The conversation has gone on from this unfull block: nobody will miss it in the store."""
-        self._tails.pop(name, None)
+        """The conversation has gone on from this unfull block, or the store has it: no need to store it at the end."""
+        with self._changed:
+            self._tails.pop(name, None)
 
     def store_tails(self) -> None:
         """Write the unfull last blocks, which no turn has taken up yet, to the store. Blocks its caller."""
-        tails, self._tails = self._tails, {}
+        with self._changed:
+            tails, self._tails = self._tails, {}
         if self.store is None:
             return
         by_ttl: dict[int, list[tuple[BlockHash, int, BlockId | None]]] = {}
@@ -163,7 +173,7 @@ class WriteBehind:
             for ttl_s, blocks in by_ttl.items():
                 self.park(blocks, ttl_s=ttl_s)
         except StoreError as error:
-            self.stores_dropped += len(tails)
+            self._drop(len(tails))
             log.warning("unfull blocks not stored", blocks=len(tails), error=str(error))
 
     def settled(self, *, timeout_s: float) -> bool:
@@ -195,7 +205,7 @@ class WriteBehind:
                     self.store.put([Store(name, count, slot.buffer, ttl_s) for slot, name, count in slots])
                 present |= {name for _, name, _ in slots}
                 for _, name, _ in slots:
-                    self._tails.pop(name, None)
+                    self.outgrown(name)  # the store has it
                 num_bytes += sum(len(slot.buffer) for slot, _, _ in slots)
             finally:
                 for slot, _, _ in slots:
