@@ -32,7 +32,6 @@ def main() -> int:
     parser.add_argument("--drain-s", type=float, default=30.0, help="how long running turns may take when it stops")
     parser.add_argument("--config", default="{}", help="WorkerConfig as a JSON object; what is missing has its default")
     arguments = parser.parse_args()
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout has the one line
     try:
         config = WorkerConfig(**json.loads(arguments.config))
