@@ -3,6 +3,7 @@
 Knows names and seconds. Who moves the blocks is `worker/ageing.py`.
 """
 
+import itertools
 from dataclasses import dataclass
 
 from cache_store.codecs import CODECS, INT4, INT8, K8V4, CodecInfo, named
@@ -39,7 +40,7 @@ def parse_ladder(text: str) -> Ladder:
     Without "@" int8 is reached after 600 s, k8v4 after 1800 and int4 after 3600. Raises ValueError with what is wrong.
     """
     rungs = tuple(_rung(part.strip(), is_first=place == 0) for place, part in enumerate(text.split(",")))
-    for above, below in zip(rungs, rungs[1:], strict=False):
+    for above, below in itertools.pairwise(rungs):
         if CODECS.index(below.codec) <= CODECS.index(above.codec):
             raise ValueError(f"{below.codec.name} is not smaller than {above.codec.name}, which comes before it")
         if below.after_s <= above.after_s:
