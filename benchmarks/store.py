@@ -21,7 +21,7 @@ from cache_store.frame import HEADER_BYTES, Framer, check_payload
 from cache_store.ids import BlockHash, full_block_hashes, root_hash
 from cache_store.layout import KVLayout
 from cache_store.open_store import open_block_store
-from cache_store.store import BlockStore, Fetch, Fetched, Store
+from cache_store.store import BlockStore, Encoding, Fetch, Fetched, Store
 
 _TOKENS = 16
 _TTL_S = 3600
@@ -117,23 +117,23 @@ class _RedisPy:
     """redis-py's client and default parser doing the same: one value of header and payload, checked when it is back."""
 
     def __init__(self, client: redis.Redis, framer: Framer, outgoing: Buffers, incoming: Buffers) -> None:
-        self._client, self._framer, self._outgoing, self._incoming = client, framer, outgoing, incoming
-        self._names = _names(len(outgoing))
+        self._client, self._framer = client, framer
+        triples = list(zip(_names(len(outgoing)), outgoing, incoming, strict=True))
+        self._stores = [Store(name, _TOKENS, payload, _TTL_S) for name, payload, _ in triples]
+        self._fetches = [Fetch(name, _TOKENS, into) for name, _, into in triples]
 
     def put(self) -> None:
-        for block, payload in zip(self._names, self._outgoing, strict=True):
-            self._client.set(block, b"".join((self._framer.header(block, _TOKENS, payload), payload)), ex=_TTL_S)
+        for store in self._stores:
+            self._client.set(store.block, b"".join((self._framer.header(store), store.payload)), ex=store.ttl_s)
 
     def get(self) -> None:
-        for block, into in zip(self._names, self._incoming, strict=True):
-            value = self._client.get(block)
+        for fetch in self._fetches:
+            value = self._client.get(fetch.block)
             assert isinstance(value, bytes)
-            expected = self._framer.expect(
-                value[:HEADER_BYTES], block=block, num_tokens=_TOKENS, value_bytes=len(value)
-            )
+            frame = self._framer.expect(value[:HEADER_BYTES], fetch, value_bytes=len(value))
             payload = memoryview(value)[HEADER_BYTES:]
-            check_payload(xxhash.xxh3_64_intdigest(payload), expected)
-            into[:] = payload
+            check_payload(xxhash.xxh3_64_intdigest(payload), frame.checksum)
+            fetch.into[:] = payload
 
 
 class _RedisPyBare:
@@ -161,7 +161,7 @@ def _views(tensor: torch.Tensor) -> list[memoryview]:
     return [memoryview(block.reshape(-1).view(torch.uint8).numpy()) for block in tensor]
 
 
-def _must_hit(index: int, outcome: Fetched) -> None:
+def _must_hit(index: int, outcome: Fetched, encoding: Encoding | None) -> None:
     if outcome is not Fetched.HIT:
         raise RuntimeError(f"block {index} is {outcome.name}")
 

@@ -12,12 +12,16 @@ BlockHash = NewType("BlockHash", bytes)
 _DIGEST_BYTES = 16
 
 
-def root_hash(fingerprint: bytes, tenant: str) -> BlockHash:
-    """Name the empty prefix: the parent of every first block of this model for this tenant."""
+def root_hash(fingerprint: bytes, tenant: str, fidelity: str = "") -> BlockHash:
+    """Name the empty prefix: the parent of every first block of this model, for this tenant, of this fidelity.
+
+    `fidelity` is what `cache_store.codecs.fidelity_of` says, empty where KV comes back bit for bit: a conversation
+    that asked for that shares no name with one that takes less.
+    """
     salt = tenant.encode()
     lengths = len(fingerprint).to_bytes(4, "little") + len(salt).to_bytes(4, "little")
-    digest = hashlib.blake2b(lengths + fingerprint + salt, digest_size=_DIGEST_BYTES, person=b"rekindle-root")
-    return BlockHash(digest.digest())
+    content = lengths + fingerprint + salt + fidelity.encode()
+    return BlockHash(hashlib.blake2b(content, digest_size=_DIGEST_BYTES, person=b"rekindle-root").digest())
 
 
 def chain(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:

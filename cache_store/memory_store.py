@@ -3,16 +3,17 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+from cache_store.codecs import allowed
 from cache_store.counters import Counters
 from cache_store.ids import BlockHash
-from cache_store.store import Fetch, Fetched, ServerInfo, Store, StoreStats
+from cache_store.store import Encoding, Fetch, Fetched, Landed, ServerInfo, Store, StoreStats
 
 
 class _Kept(NamedTuple):
-    num_tokens: int
-    payload: bytes
+    store: Store
     dies_at_s: float | None
     """None: never."""
 
@@ -27,25 +28,30 @@ class MemoryBlockStore:
         self._blocks: dict[BlockHash, _Kept] = {}
         self._counters = Counters()
 
-    def get(self, wanted: Sequence[Fetch], landed: Callable[[int, Fetched], None], *, deadline_s: float) -> None:
+    def get(self, wanted: Sequence[Fetch], landed: Landed, *, deadline_s: float) -> None:
         start_s = time.monotonic()
-        outcomes = []
+        outcomes, num_bytes = [], 0
         for index, fetch in enumerate(wanted):
-            outcomes.append(Fetched.LATE if time.monotonic() > deadline_s else self._fetch(fetch))
-            landed(index, outcomes[-1])
-        block_bytes = wanted[0].into.nbytes if wanted else 0
-        self._counters.got(outcomes, block_bytes, time.monotonic() - start_s)
+            found = Fetched.LATE if time.monotonic() > deadline_s else self._fetch(fetch)
+            if isinstance(found, Encoding):
+                num_bytes += found.num_bytes
+                outcomes.append(Fetched.HIT)
+                landed(index, Fetched.HIT, found)
+            else:
+                outcomes.append(found)
+                landed(index, found, None)
+        self._counters.got(outcomes, num_bytes, time.monotonic() - start_s)
 
     def put(self, blocks: Sequence[Store]) -> None:
         start_s = time.monotonic()
         kept = {
-            store.block: _Kept(store.num_tokens, store.payload.tobytes(), self._dies_at_s(store.ttl_s))
+            store.block: _Kept(replace(store, payload=memoryview(bytes(store.payload))), self._dies_at_s(store.ttl_s))
             for store in blocks
         }
         with self._lock:
             self._blocks.update(kept)
-        block_bytes = blocks[0].payload.nbytes if blocks else 0
-        self._counters.put(len(blocks), block_bytes, time.monotonic() - start_s)
+        num_bytes = sum(store.payload.nbytes for store in blocks)
+        self._counters.put(len(blocks), num_bytes, time.monotonic() - start_s)
 
     def which(self, blocks: Sequence[BlockHash]) -> list[bool]:
         with self._lock:
@@ -73,8 +79,13 @@ class MemoryBlockStore:
 
     def info(self) -> ServerInfo:
         with self._lock:
-            used_bytes = sum(len(kept.payload) for block in list(self._blocks) if (kept := self._alive(block)))
-        return ServerInfo(used_bytes=used_bytes, max_bytes=0, evicted_keys=0, eviction_policy="noeviction")
+            alive = [kept for block in list(self._blocks) if (kept := self._alive(block))]
+        return ServerInfo(
+            used_bytes=sum(kept.store.payload.nbytes for kept in alive),
+            max_bytes=0,
+            evicted_keys=0,
+            eviction_policy="noeviction",
+        )
 
     def stats(self) -> StoreStats:
         return self._counters.read()
@@ -83,19 +94,23 @@ class MemoryBlockStore:
         with self._lock:
             self._blocks.clear()
 
-    def _fetch(self, fetch: Fetch) -> Fetched:
+    def _fetch(self, fetch: Fetch) -> Encoding | Fetched:
+        """How to read what is in the fetch's buffer now, or why nothing is."""
         with self._lock:
             kept = self._alive(fetch.block)
             if kept is None:
                 return Fetched.ABSENT
-            if kept.num_tokens != fetch.num_tokens:
+            store = kept.store
+            if store.codec not in allowed(fetch.fidelity):
+                return Fetched.FOREIGN
+            if (store.num_tokens, store.first_position) != (fetch.num_tokens, fetch.first_position):
                 del self._blocks[fetch.block]
                 return Fetched.CORRUPT
             if kept.dies_at_s is not None and self._refresh_ttl_s:
                 longer = max(kept.dies_at_s, self._now() + self._refresh_ttl_s)
                 self._blocks[fetch.block] = kept._replace(dies_at_s=longer)
-        fetch.into.cast("B")[:] = kept.payload
-        return Fetched.HIT
+        fetch.into.cast("B")[: store.payload.nbytes] = store.payload
+        return Encoding(store.codec, store.payload.nbytes)
 
     def _dies_at_s(self, ttl_s: int) -> float | None:
         return self._now() + ttl_s if ttl_s else None

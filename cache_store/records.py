@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from cache_store.codecs import RAW
 from cache_store.errors import InvalidRequest
 from cache_store.store import ServerInfo
 
@@ -39,6 +40,8 @@ class SessionRecord:
     pinned: bool
     worker_id: str
     """Who served the last turn; empty before the first. A hint for routing, never a promise."""
+    codec: str = RAW.name
+    """One of `cache_store.codecs.SESSION_CODECS`: part of the names of its blocks."""
     parent_session_id: str = ""
     parent_turn: int = 0
     turns: tuple[TurnRecord, ...] = ()

@@ -22,6 +22,7 @@ from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import NoScriptError
 
 from cache_store import record_scripts as scripts
+from cache_store.codecs import RAW
 from cache_store.errors import InvalidRequest, SessionBusy, SessionExists, SessionNotFound, StoreError, StoreUnavailable
 from cache_store.record_scripts import Script
 from cache_store.records import Page, SessionRecord, TurnRecord
@@ -284,6 +285,7 @@ def _meta_fields(record: SessionRecord) -> dict[str, str | int]:
         "ttl_s": record.ttl_s,
         "pinned": int(record.pinned),
         "worker_id": record.worker_id,
+        "codec": record.codec,
         "parent_session_id": record.parent_session_id,
         "parent_turn": record.parent_turn,
         "num_tokens": len(record.token_ids),
@@ -303,6 +305,7 @@ def _read_record(
         ttl_s=int(meta[b"ttl_s"]),
         pinned=meta[b"pinned"] == b"1",
         worker_id=meta[b"worker_id"].decode(),
+        codec=meta.get(b"codec", RAW.name.encode()).decode(),  # none in a record from before there was a choice
         parent_session_id=meta[b"parent_session_id"].decode(),
         parent_turn=int(meta[b"parent_turn"]),
         turns=tuple(_read_turn(turn) for turn in turns),

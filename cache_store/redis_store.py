@@ -4,7 +4,7 @@ Knows keys, frames and commands. Which node, which socket and whether it is wort
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import xxhash
 
@@ -17,7 +17,7 @@ from cache_store.redis_keeper import Keeper, KeyCommands
 from cache_store.redis_lanes import Batch, Lanes
 from cache_store.redis_link import RedisLink
 from cache_store.resp import Buffer, ErrorReply, Wire, command, set_command
-from cache_store.store import Fetch, Fetched, ServerInfo, Store, StoreStats
+from cache_store.store import Encoding, Fetch, Fetched, Landed, ServerInfo, Store, StoreStats
 
 _IN_FLIGHT = 2
 """Blocks asked for, or sent, ahead of the one being read: the server copies one while we check another. More only
@@ -45,7 +45,7 @@ class RedisBlockStore:
         self._lanes = Lanes(link)
         self._keeper = Keeper(link, self._lanes)
 
-    def get(self, wanted: Sequence[Fetch], landed: Callable[[int, Fetched], None], *, deadline_s: float) -> None:
+    def get(self, wanted: Sequence[Fetch], landed: Landed, *, deadline_s: float) -> None:
         keys = [self._key(fetch.block) for fetch in wanted]
         batch = _Get(self._framer, keys, wanted, landed)
         start_s = time.monotonic()
@@ -58,14 +58,15 @@ class RedisBlockStore:
         for index in batch.broken:
             batch.land(index, Fetched.CORRUPT)
         outcomes = batch.outcomes
-        self._counters.got(outcomes, self._framer.payload_bytes, time.monotonic() - start_s)
+        self._counters.got(outcomes, batch.num_bytes, time.monotonic() - start_s)
         self._look_after(keys, outcomes)
 
     def put(self, blocks: Sequence[Store]) -> None:
         keys = [self._key(store.block) for store in blocks]
         start_s = time.monotonic()
         self._run(keys, _Put(self._framer, keys, blocks))
-        self._counters.put(len(blocks), self._framer.payload_bytes, time.monotonic() - start_s)
+        num_bytes = sum(store.payload.nbytes for store in blocks)
+        self._counters.put(len(blocks), num_bytes, time.monotonic() - start_s)
 
     def which(self, blocks: Sequence[BlockHash]) -> list[bool]:
         return [answer == 1 for answer in self._ask(blocks, b"EXISTS")]
@@ -142,11 +143,12 @@ class _Get:
         framer: Framer,
         keys: Sequence[bytes],
         wanted: Sequence[Fetch],
-        landed: Callable[[int, Fetched], None],
+        landed: Landed,
     ) -> None:
         self._framer, self._keys, self._wanted, self._landed = framer, keys, wanted, landed
         self.broken: list[int] = []
         """Told only when they are deleted: else what is computed and put in their stead could be what is deleted."""
+        self._encodings: dict[int, Encoding] = {}
         self._outcomes: dict[int, Fetched] = {}
 
     @property
@@ -154,10 +156,15 @@ class _Get:
         """By index; every block has landed."""
         return [self._outcomes[index] for index in range(len(self._wanted))]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the payloads that landed."""
+        return sum(encoding.num_bytes for encoding in self._encodings.values())
+
     def land(self, index: int, outcome: Fetched) -> None:
         assert index not in self._outcomes, f"block {index} landed twice"
         self._outcomes[index] = outcome
-        self._landed(index, outcome)
+        self._landed(index, outcome, self._encodings.get(index))
 
     def request(self, index: int) -> Sequence[Buffer]:
         return [command(b"GET", self._keys[index])]
@@ -172,33 +179,36 @@ class _Get:
             wire.close()
             self.broken.append(index)
         else:
-            outcome = self._receive_value(self._wanted[index], length, wire)
-            if outcome is Fetched.CORRUPT:
+            found = self._receive_value(self._wanted[index], length, wire)
+            if isinstance(found, Encoding):
+                self._encodings[index] = found
+                self.land(index, Fetched.HIT)
+            elif found is Fetched.CORRUPT:
                 self.broken.append(index)
             else:
-                self.land(index, outcome)
+                self.land(index, found)
         return None
 
-    def _receive_value(self, fetch: Fetch, length: int, wire: Wire) -> Fetched:
+    def _receive_value(self, fetch: Fetch, length: int, wire: Wire) -> Encoding | Fetched:
+        """How to read what is in the fetch's buffer now, or why nothing is to be believed."""
         header = bytearray(min(length, HEADER_BYTES))
         wire.read_into(memoryview(header))
         left = length - len(header)
-        outcome = Fetched.HIT
+        found: Encoding | Fetched
         try:
-            expected = self._framer.expect(
-                bytes(header), block=fetch.block, num_tokens=fetch.num_tokens, value_bytes=length
-            )
+            frame = self._framer.expect(bytes(header), fetch, value_bytes=length)
             checksum = xxhash.xxh3_64()
-            wire.read_into(fetch.into.cast("B"), checksum.update)
+            wire.read_into(fetch.into.cast("B")[:left], checksum.update)
             left = 0
-            check_payload(checksum.intdigest(), expected)
+            check_payload(checksum.intdigest(), frame.checksum)
+            found = Encoding(frame.codec, frame.num_bytes)
         except BlockCorrupt:
-            outcome = Fetched.CORRUPT
+            found = Fetched.CORRUPT
         except BlockForeign:
-            outcome = Fetched.FOREIGN
+            found = Fetched.FOREIGN
         wire.skip(left)
         wire.end_bulk()
-        return outcome
+        return found
 
 
 class _Put:
@@ -211,9 +221,8 @@ class _Put:
 
     def request(self, index: int) -> Sequence[Buffer]:
         store = self._blocks[index]
-        payload = store.payload.cast("B")
-        header = self._framer.header(store.block, store.num_tokens, payload)
-        return set_command(self._keys[index], [header, payload], ttl_s=store.ttl_s)
+        value = [self._framer.header(store), store.payload.cast("B")]
+        return set_command(self._keys[index], value, ttl_s=store.ttl_s)
 
     def receive(self, index: int, wire: Wire) -> ErrorReply | None:
         reply = wire.reply()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
+from cache_store.codecs import EXACT, RAW, CodecInfo
 from cache_store.ids import BlockHash
 
 
@@ -21,22 +22,42 @@ class Fetched(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """One block wanted: its name, how many tokens it should hold, and the buffer (layout.block_bytes) for them."""
+    """One block wanted, and what is known of it: anything else under its name is a miss."""
 
     block: BlockHash
     num_tokens: int
     into: memoryview
+    """layout.block_bytes, of which the payload fills the front."""
+    first_position: int = 0
+    """Index in the conversation of the block's first token."""
+    fidelity: str = EXACT
+    """Part of the name: what the payload may have lost, and so which codecs are believed."""
+
+
+class Encoding(NamedTuple):
+    """How a payload is to be read."""
+
+    codec: CodecInfo
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """One block to keep. `payload` is read until `put` returns and is never changed meanwhile."""
+    """One block to keep."""
 
     block: BlockHash
     num_tokens: int
     payload: memoryview
+    """What `codec` wrote, at most layout.block_bytes. Read until `put` returns, and never changed meanwhile."""
     ttl_s: int
     """Seconds; 0 keeps it for ever."""
+    codec: CodecInfo = RAW
+    first_position: int = 0
+    fidelity: str = EXACT
+
+
+Landed = Callable[[int, Fetched, Encoding | None], None]
+"""Told the index of a fetch, how it ended, and how to read what lies in its buffer (None unless it is a HIT)."""
 
 
 class StoreStats(NamedTuple):
@@ -67,9 +88,9 @@ class BlockStore(Protocol):
     No call hangs: each is bounded by `deadline_s` (of `time.monotonic()`) or by the store's own timeouts.
     """
 
-    def get(self, wanted: Sequence[Fetch], landed: Callable[[int, Fetched], None], *, deadline_s: float) -> None:
-        """Fetch every block, calling `landed(index, outcome)` exactly once for each, as soon as its payload lies
-        checked in its buffer (on the calling thread or one of the store's). The store is then done with it.
+    def get(self, wanted: Sequence[Fetch], landed: Landed, *, deadline_s: float) -> None:
+        """Fetch every block, calling `landed` exactly once for each, as soon as its payload lies checked in its
+        buffer (on the calling thread or one of the store's). The store is then done with it.
 
         Never raises for a miss or for the server's failures: those are outcomes. Hits' TTLs are refreshed behind.
         """

@@ -51,18 +51,20 @@ TIER_HOST: Tier
 TIER_REDIS: Tier
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("session_id", "text", "chat", "tokens", "sampling")
+    __slots__ = ("session_id", "text", "chat", "tokens", "sampling", "audit")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    AUDIT_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     text: str
     chat: ChatInput
     tokens: TokenInput
     sampling: Sampling
-    def __init__(self, session_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[ChatInput, _Mapping]] = ..., tokens: _Optional[_Union[TokenInput, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+    audit: bool
+    def __init__(self, session_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[ChatInput, _Mapping]] = ..., tokens: _Optional[_Union[TokenInput, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., audit: _Optional[bool] = ...) -> None: ...
 
 class ChatInput(_message.Message):
     __slots__ = ("messages",)
@@ -177,7 +179,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., input_tokens: _Optional[int] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("device_tokens", "host_tokens", "redis_tokens", "computed_tokens", "misses", "restored_bytes", "queue_ms", "restore_ms", "prefill_ms", "decode_ms", "ttft_ms", "worker_id")
+    __slots__ = ("device_tokens", "host_tokens", "redis_tokens", "computed_tokens", "misses", "restored_bytes", "queue_ms", "restore_ms", "prefill_ms", "decode_ms", "ttft_ms", "worker_id", "audit")
     DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REDIS_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +192,7 @@ class Receipt(_message.Message):
     DECODE_MS_FIELD_NUMBER: _ClassVar[int]
     TTFT_MS_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    AUDIT_FIELD_NUMBER: _ClassVar[int]
     device_tokens: int
     host_tokens: int
     redis_tokens: int
@@ -202,7 +205,24 @@ class Receipt(_message.Message):
     decode_ms: float
     ttft_ms: float
     worker_id: str
-    def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., misses: _Optional[_Iterable[_Union[Miss, _Mapping]]] = ..., restored_bytes: _Optional[int] = ..., queue_ms: _Optional[float] = ..., restore_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., worker_id: _Optional[str] = ...) -> None: ...
+    audit: Audit
+    def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., misses: _Optional[_Iterable[_Union[Miss, _Mapping]]] = ..., restored_bytes: _Optional[int] = ..., queue_ms: _Optional[float] = ..., restore_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., worker_id: _Optional[str] = ..., audit: _Optional[_Union[Audit, _Mapping]] = ...) -> None: ...
+
+class Audit(_message.Message):
+    __slots__ = ("tokens", "agreeing_tokens", "mean_kl", "max_kl", "nll_drift", "passed")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    AGREEING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MEAN_KL_FIELD_NUMBER: _ClassVar[int]
+    MAX_KL_FIELD_NUMBER: _ClassVar[int]
+    NLL_DRIFT_FIELD_NUMBER: _ClassVar[int]
+    PASSED_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    agreeing_tokens: int
+    mean_kl: float
+    max_kl: float
+    nll_drift: float
+    passed: bool
+    def __init__(self, tokens: _Optional[int] = ..., agreeing_tokens: _Optional[int] = ..., mean_kl: _Optional[float] = ..., max_kl: _Optional[float] = ..., nll_drift: _Optional[float] = ..., passed: _Optional[bool] = ...) -> None: ...
 
 class Miss(_message.Message):
     __slots__ = ("reason", "tokens")
@@ -213,7 +233,7 @@ class Miss(_message.Message):
     def __init__(self, reason: _Optional[_Union[MissReason, str]] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "model", "num_tokens", "turns", "token_ids", "created_ms", "last_used_ms", "ttl_s", "pinned", "version", "parent_session_id", "parent_turn", "residency", "text")
+    __slots__ = ("session_id", "model", "num_tokens", "turns", "token_ids", "created_ms", "last_used_ms", "ttl_s", "pinned", "version", "parent_session_id", "parent_turn", "residency", "text", "codec")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -228,6 +248,7 @@ class Session(_message.Message):
     PARENT_TURN_FIELD_NUMBER: _ClassVar[int]
     RESIDENCY_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     model: str
     num_tokens: int
@@ -242,7 +263,8 @@ class Session(_message.Message):
     parent_turn: int
     residency: _containers.RepeatedCompositeFieldContainer[Residency]
     text: str
-    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., num_tokens: _Optional[int] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., token_ids: _Optional[_Iterable[int]] = ..., created_ms: _Optional[int] = ..., last_used_ms: _Optional[int] = ..., ttl_s: _Optional[int] = ..., pinned: _Optional[bool] = ..., version: _Optional[int] = ..., parent_session_id: _Optional[str] = ..., parent_turn: _Optional[int] = ..., residency: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., text: _Optional[str] = ...) -> None: ...
+    codec: str
+    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., num_tokens: _Optional[int] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., token_ids: _Optional[_Iterable[int]] = ..., created_ms: _Optional[int] = ..., last_used_ms: _Optional[int] = ..., ttl_s: _Optional[int] = ..., pinned: _Optional[bool] = ..., version: _Optional[int] = ..., parent_session_id: _Optional[str] = ..., parent_turn: _Optional[int] = ..., residency: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., text: _Optional[str] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class Turn(_message.Message):
     __slots__ = ("number", "start", "reply_start", "end", "reason", "committed_ms")
@@ -271,14 +293,16 @@ class Residency(_message.Message):
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., worker_id: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class CreateSessionRequest(_message.Message):
-    __slots__ = ("session_id", "ttl_s", "pinned")
+    __slots__ = ("session_id", "ttl_s", "pinned", "codec")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TTL_S_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     ttl_s: int
     pinned: bool
-    def __init__(self, session_id: _Optional[str] = ..., ttl_s: _Optional[int] = ..., pinned: _Optional[bool] = ...) -> None: ...
+    codec: str
+    def __init__(self, session_id: _Optional[str] = ..., ttl_s: _Optional[int] = ..., pinned: _Optional[bool] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class GetSessionRequest(_message.Message):
     __slots__ = ("session_id", "with_token_ids", "with_text", "with_residency")

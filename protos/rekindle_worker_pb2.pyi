@@ -8,15 +8,17 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class History(_message.Message):
-    __slots__ = ("tenant", "token_ids")
+    __slots__ = ("tenant", "token_ids", "codec")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, tenant: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    codec: str
+    def __init__(self, tenant: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class WorkerGenerateRequest(_message.Message):
-    __slots__ = ("request_id", "session_id", "history", "text", "chat", "tokens", "sampling", "block_ttl_s")
+    __slots__ = ("request_id", "session_id", "history", "text", "chat", "tokens", "sampling", "block_ttl_s", "audit")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +27,7 @@ class WorkerGenerateRequest(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     BLOCK_TTL_S_FIELD_NUMBER: _ClassVar[int]
+    AUDIT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     session_id: str
     history: History
@@ -33,7 +36,8 @@ class WorkerGenerateRequest(_message.Message):
     tokens: _rekindle_pb2.TokenInput
     sampling: _rekindle_pb2.Sampling
     block_ttl_s: int
-    def __init__(self, request_id: _Optional[str] = ..., session_id: _Optional[str] = ..., history: _Optional[_Union[History, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[_rekindle_pb2.ChatInput, _Mapping]] = ..., tokens: _Optional[_Union[_rekindle_pb2.TokenInput, _Mapping]] = ..., sampling: _Optional[_Union[_rekindle_pb2.Sampling, _Mapping]] = ..., block_ttl_s: _Optional[int] = ...) -> None: ...
+    audit: bool
+    def __init__(self, request_id: _Optional[str] = ..., session_id: _Optional[str] = ..., history: _Optional[_Union[History, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[_rekindle_pb2.ChatInput, _Mapping]] = ..., tokens: _Optional[_Union[_rekindle_pb2.TokenInput, _Mapping]] = ..., sampling: _Optional[_Union[_rekindle_pb2.Sampling, _Mapping]] = ..., block_ttl_s: _Optional[int] = ..., audit: _Optional[bool] = ...) -> None: ...
 
 class WorkerEvent(_message.Message):
     __slots__ = ("started", "delta", "finished")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from cache_store.codecs import RAW, SESSION_CODECS
+
 LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -38,6 +40,10 @@ class ServerConfig:
     """Seconds without use after which Redis drops KV blocks (they can be computed again). A session that is to live
     longer keeps its blocks as long; a pinned one for ever."""
 
+    codec: str = RAW.name
+    """How KV is kept in host memory and Redis, where a session's creator doesn't say: raw or lossless (bit for bit),
+    int8, k8v4 or int4 (smaller, nearly the same), or ladder (smaller the colder it gets: see --codec-ladder)."""
+
     lease_s: float = 30.0
     """How long a session stays locked after its front end has died in mid-turn."""
 
@@ -71,6 +77,8 @@ class ServerConfig:
         for name in ("session_ttl_s", "block_ttl_s", "flush_timeout_s", "drain_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.codec not in SESSION_CODECS:
+            raise ConfigError(f"codec must be one of {', '.join(SESSION_CODECS)}, got {self.codec!r}")
         if self.log_format not in get_args(LogFormat):
             raise ConfigError(f"log_format must be one of {get_args(LogFormat)}, got {self.log_format!r}")
         if self.log_level not in get_args(LogLevel):

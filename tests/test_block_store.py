@@ -14,7 +14,7 @@ from cache_store.ids import BlockHash, chain, root_hash
 from cache_store.layout import KVLayout
 from cache_store.memory_store import MemoryBlockStore
 from cache_store.open_store import open_block_store
-from cache_store.store import BlockStore, Fetch, Fetched, Store
+from cache_store.store import BlockStore, Encoding, Fetch, Fetched, Store
 from tests.redis_servers import RedisCluster
 from tests.tls_front import TlsFront
 
@@ -49,7 +49,7 @@ def wanted(*numbers: int, num_tokens: int = 256) -> list[Fetch]:
 def fetch(store: BlockStore, fetches: Sequence[Fetch], *, within_s: float = 10.0) -> list[Fetched]:
     landed: dict[int, Fetched] = {}
 
-    def land(index: int, outcome: Fetched) -> None:
+    def land(index: int, outcome: Fetched, encoding: Encoding | None) -> None:
         assert index not in landed, "landed twice"
         landed[index] = outcome
 
@@ -351,7 +351,7 @@ def test_a_server_killed_in_mid_get_makes_the_rest_unavailable(own_redis: RedisS
     own_store.put(stored(*range(30)))
     outcomes: list[Fetched] = []
 
-    def land(index: int, outcome: Fetched) -> None:
+    def land(index: int, outcome: Fetched, encoding: Encoding | None) -> None:
         outcomes.append(outcome)
         if index == 5:
             own_redis.kill()

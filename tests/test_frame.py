@@ -1,14 +1,27 @@
 """A block's value: what is written is found again, and nothing else passes for it."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache_store.codecs import (
+    CODECS,
+    INT8,
+    LOSSLESS,
+    SESSION_CODECS,
+    CodecInfo,
+    codec_for,
+    fidelity_of,
+)
 from cache_store.errors import BlockCorrupt, BlockForeign
-from cache_store.frame import HEADER_BYTES, Framer, check_payload
-from cache_store.ids import BlockHash, chain, root_hash
+from cache_store.frame import HEADER_BYTES, Frame, Framer, check_payload
+from cache_store.ids import chain, root_hash
 from cache_store.layout import KVLayout
+from cache_store.store import Fetch, Store
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=8, block_tokens=16, dtype="bfloat16")
 FRAMER = Framer(LAYOUT, b"weights and config")
@@ -16,30 +29,29 @@ BLOCK = chain(root_hash(b"model", "tenant"), [1, 2, 3])
 PAYLOAD = memoryview(bytes(i % 251 for i in range(LAYOUT.block_bytes)))
 
 
-def judge(
-    header: bytes, framer: Framer = FRAMER, *, block: BlockHash = BLOCK, num_tokens: int = 3, value_bytes: int = 0
-) -> int:
-    return framer.expect(
-        header, block=block, num_tokens=num_tokens, value_bytes=value_bytes or HEADER_BYTES + LAYOUT.block_bytes
-    )
+def header_of(framer: Framer = FRAMER, **changes: Any) -> bytes:
+    return framer.header(replace(Store(BLOCK, 3, PAYLOAD, ttl_s=0), **changes))
+
+
+def judge(header: bytes, *, value_bytes: int = HEADER_BYTES + LAYOUT.block_bytes, **changes: Any) -> Frame:
+    fetch = Fetch(BLOCK, 3, memoryview(bytearray(LAYOUT.block_bytes)))
+    return FRAMER.expect(header, replace(fetch, **changes), value_bytes=value_bytes)
 
 
 def test_header_takes_sixty_four_bytes_and_promises_the_payloads_checksum() -> None:
-    header = FRAMER.header(BLOCK, 3, PAYLOAD)
+    header = header_of()
     assert len(header) == HEADER_BYTES == 64
-    assert FRAMER.value_bytes == HEADER_BYTES + LAYOUT.block_bytes
-    check_payload(xxhash.xxh3_64_intdigest(PAYLOAD), judge(header))
+    check_payload(xxhash.xxh3_64_intdigest(PAYLOAD), judge(header).checksum)
 
 
 def test_a_partial_block_carries_the_whole_payload() -> None:
-    assert judge(FRAMER.header(BLOCK, 1, PAYLOAD), num_tokens=1) == judge(
-        FRAMER.header(BLOCK, 16, PAYLOAD), num_tokens=16
-    )
+    partial, full = (judge(header_of(num_tokens=tokens), num_tokens=tokens) for tokens in (1, 16))
+    assert partial.checksum == full.checksum
 
 
 @given(bit=st.integers(0, 8 * HEADER_BYTES - 1))
 def test_no_bit_of_the_header_can_flip_unseen(bit: int) -> None:
-    header = bytearray(FRAMER.header(BLOCK, 3, PAYLOAD))
+    header = bytearray(header_of())
     header[bit // 8] ^= 1 << bit % 8
     with pytest.raises((BlockCorrupt, BlockForeign)):
         judge(bytes(header))
@@ -49,7 +61,7 @@ def test_no_bit_of_the_header_can_flip_unseen(bit: int) -> None:
 def test_no_bit_of_the_payload_can_flip_unseen(bit: int) -> None:
     payload = bytearray(PAYLOAD)
     payload[bit // 8] ^= 1 << bit % 8
-    expected = judge(FRAMER.header(BLOCK, 3, PAYLOAD))
+    expected = judge(header_of()).checksum
     with pytest.raises(BlockCorrupt):
         check_payload(xxhash.xxh3_64_intdigest(payload), expected)
 
@@ -63,17 +75,17 @@ def test_junk_is_corrupt(junk: bytes) -> None:
 @pytest.mark.parametrize("value_bytes", [HEADER_BYTES, HEADER_BYTES + LAYOUT.block_bytes - 1, 1 << 30])
 def test_a_value_of_another_length_than_its_header_says_is_corrupt(value_bytes: int) -> None:
     with pytest.raises(BlockCorrupt, match="bytes, expected"):
-        judge(FRAMER.header(BLOCK, 3, PAYLOAD), value_bytes=value_bytes)
+        judge(header_of(), value_bytes=value_bytes)
 
 
 def test_another_number_of_tokens_is_corrupt() -> None:
-    with pytest.raises(BlockCorrupt, match="holds 3 tokens, expected 4"):
-        judge(FRAMER.header(BLOCK, 3, PAYLOAD), num_tokens=4)
+    with pytest.raises(BlockCorrupt, match="holds 3 tokens from 0 on, expected 4"):
+        judge(header_of(), num_tokens=4)
 
 
 def test_a_value_under_another_name_is_corrupt() -> None:
     with pytest.raises(BlockCorrupt):
-        judge(FRAMER.header(BLOCK, 3, PAYLOAD), block=chain(BLOCK, [4]))
+        judge(header_of(), block=chain(BLOCK, [4]))
 
 
 @pytest.mark.parametrize(
@@ -98,4 +110,45 @@ def test_a_value_under_another_name_is_corrupt() -> None:
 )
 def test_a_block_of_equal_length_but_another_model_is_foreign(other: Framer) -> None:
     with pytest.raises(BlockForeign):
-        judge(other.header(BLOCK, 3, PAYLOAD))
+        judge(header_of(other))
+
+
+SHORT = PAYLOAD[:-100]
+SHORT_BYTES = HEADER_BYTES + len(SHORT)
+
+
+@pytest.mark.parametrize("codec", CODECS[1:], ids=lambda codec: codec.name)
+def test_a_header_says_how_its_payload_is_to_be_read(codec: CodecInfo) -> None:
+    header = header_of(payload=SHORT, codec=codec, first_position=48, fidelity="ladder")
+    frame = judge(header, value_bytes=SHORT_BYTES, first_position=48, fidelity="ladder")
+    assert frame == (codec, 2, 3, 48, len(SHORT), xxhash.xxh3_64_intdigest(SHORT))
+
+
+@pytest.mark.parametrize("of_another", ["lossless", "int8", "int4", "ladder"])
+@pytest.mark.parametrize("session", ["raw", "lossless", "int8", "int4", "ladder"])
+def test_a_session_believes_no_payload_that_kept_less_than_it_asked_for(session: str, of_another: str) -> None:
+    codec = codec_for(of_another, is_full=True)
+    header = header_of(payload=SHORT, codec=codec, fidelity=fidelity_of(of_another))
+    if fidelity_of(session) == fidelity_of(of_another):
+        assert judge(header, value_bytes=SHORT_BYTES, fidelity=fidelity_of(session)).codec is codec
+    else:
+        with pytest.raises(BlockForeign):
+            judge(header, value_bytes=SHORT_BYTES, fidelity=fidelity_of(session))
+
+
+@pytest.mark.parametrize("session", SESSION_CODECS)
+def test_an_exact_payload_is_good_enough_for_everybody(session: str) -> None:
+    fidelity = fidelity_of(session)
+    header = header_of(payload=SHORT, codec=LOSSLESS, fidelity=fidelity)
+    assert judge(header, value_bytes=SHORT_BYTES, fidelity=fidelity).codec is LOSSLESS
+
+
+@pytest.mark.parametrize("codec", [replace(INT8, id=200), replace(LOSSLESS, version=9)], ids=["id", "version"])
+def test_a_codec_that_is_not_known_here_is_foreign(codec: CodecInfo) -> None:
+    with pytest.raises(BlockForeign, match="not known here"):
+        judge(header_of(payload=SHORT, codec=codec), value_bytes=SHORT_BYTES)
+
+
+def test_a_value_from_another_place_in_a_conversation_is_corrupt() -> None:
+    with pytest.raises(BlockCorrupt, match="from 16 on, expected 3 from 32 on"):
+        judge(header_of(first_position=16), first_position=32)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from cache_store.codecs import RAW
 from cache_store.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
@@ -89,6 +90,10 @@ class GenerateCall:
     block_ttl_s: int = 86_400
     deadline_s: float | None = None
     """Of `time.monotonic()`."""
+    codec: str = RAW.name
+    """How the history's KV is kept below the device: one of `cache_store.codecs.SESSION_CODECS`."""
+    audit: bool = False
+    """Compute all of it again where KV was restored, and tell in the receipt how the two compare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,22 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AuditReport:
+    """A turn on restored KV beside the same turn computed, over the positions that chose the reply's tokens."""
+
+    tokens: int
+    agreeing_tokens: int
+    """Positions at which both find the same token likeliest."""
+    mean_kl: float
+    """KL(computed || restored) of the next token, in nats."""
+    max_kl: float
+    nll_drift: float
+    """By how much the reply's tokens are less likely on restored KV: mean negative log-likelihood, in nats."""
+    passed: bool
+    """Within the bound of the session's codec."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """What a prompt cost, in tokens by source. `check` holds for every receipt that leaves the engine."""
 
@@ -120,6 +141,8 @@ class Receipt:
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     ttft_ms: float = 0.0
+    audit: AuditReport | None = None
+    """Of a turn that asked for it and restored something."""
 
     def check(self, prompt_tokens: int) -> None:
         sources = self.device_tokens + self.host_tokens + self.redis_tokens + self.computed_tokens

@@ -47,6 +47,14 @@ class WorkerConfig:
     block_ttl_s: int = 86_400
     """How long Redis keeps a block that nobody uses, in seconds; each use begins that time anew. 0: for ever."""
 
+    codec_ladder: str = "lossless,int8@600,int4@3600"
+    """Codecs of sessions whose codec is ladder: the first when a block leaves the device, each next one after this many
+    seconds (@SECONDS) in which nobody read it from Redis."""
+
+    audit_rate: float = 0.0
+    """Share of the turns on restored KV, 0 to 1, that are computed again from their tokens and compared. What differs
+    by more than its codec may is counted, logged and deleted."""
+
     max_step_tokens: int = 512
     """Tokens run through the model in one step: decoding sequences first, then chunks of prompts."""
 
@@ -99,6 +107,8 @@ class WorkerConfig:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0.0 <= self.audit_rate <= 1.0:
+            raise ConfigError(f"audit_rate must be from 0 to 1, got {self.audit_rate}")
         if self.max_prefill_tokens < self.max_step_tokens:
             raise ConfigError(
                 "max_prefill_tokens must be at least max_step_tokens, "

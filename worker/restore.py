@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cache_store.host_tier import HostTier, Slot
 from cache_store.ids import BlockHash
-from cache_store.store import BlockStore, Fetch, Fetched
+from cache_store.store import BlockStore, Encoding, Fetch, Fetched
 from worker.calls import MissReason
 from worker.ids import BlockId
 from worker.moves import BATCH_BLOCKS, DeviceMemory, MoveCounter, Tier, log_bug
@@ -112,7 +112,7 @@ class Restorer:
             elif not self._from_host(blocks[index], found, index):  # another restore may have brought it meanwhile
                 found[index] = MissReason.NO_ROOM
 
-        def landed(number: int, outcome: Fetched) -> None:
+        def landed(number: int, outcome: Fetched, encoding: Encoding | None) -> None:
             index, slot = asked[number]
             if outcome is Fetched.HIT:
                 with self._counter.timed(Tier.HOST, Tier.DEVICE):
