@@ -232,5 +232,7 @@ class EngineStats:
     device_blocks: dict[str, int] = field(default_factory=dict)
     """By state: free, used, cached."""
     moved: tuple[Moved, ...] = ()
+    audits: dict[str, int] = field(default_factory=dict)
+    """Of turns on restored KV, by result: passed, mismatched, skipped (no room, or given up)."""
     prefill_s_saved: float = 0.0
     """What computing the tokens that came from a tier would have taken, at the speed of those that were computed."""

@@ -5,6 +5,7 @@ without Redis.
 """
 
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,9 +15,10 @@ from typing import TypeVar
 import structlog
 
 from cache_store.host_tier import HostTier
-from cache_store.ids import root_hash
+from cache_store.ids import BlockHash, root_hash
 from cache_store.open_store import open_block_store
 from cache_store.store import BlockStore
+from worker.auditor import Auditor
 from worker.calls import (
     DropReport,
     EngineStats,
@@ -83,10 +85,19 @@ class Engine:
         )
         self._restorer = Restorer(kv_cache, host, store, self._moves)
         self._pool = BlockPool(kv_cache.num_blocks)
+        self._auditor = Auditor(
+            self._pool,
+            rate=config.audit_rate,
+            draw=random.Random().random,
+            block_tokens=self.layout.block_tokens,
+            dtype=self.layout.dtype,
+            discard=self._discard,
+        )
         self._scheduler = Scheduler(
             self._pool,
             self._write_behind,
             self._restorer,
+            self._auditor,
             block_tokens=self.layout.block_tokens,
             block_bytes=self.layout.block_bytes,
             max_running=config.max_running,
@@ -98,6 +109,7 @@ class Engine:
             self._scheduler,
             ModelRunner(loaded, kv_cache),
             self._sampler,
+            self._auditor,
             max_step_tokens=config.max_step_tokens,
             max_prefill_tokens=config.max_prefill_tokens,
         )
@@ -158,7 +170,12 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Drop a request within one step; its listener hears nothing more. Harmless when it is over."""
-        self._post(lambda: self._with_request(request_id, self._scheduler.cancel))
+
+        def drop() -> None:
+            self._with_request(request_id, self._scheduler.cancel)
+            self._auditor.cancel(request_id)
+
+        self._post(drop)
 
     def finish(self, request_id: str, num_kept: int) -> None:
         """End a request as STOP, its reply being the first `num_kept` tokens generated. Harmless when it is over."""
@@ -207,6 +224,7 @@ class Engine:
             waiting=len(scheduler.waiting),
             device_blocks=used._asdict(),
             moved=self._moves.read(),
+            audits=dict(self._auditor.counts),
             prefill_s_saved=self._stepper.prefill_s_saved,
         )
 
@@ -223,7 +241,7 @@ class Engine:
         self._draining = True
         deadline = time.monotonic() + within_s
         self._do(lambda: None).result()  # whatever was submitted before is in by now
-        while self._requests and time.monotonic() < deadline:
+        while (self._requests or self._auditor.is_awaited) and time.monotonic() < deadline:
             time.sleep(0.01)
         self._do(self._fail_all).result()
         self._write_behind.store_tails()
@@ -279,6 +297,10 @@ class Engine:
     def _fail_all(self) -> None:
         for request in list(self._requests.values()):
             self._scheduler.fail(request, Draining("this worker is leaving"))
+        self._auditor.drop_all()
+
+    def _discard(self, names: Sequence[BlockHash]) -> Future[None]:
+        return self._ask(lambda future: self._histories.discard(names, future))
 
     def _stop(self) -> None:
         self._closed = True

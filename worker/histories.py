@@ -103,6 +103,27 @@ class Histories:
         device = self._pool.drop(names)
         self._later(delete, future, lambda counts: future.set_result(DropReport(device, *counts)))
 
+    def discard(self, names: Sequence[BlockHash], future: Future[None]) -> None:
+        """Forget contents that were found wrong, and what was computed on them: at once here, then in the store.
+
+        While the store can't be asked they stay distrusted here. Raises StoreUnavailable.
+        """
+        wrong = list(self._scheduler.distrust(names))
+        host, store = self._write_behind.host, self._write_behind.store
+        host.drop(wrong)
+
+        def delete() -> None:
+            self._write_behind.flush(wrong, timeout_s=_FLUSH_S)
+            host.drop(wrong)  # what was on its way there
+            if store is not None:
+                store.delete(wrong)
+
+        def gone(_: None) -> None:
+            self._scheduler.trust(wrong)
+            future.set_result(None)
+
+        self._later(delete, future, gone)
+
     def retain(self, tenant: str, tokens: Sequence[int], ttl_s: int, future: Future[int]) -> None:
         names, store = self._names(tenant, tokens), self._store()
 

@@ -101,6 +101,7 @@ class _EngineCollector(Collector):
             "cache_bytes", "Bytes of KV held.", "tier", {"device": stats.device.bytes, "host": stats.host.bytes}
         )
         yield _gauge("queue_requests", "Requests now.", "state", {"running": stats.running, "waiting": stats.waiting})
+        yield _counter("audits", "Audits of turns on restored KV.", "result", stats.audits)
         moved_bytes = CounterMetricFamily(
             "rekindle_moved_bytes", "Bytes of KV moved between tiers.", labels=["source", "target"]
         )

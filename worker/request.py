@@ -6,6 +6,7 @@ from enum import Enum, auto
 from itertools import pairwise
 
 from cache_store.ids import BlockHash, chain
+from worker.audit import Recording
 from worker.calls import Event, GenerateCall, MissReason, Receipt
 from worker.ids import BlockId
 from worker.moves import Tier
@@ -51,6 +52,14 @@ class Request:
         self.table: list[BlockId] = []
         self.gaps: list[Span] = []
         self.receipt: Receipt | None = None
+        self.relies_on: frozenset[BlockHash] = frozenset()
+        """The blocks it asked for: what it did not find, it computed itself."""
+        self.restored: set[BlockHash] = set()
+        """Those that came from the host tier or the store."""
+        self.recording: Recording | None = None
+        """Of a turn that will be audited."""
+        self.distrusted = False
+        """A block that is being restored for it was found wrong meanwhile."""
         self.cancelled = False
         self.on_over: Callable[[], None] = lambda: None
         """Called once, when the request has left the engine."""

@@ -5,12 +5,13 @@ Used by the engine's thread alone. What other threads finish comes back through 
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import structlog
 
 from cache_store.ids import BlockHash
+from worker.auditor import Auditor
 from worker.calls import Failed, Finished, FinishReason, MissReason, WarmReport
 from worker.errors import DeadlinePassed
 from worker.ids import BlockId
@@ -31,6 +32,7 @@ class Scheduler:
         pool: BlockPool,
         write_behind: WriteBehind,
         restorer: Restorer,
+        auditor: Auditor,
         *,
         block_tokens: int,
         block_bytes: int,
@@ -42,9 +44,12 @@ class Scheduler:
         self.pool = pool
         self._write_behind = write_behind
         self._restorer = restorer
+        self._auditor = auditor
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """Everything admitted, in order of arrival: RESTORING, PREFILL and DECODE."""
+        self.distrusted: set[BlockHash] = set()
+        """Contents that were found wrong and are on their way out of every tier: not restored, not offloaded."""
         self.tokens_by_source = dict.fromkeys(("device", "host", "redis", "computed"), 0)
         self._block_tokens = block_tokens
         self._block_bytes = block_bytes
@@ -78,7 +83,7 @@ class Scheduler:
         shared = {
             want.index: on_device[want.index] for want in wanted if want.offers == size and want.index in on_device
         }
-        fresh = self.pool.take(
+        fresh = self._take(
             request.num_blocks - len(shared),
             after=next(reversed(shared.values()), None),
             room=request.num_blocks_at_most - len(shared),
@@ -100,14 +105,22 @@ class Scheduler:
                 self._copy_tokens(on_device[want.index], request.table[want.index], want.offers)
                 self.pool.release([on_device[want.index]])
         self.running.append(request)
+        request.relies_on = frozenset(want.name for want in wanted)
         request.admitted_s = request.restored_s = time.monotonic()
         self._restore(request, wanted, found)
         return True
 
+    def _take(self, count: int, *, after: BlockId | None, room: int = 0) -> list[BlockId] | None:
+        """As the pool's: where it has too few, an audit gives way."""
+        fresh = self.pool.take(count, after=after, room=room)
+        if fresh is None and self._auditor.give_way():
+            fresh = self.pool.take(count, after=after, room=room)
+        return fresh
+
     def _restore(self, request: Request, wanted: Sequence[Wanted], found: dict[int, Tier | MissReason]) -> None:
         """Ask the tiers below for what the device has not; go on at once if there is nobody to ask."""
         missing = [want for want in wanted if want.index not in found]
-        asked = [want for want in missing if self._restorer.may_have(want.name)]
+        asked = [want for want in missing if want.name not in self.distrusted and self._restorer.may_have(want.name)]
         found.update({want.index: MissReason.ABSENT for want in missing})
         if not asked:
             self._ready(request, wanted, found, 0)
@@ -133,10 +146,15 @@ class Scheduler:
         self, request: Request, wanted: Sequence[Wanted], found: dict[int, Tier | MissReason], num_restored: int
     ) -> None:
         """What can be restored is restored: publish it and begin to compute the rest."""
+        if request.distrusted:
+            self._start_again(request)
+            return
         request.restored_s = time.monotonic()
         for want in wanted:
-            if found[want.index] in (Tier.HOST, Tier.REDIS) and want.offers == self._block_tokens:
-                self.pool.name(request.table[want.index], want.name)
+            if found[want.index] in (Tier.HOST, Tier.REDIS):
+                request.restored.add(want.name)
+                if want.offers == self._block_tokens:
+                    self.pool.name(request.table[want.index], want.name)
         first_time = request.receipt is None
         request.account(wanted, found, num_restored * self._block_bytes)
         receipt = request.receipt
@@ -155,7 +173,7 @@ class Scheduler:
         """Give every decoding request the block for its next token; where there is none, the youngest waits."""
         for request in list(self.running):
             while request.phase is Phase.DECODE and len(request.tokens) > len(request.table) * self._block_tokens:
-                fresh = self.pool.take(1, after=request.table[-1])
+                fresh = self._take(1, after=request.table[-1])
                 if fresh is not None:
                     request.table += fresh
                     continue
@@ -185,7 +203,7 @@ class Scheduler:
 
     def _seal(self, request: Request, index: int) -> None:
         block, name = request.table[index], request.name_of(index)
-        if self.pool.name(block, name):
+        if self.pool.name(block, name) and name not in self.distrusted:
             self._offload(request, block, name, self._block_tokens, to_store=True)
 
     def _offload(self, request: Request, block: BlockId, name: BlockHash, num_tokens: int, *, to_store: bool) -> None:
@@ -221,7 +239,7 @@ class Scheduler:
             request.cancelled = True
         else:
             self._leave(request)
-        request.listener(Finished(reason, receipt, kept))
+        self._auditor.finished(request, Finished(reason, receipt, kept))
 
     def _keep_tail(self, request: Request, num_kv: int) -> None:
         """Make the unfull last block findable by the next turn, on the device and in the host tier."""
@@ -230,7 +248,7 @@ class Scheduler:
         if full:
             request.name_of(full - 1)
         tail = tail_of(request.root, request.names, request.tokens, num_kv, size)
-        if tail is None or self.pool.find(tail.name) is not None:
+        if tail is None or tail.name in self.distrusted or self.pool.find(tail.name) is not None:
             return
         block = request.table[tail.index]
         if not self.pool.is_named(block):  # it is when tokens behind a stop string filled it
@@ -265,6 +283,36 @@ class Scheduler:
         request.phase = Phase.OVER
         request.on_over()
 
+    # Of what was found wrong
+
+    def distrust(self, names: Iterable[BlockHash]) -> set[BlockHash]:
+        """Forget contents on the device, and start again whatever runs on them. Nothing restores or offloads them until
+        `trust`. Returns their names, and those of what was computed on them."""
+        wrong = set(names)
+        for request in reversed([*self.running]):  # so that the oldest is the queue's first again
+            if wrong.isdisjoint(request.relies_on):
+                continue
+            wrong.update(request.relies_on, request.names)
+            if request.phase is Phase.RESTORING:
+                request.distrusted = True
+            else:
+                self._preempt(request)
+        self.distrusted |= wrong
+        self.pool.drop(wrong)
+        return wrong
+
+    def trust(self, names: Iterable[BlockHash]) -> None:
+        """No tier has the wrong contents any more."""
+        self.distrusted.difference_update(names)
+
+    def _start_again(self, request: Request) -> None:
+        request.distrusted = False
+        self._write_behind.host.drop(request.relies_on)  # what it brought there on its way
+        if request.cancelled:
+            self._leave(request)
+        else:
+            self._preempt(request)
+
     # Ahead of a turn
 
     def warm(self, wanted: Sequence[Wanted], done: Callable[[WarmReport], None]) -> None:
@@ -278,7 +326,7 @@ class Scheduler:
 
         def landed(outcomes: list[Tier | MissReason]) -> None:
             for want, target, outcome in zip(missing, targets, outcomes, strict=True):
-                if isinstance(outcome, Tier):
+                if isinstance(outcome, Tier) and want.name not in self.distrusted:
                     self.pool.name(target, want.name)
             restored = sum(w.offers for w, o in zip(missing, outcomes, strict=True) if isinstance(o, Tier))
             self.pool.release(targets)

@@ -7,6 +7,7 @@ from typing import Protocol
 import structlog
 import torch
 
+from worker.auditor import Auditor
 from worker.calls import FinishReason, Token
 from worker.plan import Span, plan_step
 from worker.request import Phase, Request
@@ -25,11 +26,19 @@ class Runner(Protocol):
 
 class Stepper:
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, sampler: Sampler, *, max_step_tokens: int, max_prefill_tokens: int
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        sampler: Sampler,
+        auditor: Auditor,
+        *,
+        max_step_tokens: int,
+        max_prefill_tokens: int,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._sampler = sampler
+        self._auditor = auditor
         self._max_step_tokens = max_step_tokens
         self._max_prefill_tokens = max_prefill_tokens
         self._prefilled_tokens = 0
@@ -45,30 +54,37 @@ class Stepper:
         planned = plan_step(len(decoding), [request.gaps for request in prompts], room)
         work = [(request, [Span(len(request.tokens) - 1, len(request.tokens))]) for request in decoding]
         work += [(request, spans) for request, spans in zip(prompts, planned, strict=True) if spans]
-        if not work:
-            return False
         chunks = [
             Chunk(request.tokens[span.start : span.end], span.start, request.table, span.end == len(request.tokens))
             for request, spans in work
             for span in spans
         ]
+        num_prefilled = sum(span.tokens for spans in planned for span in spans)
+        audit_chunks = self._auditor.plan(self._max_step_tokens - len(decoding) - num_prefilled)
+        if not chunks and not audit_chunks:
+            return False
         began = time.perf_counter()
         try:
-            logits = self._runner.run(chunks)
-            tokens = self._sample(logits, [request for request, spans in work if spans[-1].end == len(request.tokens)])
+            logits = self._runner.run([*chunks, *audit_chunks])
+            choosing = [request for request, spans in work if spans[-1].end == len(request.tokens)]
+            tokens = self._sample(logits[: len(choosing)], choosing)
         except Exception as error:  # an accelerator out of memory, say: the step is lost, the engine is not
             log.error("a step failed", requests=len(work), exc_info=error)
             for request, _ in work:
                 scheduler.fail(request, error)
+            self._auditor.give_way()
             return True
         for request, spans in work:
             if request.phase is not Phase.OVER:
                 scheduler.computed(request, spans)
         for request, token in tokens:
             self._publish(request, token)
-        num_prefilled = sum(span.tokens for spans in planned for span in spans)
+        if audit_chunks:
+            self._auditor.ran(audit_chunks, logits[len(choosing) :])
+        num_audited = sum(len(chunk.token_ids) for chunk in audit_chunks)
+        share = num_prefilled / (num_prefilled + len(decoding) + num_audited)
         self._prefilled_tokens += num_prefilled
-        self._prefill_s += (time.perf_counter() - began) * num_prefilled / (num_prefilled + len(decoding))
+        self._prefill_s += (time.perf_counter() - began) * share
         return True
 
     @property
@@ -87,6 +103,7 @@ class Stepper:
                 self._scheduler.fail(requests[row], error)
             rest = [row for row in range(len(requests)) if row not in error.rows]
             return self._sample(logits[rest], [requests[row] for row in rest])
+        self._auditor.watch(requests, logits)
         return list(zip(requests, tokens, strict=True))
 
     def _publish(self, request: Request, token: Token) -> None:

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from cache_store.errors import InvalidRequest
 from protos import rekindle_pb2 as pb
@@ -71,6 +72,7 @@ def call_of(
         eos_token_ids=frozenset() if sampling.ignore_eos else engine.eos_token_ids,
         block_ttl_s=request.block_ttl_s,
         deadline_s=deadline_s,
+        audit=request.audit,
     )
 
 
@@ -141,6 +143,7 @@ def _receipt(receipt: Receipt, worker_id: str) -> pb.Receipt:
         decode_ms=receipt.decode_ms,
         ttft_ms=receipt.ttft_ms,
         worker_id=worker_id,
+        audit=None if receipt.audit is None else pb.Audit(**asdict(receipt.audit)),
     )
 
 
