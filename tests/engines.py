@@ -56,6 +56,7 @@ def start(
     stop_token_ids: Sequence[int] = (),
     deadline_s: float | None = None,
     tenant: str = TENANT,
+    audit: bool = False,
 ) -> Stream:
     stream = Stream(f"request-{next(_numbers)}")
     call = GenerateCall(
@@ -67,6 +68,7 @@ def start(
         max_new_tokens=max_new_tokens,
         stop_token_ids=frozenset(stop_token_ids),
         deadline_s=deadline_s,
+        audit=audit,
     )
     engine.submit(call, stream.events.put)
     return stream
