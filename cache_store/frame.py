@@ -46,9 +46,11 @@ class Framer:
     """Writes and judges the headers of one model's blocks."""
 
     def __init__(self, layout: KVLayout, fingerprint: bytes) -> None:
+        self.model = hashlib.blake2b(fingerprint, digest_size=16).digest()
+        """Of the fingerprint: what tells this model's blocks from others in a header."""
         self._block_bytes = layout.block_bytes
         shape = (layout.num_layers, layout.num_kv_heads, layout.head_dim, layout.block_tokens)
-        self._model = (_DTYPES[layout.dtype], *shape, hashlib.blake2b(fingerprint, digest_size=16).digest())
+        self._model = (_DTYPES[layout.dtype], *shape, self.model)
 
     def header(self, store: Store) -> bytes:
         """The 64 bytes that go before `store.payload`: all of the block, filled or not."""

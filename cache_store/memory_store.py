@@ -74,6 +74,9 @@ class MemoryBlockStore:
                     there += 1
         return there
 
+    def ageing(self) -> None:
+        return None
+
     def available(self) -> bool:
         return True
 

@@ -56,6 +56,10 @@ class RedisLink:
         """A redis-py client for each node, to be asked about itself. Raises StoreUnavailable."""
         return [Redis(connection_pool=self._pool)]
 
+    def client(self) -> Redis | RedisCluster:
+        """A redis-py client that finds the node of a key. Raises StoreUnavailable."""
+        return Redis(connection_pool=self._pool)
+
     def connect(self, node: str, *, deadline_s: float) -> Wire:
         """Raises StoreUnavailable; as StoreStalled or DeadlinePassed where time ran out."""
         left_s = deadline_s - time.monotonic()
@@ -118,6 +122,9 @@ class ClusterLink(RedisLink):
     def servers(self) -> list[Redis]:
         cluster = self._topology()
         return [cluster.get_redis_connection(node) for node in _primaries(cluster)]
+
+    def client(self) -> RedisCluster:
+        return self._topology()
 
     def close(self) -> None:
         super().close()

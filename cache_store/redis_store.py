@@ -12,6 +12,7 @@ from cache_store.counters import Counters
 from cache_store.errors import BlockCorrupt, BlockForeign, StoreUnavailable
 from cache_store.frame import HEADER_BYTES, Framer, check_payload
 from cache_store.ids import BlockHash
+from cache_store.redis_ageing import RedisAgeing
 from cache_store.redis_errors import DeadlinePassed, StoreStalled, ours
 from cache_store.redis_keeper import Keeper, KeyCommands
 from cache_store.redis_lanes import Batch, Lanes
@@ -40,6 +41,7 @@ class RedisBlockStore:
         self._link = link
         self._framer = framer
         self._refresh_ttl_s = refresh_ttl_s
+        self._namespace = namespace
         self._prefix = namespace.encode() + b":b:"
         self._counters = Counters()
         self._lanes = Lanes(link)
@@ -79,6 +81,9 @@ class RedisBlockStore:
             return sum(self._ask(blocks, b"EXPIRE", b"%d" % ttl_s))
         self._ask(blocks, b"PERSIST")  # answers 0 for a block that is there and has no TTL
         return sum(self.which(blocks))
+
+    def ageing(self) -> RedisAgeing:
+        return RedisAgeing(self._link, self._framer, namespace=self._namespace, prefix=self._prefix)
 
     def available(self) -> bool:
         return self._lanes.available()
@@ -221,7 +226,7 @@ class _Put:
 
     def request(self, index: int) -> Sequence[Buffer]:
         store = self._blocks[index]
-        value = [self._framer.header(store), store.payload.cast("B")]
+        value: list[Buffer] = [self._framer.header(store), store.payload.cast("B")]
         return set_command(self._keys[index], value, ttl_s=store.ttl_s)
 
     def receive(self, index: int, wire: Wire) -> ErrorReply | None:

@@ -1,6 +1,6 @@
 """What a worker asks of the shared cold tier. No Redis here, and no tensors: names, buffers and outcomes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
@@ -60,6 +60,39 @@ Landed = Callable[[int, Fetched, Encoding | None], None]
 """Told the index of a fetch, how it ended, and how to read what lies in its buffer (None unless it is a HIT)."""
 
 
+class Idle(NamedTuple):
+    """A ladder session's block that nobody has read for a while."""
+
+    block: BlockHash
+    idle_s: float
+    """Seconds when it was looked at, `at_s` of `time.monotonic()`."""
+    at_s: float
+
+
+class Held(NamedTuple):
+    """What the shared tier holds of a ladder session's block, checked."""
+
+    block: BlockHash
+    codec: CodecInfo
+    num_tokens: int
+    first_position: int
+    payload: memoryview
+
+
+class Payload(NamedTuple):
+    """A block's bytes as a codec wrote them."""
+
+    codec: CodecInfo
+    content: memoryview
+
+
+class Exchanged(NamedTuple):
+    """What was in a block's place, and what is now."""
+
+    held: Held
+    now: Payload
+
+
 class StoreStats(NamedTuple):
     """Counters since the store was opened."""
 
@@ -80,6 +113,36 @@ class ServerInfo(NamedTuple):
     max_bytes: int
     evicted_keys: int
     eviction_policy: str
+
+
+class AgeingStore(Protocol):
+    """Where ladder sessions' blocks lie while they age. Blocking calls; all raise StoreError.
+
+    No call hangs: each is bounded by the store's own timeouts.
+    """
+
+    def lead(self, *, for_s: float) -> bool:
+        """Become, or stay, the one worker that ages this model's blocks for the next `for_s` seconds."""
+        ...
+
+    def resign(self) -> None:
+        """Let another worker lead now. Nothing happens where another one does."""
+        ...
+
+    def idle(self) -> Iterator[Sequence[Idle]]:
+        """Every ladder session's block once at least, those that stay there all the time, a few hundred at once.
+
+        Leaves them as idle as they are.
+        """
+        ...
+
+    def exchange(self, idle: Idle, smaller: Callable[[Held], Payload]) -> Exchanged | None:
+        """Put in a block's place what `smaller` makes of it, which may be what it is; TTL and idle time stay.
+
+        None where the block is gone or became another meanwhile, which is then left alone. Raises BlockCorrupt or
+        BlockForeign, besides, where it can't be read here, by us or by `smaller`: it stays as it is.
+        """
+        ...
 
 
 class BlockStore(Protocol):
@@ -110,6 +173,10 @@ class BlockStore(Protocol):
 
     def retain(self, blocks: Sequence[BlockHash], *, ttl_s: int) -> int:
         """Set how long the blocks are kept (0: for ever); say how many were there (raises StoreUnavailable)."""
+        ...
+
+    def ageing(self) -> AgeingStore | None:
+        """The same blocks by their age; None where they don't outlive the worker."""
         ...
 
     def available(self) -> bool:
