@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 _DEFAULT_CONFIG = Path("rekindle.toml")
 
+_FLAGS = Parameter(
+    negative="",
+    consume_multiple=True,
+    name_transform=lambda name: "json" if name == "as_json" else name.replace("_", "-"),
+)
+"""How the keyword parameters of what is measured or proved become flags."""
+
 AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON object.")]
 
 
@@ -85,6 +92,7 @@ def make_app() -> App:
     app.command(sessions)
     app.command(stats)
     app.command(_bench_app())
+    app.command(_eval_app())
 
     @app.meta.default
     def with_config(
@@ -290,9 +298,7 @@ def _bench_app() -> App:
     bench = App(
         name="bench",
         help="Measure. Every benchmark runs both sides in turn and prints medians, and which bars hold.",
-        default_parameter=Parameter(
-            negative="", name_transform=lambda name: "json" if name == "as_json" else name.replace("_", "-")
-        ),
+        default_parameter=_FLAGS,
     )
     for path in sorted(Path(benchmarks.__path__[0]).glob("*.py")):
         code = ast.parse(path.read_text())  # not imported: most of them bring torch
@@ -300,6 +306,19 @@ def _bench_app() -> App:
             summary = (ast.get_docstring(code) or "").partition("\n")[0]
             bench.command(f"benchmarks.{path.stem}:run", name=path.stem, help=summary)
     return bench
+
+
+def _eval_app() -> App:
+    """What proves rather than times. Imported when called: it brings torch."""
+    evaluations = App(
+        name="eval", help="Prove. Every evaluation says which of its bars hold.", default_parameter=_FLAGS
+    )
+    evaluations.command(
+        "benchmarks.fidelity:evaluate",
+        name="fidelity",
+        help="What a conversation loses when its cache is parked and comes back, codec by codec.",
+    )
+    return evaluations
 
 
 def _show(table: Any, answer: Any, as_json: bool) -> None:

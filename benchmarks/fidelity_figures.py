@@ -1,0 +1,216 @@
+"""What became of replies that were given on restored KV, as figures and bars. Pure: no server, no tensors."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, starmap
+from statistics import fmean
+from typing import Final
+
+from benchmarks.fidelity_arms import Arm, Reply
+from benchmarks.harness import Bar, at_least, at_most
+from cache_store.codecs import named
+from models.dialogues import Act, Dialogue, exact
+
+RATIOS: Final = {"lossless": 1.3, "int8": 2.0, "k8v4": 2.6, "int4": 3.6}
+"""How many times smaller a full block must get."""
+
+POINTS_LOST: Final = {"int8": 0.0, "k8v4": 1.0, "int4": 3.0}
+"""How much exact-answer accuracy may fall, in percentage points."""
+
+INT8_AGREEMENT: Final = 0.995
+MAX_GROWTH: Final = 2.0
+
+_KL_FLOOR: Final = 1e-3
+"""Nats. Below it two drifts are equal: in bfloat16 differently shaped matrix products make as much of the same KV."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Replies beside those of the undisturbed run, turn by turn, as shares."""
+
+    tokens: float
+    """Of positions, those with the same token. Where one reply is longer, its rest counts as different."""
+    replies: float
+    """Of replies, those equal to the last token."""
+    max_logprob_change: float
+    """Nats, over the tokens before each reply's first different one. Not 0 for the exact codecs either: restored
+    blocks lie elsewhere on the device, and attention adds up what it reads in another order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """Audited turns together: next-token distributions on restored KV beside those on KV computed from tokens."""
+
+    turns: int
+    failed: int
+    """Audits beyond the bound that the codec states."""
+    tokens: int
+    agreeing_tokens: int
+    mean_kl: float
+    """Nats, over all tokens."""
+    max_kl: float
+    nll_drift: float
+    """Nats a token, over all tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodecFigures:
+    """One codec beside the undisturbed run."""
+
+    codec: str
+    full_blocks: int
+    ratio: float
+    """KV bytes of full blocks over the bytes of their payloads in Redis."""
+    ratio_of_all: float
+    """With the unfull blocks, of which the tokens that they hold count. Those are kept exactly."""
+    encode_gb_s: float
+    """KV bytes a second on the way from the device to host memory, by a thread of the lowest priority."""
+    decode_gb_s: float
+    """On the way from host memory to the device."""
+    agreement: Agreement
+    same_bits_as_raw: float | None
+    """Of an exact codec: share of replies whose tokens' log-probabilities equal those of the raw codec's replies to the
+    last bit, the blocks having moved alike; None where the raw codec was not held."""
+    accuracy: float
+    undisturbed_accuracy: float
+    resumed_turns: int
+    not_from_redis_alone: int
+    """Resumed turns whose receipt names another source than Redis for anything that was parked."""
+    unaudited: int
+    drift: Drift
+    drift_by_resumes: dict[str, Drift]
+    """By how often the session had been resumed: "1", "2-3", "4-7" and so on."""
+    last_turn: Drift
+    last_turn_resumed_once: Drift
+    growth: float
+    """Mean KL of the last turns: of sessions resumed before every turn, over that of sessions resumed only now."""
+
+
+def judge(dialogues: Sequence[Dialogue], undisturbed: Arm, every_turn: Arm, once: Arm, raw: Arm | None) -> CodecFigures:
+    """Judge a codec by an arm that was parked before every turn and one that was parked before the last turn alone.
+
+    `raw` is the arm of the raw codec that was parked before every turn, if there is one.
+    """
+    replies = list(chain(*every_turn.conversations))
+    resumed = [reply for reply in chain(replies, *once.conversations) if reply.parked_tokens is not None]
+    last, last_once = (drift(replies[-1] for replies in arm.conversations) for arm in (every_turn, once))
+    stored = every_turn.stored
+    return CodecFigures(
+        codec=every_turn.codec,
+        full_blocks=stored.full_blocks,
+        ratio=_share(stored.full_kv_bytes, stored.full_payload_bytes),
+        ratio_of_all=_share(stored.kv_bytes, stored.payload_bytes),
+        encode_gb_s=_gb_s(every_turn, "device", "host"),
+        decode_gb_s=_gb_s(every_turn, "host", "device"),
+        agreement=agreement(replies, list(chain(*undisturbed.conversations))),
+        same_bits_as_raw=None if raw is None or named(every_turn.codec).lossy else same_bits(every_turn, raw),
+        accuracy=accuracy(dialogues, every_turn.conversations),
+        undisturbed_accuracy=accuracy(dialogues, undisturbed.conversations),
+        resumed_turns=len(resumed),
+        not_from_redis_alone=sum(not reply.is_from_redis_alone for reply in resumed),
+        unaudited=sum(not reply.receipt.HasField("audit") for reply in resumed),
+        drift=drift(replies),
+        drift_by_resumes=drift_by_resumes(replies),
+        last_turn=last,
+        last_turn_resumed_once=last_once,
+        growth=max(last.mean_kl, _KL_FLOOR) / max(last_once.mean_kl, _KL_FLOOR),
+    )
+
+
+def bars(figures: CodecFigures, *, on_recall: bool) -> list[Bar]:
+    """What must hold: of any model what follows from how Rekindle works, of rekindle-recall all that codecs promise."""
+    codec, lost = figures.codec, 100 * (figures.undisturbed_accuracy - figures.accuracy)
+    found = [
+        at_least(f"{codec}: full blocks in Redis", figures.full_blocks, 1),
+        at_most(f"{codec}: resumed turns not from Redis alone", figures.not_from_redis_alone, 0),
+        at_most(f"{codec}: resumed turns without an audit", figures.unaudited, 0),
+        at_most(f"{codec}: audits failed", figures.drift.failed + figures.last_turn_resumed_once.failed, 0),
+        at_most(f"{codec}: KL of the last turn, resumed every turn over resumed once", figures.growth, MAX_GROWTH),
+    ]
+    if not named(codec).lossy:
+        found.append(at_least(f"{codec}: share of replies equal", figures.agreement.replies, 1))
+    if figures.same_bits_as_raw is not None:
+        found.append(at_least(f"{codec}: share of replies with raw's log-probabilities", figures.same_bits_as_raw, 1))
+    if on_recall and codec in RATIOS:
+        found.append(at_least(f"{codec}: times smaller", figures.ratio, RATIOS[codec]))
+    if on_recall and codec in POINTS_LOST:
+        found.append(at_most(f"{codec}: points of accuracy lost", lost, POINTS_LOST[codec]))
+    if on_recall and codec == "int8":
+        found.append(at_least(f"{codec}: share of tokens equal", figures.agreement.tokens, INT8_AGREEMENT))
+    return found
+
+
+def agreement(replies: Sequence[Reply], others: Sequence[Reply]) -> Agreement:
+    """Compare replies to the same turns of the same dialogues."""
+    pairs = list(zip(replies, others, strict=True))
+    same = sum(a == b for reply, other in pairs for a, b in zip(reply.token_ids, other.token_ids, strict=False))
+    return Agreement(
+        tokens=_share(same, sum(max(len(reply.token_ids), len(other.token_ids)) for reply, other in pairs)),
+        replies=fmean(reply.token_ids == other.token_ids for reply, other in pairs),
+        max_logprob_change=max(chain.from_iterable(starmap(_logprob_changes, pairs)), default=0.0),
+    )
+
+
+def same_bits(arm: Arm, other: Arm) -> float:
+    """Share of replies with the same tokens at the same log-probabilities, bit for bit."""
+    pairs = zip(chain(*arm.conversations), chain(*other.conversations), strict=True)
+    return fmean((a.token_ids, a.logprobs) == (b.token_ids, b.logprobs) for a, b in pairs)
+
+
+def accuracy(dialogues: Sequence[Dialogue], conversations: Sequence[Sequence[Reply]]) -> float:
+    """Share of the questions that were answered exactly; "I don't know" is an answer where nothing was told."""
+    pairs = chain(
+        *(zip(one.turns, replies, strict=True) for one, replies in zip(dialogues, conversations, strict=True))
+    )
+    right = [exact(reply.text, turn) for turn, reply in pairs if turn.act in (Act.ASK, Act.ASK_UNKNOWN)]
+    return _share(sum(right), len(right))
+
+
+def drift(replies: Iterable[Reply]) -> Drift:
+    """Put the audits of these turns together, each with the weight of its tokens."""
+    audits = [reply.receipt.audit for reply in replies if reply.receipt.HasField("audit")]
+    tokens = sum(audit.tokens for audit in audits)
+    return Drift(
+        turns=len(audits),
+        failed=sum(not audit.passed for audit in audits),
+        tokens=tokens,
+        agreeing_tokens=sum(audit.agreeing_tokens for audit in audits),
+        mean_kl=_share(sum(audit.mean_kl * audit.tokens for audit in audits), tokens),
+        max_kl=max((audit.max_kl for audit in audits), default=0.0),
+        nll_drift=_share(sum(audit.nll_drift * audit.tokens for audit in audits), tokens),
+    )
+
+
+def drift_by_resumes(replies: Iterable[Reply]) -> dict[str, Drift]:
+    """The drift of turns whose sessions had been resumed about equally often, in classes that double."""
+    classes: dict[int, list[Reply]] = {}
+    for reply in replies:
+        if reply.resumes:
+            classes.setdefault(reply.resumes.bit_length() - 1, []).append(reply)
+    return {
+        f"{1 << power}-{(2 << power) - 1}" if power else "1": drift(members)
+        for power, members in sorted(classes.items())
+    }
+
+
+def _logprob_changes(reply: Reply, other: Reply) -> Iterator[float]:
+    for token, other_token, logprob, other_logprob in zip(
+        reply.token_ids, other.token_ids, reply.logprobs, other.logprobs, strict=False
+    ):
+        if token != other_token:
+            return
+        yield abs(logprob - other_logprob)
+
+
+def _gb_s(arm: Arm, source: str, target: str) -> float:
+    """How fast blocks of the arm's codec moved, coding included, in bytes as the device has them."""
+    labels = f'{{source="{source}",target="{target}",codec="{arm.codec}"}}'
+    kv_bytes, seconds = (
+        arm.metrics.get(f"rekindle_moved_{what}_total{labels}", 0.0) for what in ("raw_bytes", "seconds")
+    )
+    return _share(kv_bytes / 1e9, seconds)
+
+
+def _share(part: float, whole: float) -> float:
+    """Of nothing, 0."""
+    return part / whole if whole else 0.0
