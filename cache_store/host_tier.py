@@ -1,7 +1,8 @@
 """KV blocks in this machine's memory: one slab, allocated and touched at start, cut into slots, evicted by LRU.
 
-A slot is free, reserved (being filled; found by nobody) or published (found by its name; pinned or not). Knows bytes.
-Knows no tensors and no store: whoever fills a slot has its buffer.
+A slot is free, reserved (being filled; found by nobody) or published (found by its name; pinned or not). A payload that
+its codec made smaller fills the front of its slot: slots are all of one size, so that any block fits into any. Knows
+bytes. Knows no tensors and no store: whoever fills a slot has its buffer.
 """
 
 import mmap
@@ -11,7 +12,9 @@ from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from typing import NamedTuple
 
+from cache_store.codecs import RAW
 from cache_store.ids import BlockHash
+from cache_store.store import Encoding
 
 
 class SlotState(Enum):
@@ -25,7 +28,7 @@ class SlotState(Enum):
 class Slot:
     """One block's place in the slab. Its fields are the tier's to change."""
 
-    __slots__ = ("block", "buffer", "num_tokens", "pins", "state")
+    __slots__ = ("block", "buffer", "encoding", "num_tokens", "pins", "state")
 
     def __init__(self, buffer: memoryview) -> None:
         self.buffer = buffer
@@ -33,7 +36,14 @@ class Slot:
         self.state = SlotState.FREE
         self.block = BlockHash(b"")
         self.num_tokens = 0
+        self.encoding = Encoding(RAW, 0)
+        """Of what is published."""
         self.pins = 0
+
+    @property
+    def payload(self) -> memoryview:
+        """What was published: immutable."""
+        return self.buffer[: self.encoding.num_bytes]
 
 
 class HostUse(NamedTuple):
@@ -83,11 +93,12 @@ class HostTier:
             self._reserved[block] = slot
             return slot
 
-    def publish(self, slot: Slot) -> None:
-        """The slot is filled: from now on it is found."""
+    def publish(self, slot: Slot, encoding: Encoding) -> None:
+        """The slot is filled, with what `encoding` says: from now on it is found."""
+        assert 0 < encoding.num_bytes <= len(slot.buffer), f"{encoding.num_bytes} bytes in a slot of {len(slot.buffer)}"
         with self._lock:
             self._unreserve(slot)
-            slot.state = SlotState.PUBLISHED
+            slot.state, slot.encoding = SlotState.PUBLISHED, encoding
             self._published[slot.block] = slot
 
     def abort(self, slot: Slot) -> None:

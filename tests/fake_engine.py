@@ -60,23 +60,25 @@ class FakeEngine:
         self.kept[request_id] = num_kept
         self.ended[request_id].set()
 
-    def park(self, tenant: str, tokens: Sequence[int], *, drop_host: bool, ttl_s: int) -> Future[ParkReport]:
-        return self._answer(ParkReport(32, 2, 1, 999), "park", tenant, tokens, drop_host, ttl_s)
+    def park(
+        self, tenant: str, tokens: Sequence[int], *, codec: str, drop_host: bool, ttl_s: int
+    ) -> Future[ParkReport]:
+        return self._answer(ParkReport(32, 2, 1, 999), "park", tenant, tokens, codec, drop_host, ttl_s)
 
-    def warm(self, tenant: str, tokens: Sequence[int]) -> Future[WarmReport]:
-        return self._answer(WarmReport(48, 16), "warm", tenant, tokens)
+    def warm(self, tenant: str, tokens: Sequence[int], *, codec: str) -> Future[WarmReport]:
+        return self._answer(WarmReport(48, 16), "warm", tenant, tokens, codec)
 
-    def flush(self, tenant: str, tokens: Sequence[int]) -> Future[None]:
-        return self._answer(None, "flush", tenant, tokens)
+    def flush(self, tenant: str, tokens: Sequence[int], *, codec: str) -> Future[None]:
+        return self._answer(None, "flush", tenant, tokens, codec)
 
-    def locate(self, tenant: str, tokens: Sequence[int], *, with_redis: bool) -> Future[Located]:
-        return self._answer(Located(16, 32, 48), "locate", tenant, tokens, with_redis)
+    def locate(self, tenant: str, tokens: Sequence[int], *, codec: str, with_redis: bool) -> Future[Located]:
+        return self._answer(Located(16, 32, 48), "locate", tenant, tokens, codec, with_redis)
 
-    def drop(self, tenant: str, tokens: Sequence[int], *, with_redis: bool) -> Future[DropReport]:
-        return self._answer(DropReport(1, 2, 3), "drop", tenant, tokens, with_redis)
+    def drop(self, tenant: str, tokens: Sequence[int], *, codec: str, with_redis: bool) -> Future[DropReport]:
+        return self._answer(DropReport(1, 2, 3), "drop", tenant, tokens, codec, with_redis)
 
-    def retain(self, tenant: str, tokens: Sequence[int], *, ttl_s: int) -> Future[int]:
-        return self._answer(7, "retain", tenant, tokens, ttl_s)
+    def retain(self, tenant: str, tokens: Sequence[int], *, codec: str, ttl_s: int) -> Future[int]:
+        return self._answer(7, "retain", tenant, tokens, codec, ttl_s)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -91,7 +93,7 @@ class FakeEngine:
             running=9,
             waiting=10,
             device_blocks={"free": 5, "used": 3, "cached": 2},
-            moved=(Moved("redis", "host", 4, 400, 0.5),),
+            moved=(Moved("redis", "host", "int8", blocks=4, bytes=200, raw_bytes=400, seconds=0.5),),
             prefill_s_saved=2.5,
         )
 

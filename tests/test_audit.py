@@ -65,8 +65,8 @@ def names_of(engine: Engine, tokens: Sequence[int]) -> list[BlockHash]:
     return full_names(root_hash(engine.fingerprint, TENANT), tokens, BLOCK)
 
 
-def plant(engine: Engine, redis: RedisServer, name: BlockHash) -> None:
-    """Put other tokens' KV under `name` as a worker would: header and checksum are right."""
+def plant(engine: Engine, redis: RedisServer, history: Sequence[int], index: int) -> None:
+    """Put other tokens' KV under a block's name as a worker would: header and checksum are right."""
     generate(engine, (), OTHER, max_new_tokens=1)
     block = engine._pool.find(names_of(engine, OTHER)[1])
     assert block is not None
@@ -74,7 +74,8 @@ def plant(engine: Engine, redis: RedisServer, name: BlockHash) -> None:
     engine._kv_cache.read_block(block, payload)
     store = open_block_store(redis.url, engine.layout, engine.fingerprint, timeout_s=2, refresh_ttl_s=60)
     assert store is not None
-    store.put([Store(name, BLOCK, payload, ttl_s=60)])
+    name = names_of(engine, history)[index]
+    store.put([Store(name, BLOCK, payload, ttl_s=60, first_position=index * BLOCK)])
     store.close()
 
 
@@ -263,7 +264,7 @@ def test_a_wrong_block_is_found_deleted_everywhere_and_then_computed_right(
     engine = build_engine(redis_url=own_redis.url)
     history = parked(engine)
     wrong = names_of(engine, history)[2]
-    plant(engine, own_redis, wrong)
+    plant(engine, own_redis, history, 2)
 
     turn = generate(engine, history, SECOND, max_new_tokens=40, audit=True)
 
@@ -290,7 +291,7 @@ def test_a_wrong_first_block_is_found_in_every_dtype(
 ) -> None:
     engine = build_engine(redis_url=own_redis.url, dtype=dtype)
     history = parked(engine)
-    plant(engine, own_redis, names_of(engine, history)[0])
+    plant(engine, own_redis, history, 0)
     assert not audit_of(generate(engine, history, SECOND, audit=True)).passed
 
 
@@ -299,7 +300,7 @@ def test_what_others_compute_on_a_wrong_block_is_computed_again(
 ) -> None:
     engine = build_engine(redis_url=own_redis.url)
     history = parked(engine)
-    plant(engine, own_redis, names_of(engine, history)[1])
+    plant(engine, own_redis, history, 1)
     neighbour = start(engine, history, SECOND, max_new_tokens=700)
     first = neighbour.next()
     assert isinstance(first, Token)
@@ -318,7 +319,7 @@ def test_a_mismatch_found_while_redis_is_down_is_counted_and_never_restored_agai
 ) -> None:
     engine = build_engine(redis_url=own_redis.url, redis_timeout_s=0.5)
     history = parked(engine)
-    plant(engine, own_redis, names_of(engine, history)[1])
+    plant(engine, own_redis, history, 1)
     stream = start(engine, history, SECOND, max_new_tokens=300, audit=True)
     assert isinstance(stream.next(), Token)
     own_redis.kill()

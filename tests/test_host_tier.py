@@ -7,10 +7,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from cache_store.codecs import INT8, RAW
 from cache_store.host_tier import HostTier, Slot
 from cache_store.ids import BlockHash
+from cache_store.store import Encoding
 
 BLOCK_BYTES = 64
+WHOLE = Encoding(RAW, BLOCK_BYTES)
 
 
 def name(number: int) -> BlockHash:
@@ -26,7 +29,7 @@ def keep(tier: HostTier, number: int) -> Slot:
     slot = tier.reserve(name(number), number)
     assert slot is not None
     slot.buffer[:] = bytes([number]) * BLOCK_BYTES
-    tier.publish(slot)
+    tier.publish(slot, WHOLE)
     return slot
 
 
@@ -37,12 +40,24 @@ def test_a_block_is_found_only_once_it_is_published() -> None:
     assert tier.pin(name(1)) is None
     assert not tier.contains(name(1))
     assert tier.reserve(name(1), 7) is None, "on its way already"
-    tier.publish(slot)
+    tier.publish(slot, WHOLE)
     found = tier.pin(name(1))
     assert found is slot
     assert found.num_tokens == 7
     assert tier.reserve(name(1), 7) is None, "here already"
     tier.check()
+
+
+def test_a_payload_smaller_than_its_slot_is_found_as_it_was_written() -> None:
+    tier = tier_of(1)
+    slot = tier.reserve(name(1), 7)
+    assert slot is not None
+    slot.buffer[:5] = b"small"
+    tier.publish(slot, Encoding(INT8, 5))
+    found = tier.pin(name(1))
+    assert found is not None
+    assert found.encoding.codec is INT8
+    assert found.payload.tobytes() == b"small"
 
 
 def test_an_aborted_slot_is_free_again() -> None:
@@ -122,7 +137,7 @@ def test_a_slot_is_not_published_twice() -> None:
     tier = tier_of(1)
     slot = keep(tier, 1)
     with pytest.raises(AssertionError):
-        tier.publish(slot)
+        tier.publish(slot, WHOLE)
     with pytest.raises(AssertionError):
         tier.unpin(slot)
 
@@ -145,7 +160,7 @@ def test_threads_never_see_another_blocks_bytes() -> None:
             slot = tier.reserve(name(number), number)
             if slot is not None:
                 slot.buffer[:] = bytes([number]) * BLOCK_BYTES
-                tier.publish(slot)
+                tier.publish(slot, WHOLE)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -176,7 +191,10 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(data=st.data(), keeps=st.booleans())
     def settle(self, data: st.DataObject, keeps: bool) -> None:
         _, slot = self.reserved.pop(data.draw(st.integers(0, len(self.reserved) - 1)))
-        (self.tier.publish if keeps else self.tier.abort)(slot)
+        if keeps:
+            self.tier.publish(slot, WHOLE)
+        else:
+            self.tier.abort(slot)
 
     @rule(number=st.integers(0, 5))
     def pin(self, number: int) -> None:

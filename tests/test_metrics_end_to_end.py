@@ -98,7 +98,10 @@ async def test_moves_between_tiers_are_counted_in_bytes_and_seconds(
     from_redis = next(turn.receipt for turn in turns if turn.receipt.redis_tokens)
     worker = next(worker for worker in workers if worker.worker_id == from_redis.worker_id)
     samples = await scrape(worker.metrics_address)
-    moves = ("source=device,target=host", "source=host,target=redis", "source=host,target=device")
+    moves = [
+        f"codec=raw,source={way[0]},target={way[1]}"
+        for way in (("device", "host"), ("host", "redis"), ("host", "device"))
+    ]
     assert all(samples[f"rekindle_moved_bytes_total{{{move}}}"] > 0 for move in moves)
     assert all(samples[f"rekindle_moved_seconds_total{{{move}}}"] > 0 for move in moves)
     restored = sum(

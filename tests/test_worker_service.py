@@ -314,7 +314,7 @@ async def test_a_bug_tells_the_client_nothing_but_where_it_was_logged(stub: Any,
 async def test_questions_about_a_history_reach_the_engine_and_its_answers_come_back(
     stub: Any, engine: FakeEngine
 ) -> None:
-    history = wpb.History(tenant="t", token_ids=[5, 6])
+    history = wpb.History(tenant="t", token_ids=[5, 6], codec="int4")
     assert await stub.Park(wpb.ParkRequest(history=history, drop_host=True, block_ttl_s=9)) == wpb.ParkReply(
         redis_tokens=32, device_blocks_dropped=2, host_blocks_dropped=1, bytes_stored=999
     )
@@ -328,13 +328,28 @@ async def test_questions_about_a_history_reach_the_engine_and_its_answers_come_b
     )
     assert await stub.Retain(wpb.RetainRequest(history=history, block_ttl_s=3)) == wpb.RetainReply(blocks=7)
     assert engine.asked == [
-        ("park", "t", (5, 6), True, 9),
-        ("warm", "t", (5, 6)),
-        ("flush", "t", (5, 6)),
-        ("locate", "t", (5, 6), True),
-        ("drop", "t", (5, 6), False),
-        ("retain", "t", (5, 6), 3),
+        ("park", "t", (5, 6), "int4", True, 9),
+        ("warm", "t", (5, 6), "int4"),
+        ("flush", "t", (5, 6), "int4"),
+        ("locate", "t", (5, 6), "int4", True),
+        ("drop", "t", (5, 6), "int4", False),
+        ("retain", "t", (5, 6), "int4", 3),
     ]
+
+
+async def test_a_front_end_without_codecs_asks_for_raw_blocks(stub: Any, engine: FakeEngine) -> None:
+    await stub.Flush(wpb.FlushRequest(history=wpb.History(tenant="t", token_ids=[5])))
+    assert engine.asked == [("flush", "t", (5,), "raw")]
+
+
+async def test_a_codec_that_the_worker_does_not_know_is_refused_by_name(stub: Any) -> None:
+    history = wpb.History(tenant="t", token_ids=[5], codec="jpeg")
+    generate = asking()
+    generate.history.codec = "jpeg"
+    for call in (stub.Flush(wpb.FlushRequest(history=history)), stub.Generate(generate)):
+        code, message, _ = await failure(call)
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert message.startswith("history.codec: must be one of raw, lossless")
 
 
 async def test_the_worker_describes_itself(stub: Any, engine: FakeEngine) -> None:
@@ -404,8 +419,10 @@ def test_metrics_show_the_engines_figures_and_each_kind_of_turn(engine: FakeEngi
     sources = [found[f'rekindle_prompt_tokens_total{{source="{s}"}}'] for s in ("device", "host", "redis", "computed")]
     assert sources == [1, 2, 3, 4]
     assert [found[f'rekindle_device_blocks{{state="{state}"}}'] for state in ("free", "used", "cached")] == [5, 3, 2]
-    assert found['rekindle_moved_bytes_total{source="redis",target="host"}'] == 400
-    assert found['rekindle_moved_seconds_total{source="redis",target="host"}'] == 0.5
+    labels = '{codec="int8",source="redis",target="host"}'
+    assert found[f"rekindle_moved_bytes_total{labels}"] == 200
+    assert found[f"rekindle_moved_raw_bytes_total{labels}"] == 400
+    assert found[f"rekindle_moved_seconds_total{labels}"] == 0.5
     assert found["rekindle_prefill_saved_seconds_total"] == 2.5
     assert found["rekindle_restored_bytes_total"] == 4 * 64
     assert found["rekindle_stores_dropped_total"] == 7

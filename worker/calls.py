@@ -206,13 +206,18 @@ class TierUse:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What went from one tier to another since the start, and the seconds that took (of all threads together)."""
+    """What went from one tier to another in one codec since the start, and the seconds that took, coding included (of
+    all threads together)."""
 
     source: str
     target: str
-    blocks: int
-    bytes: int
-    seconds: float
+    codec: str
+    blocks: int = 0
+    bytes: int = 0
+    """As they were moved: of payloads."""
+    raw_bytes: int = 0
+    """As they are on the device."""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

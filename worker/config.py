@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cache_store.ladder import parse_ladder
 from cache_store.layout import MAX_BLOCK_TOKENS, MIN_BLOCK_TOKENS
 
 
@@ -107,6 +108,10 @@ class WorkerConfig:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        try:
+            parse_ladder(self.codec_ladder)
+        except ValueError as error:
+            raise ConfigError(f"codec_ladder: {error}") from error
         if not 0.0 <= self.audit_rate <= 1.0:
             raise ConfigError(f"audit_rate must be from 0 to 1, got {self.audit_rate}")
         if self.max_prefill_tokens < self.max_step_tokens:

@@ -8,14 +8,16 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
 import structlog
 
+from cache_store.codecs import LOSSLESS, RAW, fidelity_of
 from cache_store.host_tier import HostTier
 from cache_store.ids import BlockHash, root_hash
+from cache_store.ladder import parse_ladder
 from cache_store.open_store import open_block_store
 from cache_store.store import BlockStore
 from worker.auditor import Auditor
@@ -30,6 +32,9 @@ from worker.calls import (
     TierUse,
     WarmReport,
 )
+from worker.codecs.codec import Codec
+from worker.codecs.exact import LosslessCodec
+from worker.coder import BlockCoder
 from worker.config import WorkerConfig
 from worker.errors import ContextTooLong, Draining, Overloaded
 from worker.histories import Histories
@@ -62,6 +67,7 @@ class Engine:
         kv_cache: KVCache,
         host: HostTier,
         store: BlockStore | None,
+        codecs: Mapping[str, Codec],
     ) -> None:
         self.layout = loaded.layout
         self.fingerprint = loaded.fingerprint
@@ -74,8 +80,9 @@ class Engine:
         self._host = host
         self._store = store
         self._moves = MoveCounter(self.layout.block_bytes)
+        coder = BlockCoder(kv_cache, codecs, first_rung=parse_ladder(config.codec_ladder).first.name)
         self._write_behind = WriteBehind(
-            kv_cache,
+            coder,
             host,
             store,
             self._moves,
@@ -83,7 +90,7 @@ class Engine:
             max_queued_stores=max(1, config.store_queue_bytes // self.layout.block_bytes),
             enabled=config.host_cache_bytes > 0 or store is not None,
         )
-        self._restorer = Restorer(kv_cache, host, store, self._moves)
+        self._restorer = Restorer(coder, host, store, self._moves)
         self._pool = BlockPool(kv_cache.num_blocks)
         self._auditor = Auditor(
             self._pool,
@@ -99,7 +106,6 @@ class Engine:
             self._restorer,
             self._auditor,
             block_tokens=self.layout.block_tokens,
-            block_bytes=self.layout.block_bytes,
             max_running=config.max_running,
             restore_timeout_s=config.restore_timeout_s,
             copy_tokens=kv_cache.copy_tokens,
@@ -140,7 +146,8 @@ class Engine:
             timeout_s=config.redis_timeout_s,
             refresh_ttl_s=config.block_ttl_s,
         )
-        engine = cls(config, loaded, kv_cache, host, store)
+        codecs = {LOSSLESS.name: LosslessCodec(loaded.layout, loaded.device)}
+        engine = cls(config, loaded, kv_cache, host, store, codecs)
         engine._thread.start()
         return engine
 
@@ -161,7 +168,7 @@ class Engine:
         request = Request(
             call,
             listener,
-            root=root_hash(self.fingerprint, call.tenant),
+            root=root_hash(self.fingerprint, call.tenant, fidelity_of(call.codec)),
             block_tokens=self.layout.block_tokens,
             max_new_tokens=max_new_tokens,
             row=self._sampler.start(call.sampling, [*call.history, *call.input]),
@@ -186,23 +193,27 @@ class Engine:
 
         self._post(lambda: self._with_request(request_id, end))
 
-    def park(self, tenant: str, tokens: Sequence[int], *, drop_host: bool, ttl_s: int) -> Future[ParkReport]:
-        return self._ask(lambda future: self._histories.park(tenant, tokens, drop_host, ttl_s, future))
+    def park(
+        self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, drop_host: bool, ttl_s: int
+    ) -> Future[ParkReport]:
+        return self._ask(lambda future: self._histories.park(tenant, tokens, codec, drop_host, ttl_s, future))
 
-    def warm(self, tenant: str, tokens: Sequence[int]) -> Future[WarmReport]:
-        return self._ask(lambda future: self._histories.warm(tenant, tokens, future))
+    def warm(self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name) -> Future[WarmReport]:
+        return self._ask(lambda future: self._histories.warm(tenant, tokens, codec, future))
 
-    def flush(self, tenant: str, tokens: Sequence[int]) -> Future[None]:
-        return self._ask(lambda future: self._histories.flush(tenant, tokens, future))
+    def flush(self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name) -> Future[None]:
+        return self._ask(lambda future: self._histories.flush(tenant, tokens, codec, future))
 
-    def locate(self, tenant: str, tokens: Sequence[int], *, with_redis: bool) -> Future[Located]:
-        return self._ask(lambda future: self._histories.locate(tenant, tokens, with_redis, future))
+    def locate(self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, with_redis: bool) -> Future[Located]:
+        return self._ask(lambda future: self._histories.locate(tenant, tokens, codec, with_redis, future))
 
-    def drop(self, tenant: str, tokens: Sequence[int], *, with_redis: bool) -> Future[DropReport]:
-        return self._ask(lambda future: self._histories.drop(tenant, tokens, with_redis, future))
+    def drop(
+        self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, with_redis: bool
+    ) -> Future[DropReport]:
+        return self._ask(lambda future: self._histories.drop(tenant, tokens, codec, with_redis, future))
 
-    def retain(self, tenant: str, tokens: Sequence[int], *, ttl_s: int) -> Future[int]:
-        return self._ask(lambda future: self._histories.retain(tenant, tokens, ttl_s, future))
+    def retain(self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, ttl_s: int) -> Future[int]:
+        return self._ask(lambda future: self._histories.retain(tenant, tokens, codec, ttl_s, future))
 
     def stats(self) -> EngineStats:
         """Counters and levels; safe from any thread (each figure is read at once, all of them nearly)."""

@@ -1,6 +1,7 @@
 """What is asked of a conversation between its turns: park, warm, flush, locate, drop, retain.
 
-Every call comes in on the engine's thread, leaves the waiting to a thread of its own, and answers through a future.
+`codec` is the session's: what is kept in another fidelity has other names. Every call comes in on the engine's thread,
+leaves the waiting to a thread of its own, and answers through a future.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,11 +9,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+from cache_store.codecs import fidelity_of
 from cache_store.errors import StoreUnavailable
 from cache_store.ids import BlockHash, root_hash
 from cache_store.layout import KVLayout
 from cache_store.store import BlockStore
 from worker.calls import DropReport, Located, ParkReport, WarmReport
+from worker.ids import BlockId
+from worker.moves import content_of
 from worker.pool import BlockPool
 from worker.prefix import Wanted, full_names, wanted_by_history
 from worker.scheduler import Scheduler
@@ -42,14 +46,16 @@ class Histories:
         self._post = post
         self._threads = ThreadPoolExecutor(4, "histories")
 
-    def park(self, tenant: str, tokens: Sequence[int], drop_host: bool, ttl_s: int, future: Future[ParkReport]) -> None:
+    def park(
+        self, tenant: str, tokens: Sequence[int], codec: str, drop_host: bool, ttl_s: int, future: Future[ParkReport]
+    ) -> None:
         """Have it all in the store, then leave the device (and the host tier). Drops nothing if the store fails."""
         self._store()
-        wanted = self._wanted(tenant, tokens)
+        wanted = self._wanted(tenant, tokens, codec)
         found = [(want, self._pool.find(want.name)) for want in wanted]
         held = [block for _, block in found if block is not None]
         self._pool.acquire(held)
-        blocks = [(want.name, want.content_tokens, block) for want, block in found]
+        blocks = [(content_of(want, self._layout.block_tokens, codec), self._encodable(block)) for want, block in found]
 
         def parked(result: tuple[set[BlockHash], int]) -> None:
             present, num_bytes = result
@@ -68,17 +74,17 @@ class Histories:
             lambda: self._write_behind.park(blocks, ttl_s=ttl_s), future, parked, lambda: self._pool.release(held)
         )
 
-    def warm(self, tenant: str, tokens: Sequence[int], future: Future[WarmReport]) -> None:
-        self._scheduler.warm(self._wanted(tenant, tokens), future.set_result)
+    def warm(self, tenant: str, tokens: Sequence[int], codec: str, future: Future[WarmReport]) -> None:
+        self._scheduler.warm(self._wanted(tenant, tokens, codec), codec, future.set_result)
 
-    def flush(self, tenant: str, tokens: Sequence[int], future: Future[None]) -> None:
-        names = self._names(tenant, tokens)
+    def flush(self, tenant: str, tokens: Sequence[int], codec: str, future: Future[None]) -> None:
+        names = self._names(tenant, tokens, codec)
         self._later(
             lambda: self._write_behind.flush(names, timeout_s=_FLUSH_S), future, lambda _: future.set_result(None)
         )
 
-    def locate(self, tenant: str, tokens: Sequence[int], with_redis: bool, future: Future[Located]) -> None:
-        wanted = self._wanted(tenant, tokens)
+    def locate(self, tenant: str, tokens: Sequence[int], codec: str, with_redis: bool, future: Future[Located]) -> None:
+        wanted = self._wanted(tenant, tokens, codec)
         device = _tokens(wanted, [self._pool.find(want.name) is not None for want in wanted])
         host = _tokens(wanted, [self._write_behind.host.contains(want.name) for want in wanted])
         if not with_redis or self._write_behind.store is None:
@@ -91,9 +97,11 @@ class Histories:
             lambda there: future.set_result(Located(device, host, _tokens(wanted, there))),
         )
 
-    def drop(self, tenant: str, tokens: Sequence[int], with_redis: bool, future: Future[DropReport]) -> None:
+    def drop(
+        self, tenant: str, tokens: Sequence[int], codec: str, with_redis: bool, future: Future[DropReport]
+    ) -> None:
         """Forget a history here. What is on its way to the store arrives first, or it would come back later."""
-        names = self._names(tenant, tokens)
+        names = self._names(tenant, tokens, codec)
 
         def delete() -> tuple[int, int]:
             self._write_behind.flush(names, timeout_s=_FLUSH_S)
@@ -124,8 +132,8 @@ class Histories:
 
         self._later(delete, future, gone)
 
-    def retain(self, tenant: str, tokens: Sequence[int], ttl_s: int, future: Future[int]) -> None:
-        names, store = self._names(tenant, tokens), self._store()
+    def retain(self, tenant: str, tokens: Sequence[int], codec: str, ttl_s: int, future: Future[int]) -> None:
+        names, store = self._names(tenant, tokens, codec), self._store()
 
         def retain() -> int:
             self._write_behind.flush(names, timeout_s=_FLUSH_S)
@@ -136,14 +144,21 @@ class Histories:
     def close(self) -> None:
         self._threads.shutdown(wait=True)
 
-    def _wanted(self, tenant: str, tokens: Sequence[int]) -> list[Wanted]:
-        return wanted_by_history(root_hash(self._fingerprint, tenant), tokens, self._layout.block_tokens)
+    def _root(self, tenant: str, codec: str) -> BlockHash:
+        return root_hash(self._fingerprint, tenant, fidelity_of(codec))
 
-    def _names(self, tenant: str, tokens: Sequence[int]) -> list[BlockHash]:
+    def _wanted(self, tenant: str, tokens: Sequence[int], codec: str) -> list[Wanted]:
+        return wanted_by_history(self._root(tenant, codec), tokens, self._layout.block_tokens)
+
+    def _names(self, tenant: str, tokens: Sequence[int], codec: str) -> list[BlockHash]:
         """Of every block that holds any of these tokens and no others: a last block that a later turn filled up too."""
-        names = [want.name for want in self._wanted(tenant, tokens)]
-        full = full_names(root_hash(self._fingerprint, tenant), tokens, self._layout.block_tokens)
+        names = [want.name for want in self._wanted(tenant, tokens, codec)]
+        full = full_names(self._root(tenant, codec), tokens, self._layout.block_tokens)
         return list(dict.fromkeys([*names, *full]))
+
+    def _encodable(self, block: BlockId | None) -> BlockId | None:
+        """The block, unless what it holds came from a lossy payload: that is not encoded again."""
+        return None if block is None or self._pool.is_lossy(block) else block
 
     def _store(self) -> BlockStore:
         if self._write_behind.store is None:

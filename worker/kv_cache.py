@@ -47,6 +47,11 @@ class KVCache:
         assert payload.nbytes == self.layout.block_bytes, f"{payload.nbytes} != {self.layout.block_bytes} bytes"
         self._blocks.write(self._first_slot(block), np.frombuffer(payload, np.uint8))
 
+    def view(self, block: BlockId) -> torch.Tensor:
+        """A block where it lies, in layout.block_shape: what a codec reads and writes. From any thread, as above."""
+        first = self._first_slot(block)
+        return self.data[:, :, :, first : first + self.layout.block_tokens]
+
     def copy_tokens(self, source: BlockId, target: BlockId, num_tokens: int) -> None:
         """Copy the KV of a block's first `num_tokens` tokens to another (copy on write). Engine's thread only."""
         assert 0 < num_tokens <= self.layout.block_tokens
@@ -57,8 +62,7 @@ class KVCache:
     def poison(self, blocks: Iterable[BlockId]) -> None:
         """Fill blocks with NaN, so that whoever reads what was never written there is found out."""
         for block in blocks:
-            first = self._first_slot(block)
-            self.data[:, :, :, first : first + self.layout.block_tokens] = math.nan
+            self.view(block)[:] = math.nan
 
     def _first_slot(self, block: BlockId) -> int:
         assert 0 <= block < self.num_blocks, f"block {block} of {self.num_blocks}"

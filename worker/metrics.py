@@ -1,6 +1,6 @@
 """What the worker counts, and the HTTP endpoint that shows it. The engine's figures are read when scraped."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from worker.calls import EngineStats, Receipt
+from worker.calls import EngineStats, Moved, Receipt
 
 _LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TPOT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -102,16 +102,7 @@ class _EngineCollector(Collector):
         )
         yield _gauge("queue_requests", "Requests now.", "state", {"running": stats.running, "waiting": stats.waiting})
         yield _counter("audits", "Audits of turns on restored KV.", "result", stats.audits)
-        moved_bytes = CounterMetricFamily(
-            "rekindle_moved_bytes", "Bytes of KV moved between tiers.", labels=["source", "target"]
-        )
-        moved_s = CounterMetricFamily(
-            "rekindle_moved_seconds", "Seconds spent moving KV between tiers.", labels=["source", "target"]
-        )
-        for moved in stats.moved:
-            moved_bytes.add_metric([moved.source, moved.target], moved.bytes)
-            moved_s.add_metric([moved.source, moved.target], moved.seconds)
-        yield from (moved_bytes, moved_s)
+        yield from _moves(stats.moved)
         yield CounterMetricFamily(
             "rekindle_prefill_saved_seconds",
             "Prefill that the tiers have spared the device.",
@@ -123,6 +114,18 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily(
             "rekindle_evicted_then_needed", "Blocks evicted and asked for later.", value=stats.evicted_then_needed
         )
+
+
+def _moves(all_moved: Sequence[Moved]) -> Iterator[Metric]:
+    for name, what in (
+        ("bytes", "Bytes of KV moved between tiers, as payloads."),
+        ("raw_bytes", "What these payloads are on a device: more, by what the codec saves."),
+        ("seconds", "Seconds spent moving KV between tiers, coding included."),
+    ):
+        family = CounterMetricFamily(f"rekindle_moved_{name}", what, labels=["source", "target", "codec"])
+        for moved in all_moved:
+            family.add_metric([moved.source, moved.target, moved.codec], getattr(moved, name))
+        yield family
 
 
 def _counter(name: str, what: str, label: str, values: dict[str, int]) -> Metric:

@@ -1,19 +1,23 @@
-"""What both directions of moving blocks share: the tiers, the device's memory as bytes, and the count of what moved."""
+"""What both directions of moving blocks share: the tiers, what is known of a block, and the count of what moved."""
 
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
+from cache_store.codecs import CodecInfo, fidelity_of
+from cache_store.ids import BlockHash
+from cache_store.store import Encoding
 from worker.calls import Moved
-from worker.ids import BlockId
+from worker.prefix import Wanted
 
 log = structlog.get_logger(__name__)
 
@@ -29,40 +33,59 @@ class Tier(Enum):
     REDIS = 3
 
 
-class DeviceMemory(Protocol):
-    """The device's blocks as bytes, in the layout's order. Called from the threads that move."""
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a block holds, wherever it lies."""
 
-    def read_block(self, block: BlockId, into: memoryview) -> None: ...
+    name: BlockHash
+    num_tokens: int
+    first_position: int
+    """Index in the conversation of its first token."""
+    codec: str
+    """The session's: which codec the block itself is in is said by its payload's `Encoding`."""
 
-    def write_block(self, block: BlockId, payload: memoryview) -> None: ...
+    @property
+    def fidelity(self) -> str:
+        return fidelity_of(self.codec)
+
+
+def content_of(want: Wanted, block_tokens: int, codec: str) -> Content:
+    return Content(want.name, want.content_tokens, want.index * block_tokens, codec)
 
 
 class MoveCounter:
-    """Blocks and seconds spent by each way between tiers. Any thread may call."""
+    """Blocks, bytes and seconds of each way between tiers, by codec. Any thread may call."""
 
     def __init__(self, block_bytes: int) -> None:
         self._block_bytes = block_bytes
         self._lock = threading.Lock()
-        self._moved: dict[tuple[Tier, Tier], tuple[int, float]] = {}
+        self._moved: dict[tuple[Tier, Tier, CodecInfo], Moved] = {}
 
     @contextmanager
-    def timed(self, source: Tier, target: Tier, blocks: int = 1) -> Iterator[None]:
-        """Count a move that takes as long as the block of code, unless that fails."""
+    def timed(self, source: Tier, target: Tier, *encodings: Encoding) -> Iterator[None]:
+        """Count blocks whose move takes as long as the block of code, unless that fails."""
         began = time.perf_counter()
         yield
-        self.add(source, target, blocks, time.perf_counter() - began)
+        self.add(source, target, encodings, time.perf_counter() - began)
 
-    def add(self, source: Tier, target: Tier, blocks: int, seconds: float) -> None:
+    def add(self, source: Tier, target: Tier, encodings: Sequence[Encoding], seconds: float) -> None:
+        """Count blocks that moved together; of the time each codec has the share that it has of the bytes."""
+        all_bytes = sum(encoding.num_bytes for encoding in encodings)
         with self._lock:
-            count, total_s = self._moved.get((source, target), (0, 0.0))
-            self._moved[source, target] = (count + blocks, total_s + seconds)
+            for codec, num_bytes in encodings:
+                key = (source, target, codec)
+                was = self._moved.get(key) or Moved(source.name.lower(), target.name.lower(), codec.name)
+                self._moved[key] = replace(
+                    was,
+                    blocks=was.blocks + 1,
+                    bytes=was.bytes + num_bytes,
+                    raw_bytes=was.raw_bytes + self._block_bytes,
+                    seconds=was.seconds + seconds * num_bytes / all_bytes,
+                )
 
     def read(self) -> tuple[Moved, ...]:
         with self._lock:
-            return tuple(
-                Moved(source.name.lower(), target.name.lower(), blocks, blocks * self._block_bytes, seconds)
-                for (source, target), (blocks, seconds) in self._moved.items()
-            )
+            return tuple(self._moved.values())
 
 
 def stand_back() -> None:

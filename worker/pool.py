@@ -35,6 +35,7 @@ class BlockPool:
         self._cached: OrderedDict[BlockId, None] = OrderedDict()  # oldest first
         self._by_hash: dict[BlockHash, BlockId] = {}
         self._hash_of: dict[BlockId, BlockHash] = {}
+        self._lossy: set[BlockId] = set()
         self._evicted: OrderedDict[BlockHash, None] = OrderedDict()  # the latest, to notice regret
         self.evicted_then_needed = 0
 
@@ -94,6 +95,14 @@ class BlockPool:
     def is_named(self, block: BlockId) -> bool:
         return block in self._hash_of
 
+    def mark_lossy(self, block: BlockId) -> None:
+        """Note that a used block has KV from a lossy payload, and may not be encoded again, until it is free."""
+        assert block in self._users, f"block {block} is marked, but nobody uses it"
+        self._lossy.add(block)
+
+    def is_lossy(self, block: BlockId) -> bool:
+        return block in self._lossy
+
     def release(self, blocks: Sequence[BlockId]) -> None:
         """Let go of blocks of one chain, given first to last. What has a name stays cached."""
         for block in reversed(blocks):
@@ -136,6 +145,7 @@ class BlockPool:
         assert cached <= set(self._hash_of), "a cached block has no name"
         assert {block: name for name, block in self._by_hash.items()} == self._hash_of, "names and blocks disagree"
         assert not free & set(self._hash_of), "a free block has a name"
+        assert not free & self._lossy, "a free block is marked"
 
     def _free_run(self, count: int, room: int) -> list[int]:
         """Up to `count` free blocks: of the smallest run that fits `room`, else `count`, else of the longest runs."""
@@ -164,6 +174,7 @@ class BlockPool:
     def _set_free(self, block: BlockId) -> None:
         self._free[block] = True
         self._num_free += 1
+        self._lossy.discard(block)
 
     def _evict_oldest(self) -> BlockId:
         block, _ = self._cached.popitem(last=False)

@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from cache_store.errors import BlockCorrupt
 from cache_store.host_tier import HostTier, Slot
 from cache_store.ids import BlockHash
 from cache_store.store import BlockStore, Encoding, Fetch, Fetched
 from worker.calls import MissReason
+from worker.coder import BlockCoder
 from worker.ids import BlockId
-from worker.moves import BATCH_BLOCKS, DeviceMemory, MoveCounter, Tier, log_bug
+from worker.moves import BATCH_BLOCKS, Content, MoveCounter, Tier, log_bug
 
 _THREADS = 2
 
@@ -29,14 +32,23 @@ _MISS = {
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    name: BlockHash
-    num_tokens: int
+    content: Content
     target: BlockId
 
 
+class Restored(NamedTuple):
+    """Where a block was found, and as what payload."""
+
+    tier: Tier
+    encoding: Encoding
+
+
+Outcome = Restored | MissReason
+
+
 class Restorer:
-    def __init__(self, device: DeviceMemory, host: HostTier, store: BlockStore | None, counter: MoveCounter) -> None:
-        self._device = device
+    def __init__(self, coder: BlockCoder, host: HostTier, store: BlockStore | None, counter: MoveCounter) -> None:
+        self._coder = coder
         self._host = host
         self._store = store
         self._counter = counter
@@ -45,15 +57,15 @@ class Restorer:
     def restore(
         self,
         blocks: Sequence[Restore],
-        done: Callable[[list[Tier | MissReason]], None],
+        done: Callable[[list[Outcome]], None],
         *,
         deadline_s: float,
         cancelled: Callable[[], bool],
     ) -> None:
-        """Bring blocks to their targets on the device; `done` hears, on another thread, where each came from."""
+        """Bring blocks to their targets on the device; `done` hears, on another thread, what became of each."""
 
         def run() -> None:
-            found: list[Tier | MissReason] = [MissReason.ABSENT] * len(blocks)
+            found: list[Outcome] = [MissReason.ABSENT] * len(blocks)
             try:
                 self._restore(blocks, found, deadline_s, cancelled)
             finally:
@@ -68,7 +80,7 @@ class Restorer:
     def _restore(
         self,
         blocks: Sequence[Restore],
-        found: list[Tier | MissReason],
+        found: list[Outcome],
         deadline_s: float,
         cancelled: Callable[[], bool],
     ) -> None:
@@ -88,25 +100,28 @@ class Restorer:
             else:
                 self._from_store(blocks, found, batch, deadline_s)
 
-    def _from_host(self, block: Restore, found: list[Tier | MissReason], index: int) -> bool:
-        slot = self._host.pin(block.name)
+    def _from_host(self, block: Restore, found: list[Outcome], index: int) -> bool:
+        slot = self._host.pin(block.content.name)
         if slot is None:
             return False
         try:
-            with self._counter.timed(Tier.HOST, Tier.DEVICE):
-                self._device.write_block(block.target, slot.buffer)
+            self._decode(slot.payload, slot.encoding, block)
+            found[index] = Restored(Tier.HOST, slot.encoding)
         finally:
             self._host.unpin(slot)
-        found[index] = Tier.HOST
         return True
 
+    def _decode(self, payload: memoryview, encoding: Encoding, block: Restore) -> None:
+        with self._counter.timed(Tier.HOST, Tier.DEVICE, encoding):
+            self._coder.decode(encoding, payload, block.content, block.target)
+
     def _from_store(
-        self, blocks: Sequence[Restore], found: list[Tier | MissReason], batch: Sequence[int], deadline_s: float
+        self, blocks: Sequence[Restore], found: list[Outcome], batch: Sequence[int], deadline_s: float
     ) -> None:
         assert self._store is not None
         asked: list[tuple[int, Slot]] = []
         for index in batch:
-            slot = self._host.reserve(blocks[index].name, blocks[index].num_tokens)
+            slot = self._host.reserve(blocks[index].content.name, blocks[index].content.num_tokens)
             if slot is not None:
                 asked.append((index, slot))
             elif not self._from_host(blocks[index], found, index):  # another restore may have brought it meanwhile
@@ -114,20 +129,33 @@ class Restorer:
 
         def landed(number: int, outcome: Fetched, encoding: Encoding | None) -> None:
             index, slot = asked[number]
-            if outcome is Fetched.HIT:
-                with self._counter.timed(Tier.HOST, Tier.DEVICE):
-                    self._device.write_block(blocks[index].target, slot.buffer)
-                self._host.publish(slot)
-                found[index] = Tier.REDIS
-            else:
+            if encoding is None:
                 self._host.abort(slot)
                 found[index] = _MISS[outcome]
+                return
+            try:
+                self._decode(slot.buffer[: encoding.num_bytes], encoding, blocks[index])
+            except BlockCorrupt:  # its checksum is right: whoever wrote it wrote nonsense
+                self._host.abort(slot)
+                found[index] = MissReason.CORRUPT
+            else:
+                self._host.publish(slot, encoding)
+                found[index] = Restored(Tier.REDIS, encoding)
 
-        wanted = [Fetch(blocks[index].name, blocks[index].num_tokens, slot.buffer) for index, slot in asked]
         began = time.perf_counter()
-        self._store.get(wanted, landed, deadline_s=deadline_s)
-        hits = sum(found[index] is Tier.REDIS for index, _ in asked)
+        self._store.get([_fetch(blocks[index].content, slot) for index, slot in asked], landed, deadline_s=deadline_s)
+        hits = [outcome.encoding for index, _ in asked if isinstance(outcome := found[index], Restored)]
         self._counter.add(Tier.REDIS, Tier.HOST, hits, time.perf_counter() - began)
 
     def close(self) -> None:
         self._threads.shutdown(wait=True)
+
+
+def _fetch(content: Content, slot: Slot) -> Fetch:
+    return Fetch(
+        content.name,
+        content.num_tokens,
+        slot.buffer,
+        first_position=content.first_position,
+        fidelity=content.fidelity,
+    )

@@ -11,16 +11,17 @@ from dataclasses import replace
 import structlog
 
 from cache_store.ids import BlockHash
+from cache_store.store import Encoding
 from worker.auditor import Auditor
 from worker.calls import Failed, Finished, FinishReason, MissReason, WarmReport
 from worker.errors import DeadlinePassed
 from worker.ids import BlockId
-from worker.moves import Tier
+from worker.moves import Content, Tier, content_of
 from worker.plan import Span
 from worker.pool import BlockPool
 from worker.prefix import Wanted, tail_of, wanted_by_prompt
 from worker.request import Phase, Request
-from worker.restore import Restore, Restorer
+from worker.restore import Outcome, Restore, Restored, Restorer
 from worker.write_behind import Offload, WriteBehind
 
 log = structlog.get_logger(__name__)
@@ -35,7 +36,6 @@ class Scheduler:
         auditor: Auditor,
         *,
         block_tokens: int,
-        block_bytes: int,
         max_running: int,
         restore_timeout_s: float,
         copy_tokens: Callable[[BlockId, BlockId, int], None],
@@ -52,7 +52,6 @@ class Scheduler:
         """Contents that were found wrong and are on their way out of every tier: not restored, not offloaded."""
         self.tokens_by_source = dict.fromkeys(("device", "host", "redis", "computed"), 0)
         self._block_tokens = block_tokens
-        self._block_bytes = block_bytes
         self._max_running = max_running
         self._restore_timeout_s = restore_timeout_s
         self._copy_tokens = copy_tokens
@@ -103,6 +102,8 @@ class Scheduler:
             found[want.index] = Tier.DEVICE
             if want.index not in shared:  # copy on write: the request goes on writing behind these tokens
                 self._copy_tokens(on_device[want.index], request.table[want.index], want.offers)
+                if self.pool.is_lossy(on_device[want.index]):
+                    self.pool.mark_lossy(request.table[want.index])
                 self.pool.release([on_device[want.index]])
         self.running.append(request)
         request.relies_on = frozenset(want.name for want in wanted)
@@ -123,40 +124,54 @@ class Scheduler:
         asked = [want for want in missing if want.name not in self.distrusted and self._restorer.may_have(want.name)]
         found.update({want.index: MissReason.ABSENT for want in missing})
         if not asked:
-            self._ready(request, wanted, found, 0)
+            self._ready(request, wanted, found, {})
             return
         request.phase = Phase.RESTORING
 
-        def done(outcomes: list[Tier | MissReason]) -> None:
-            found.update({want.index: outcome for want, outcome in zip(asked, outcomes, strict=True)})
-            hits = sum(isinstance(outcome, Tier) for outcome in outcomes)
-            self._post(lambda: self._ready(request, wanted, found, hits))
+        def done(outcomes: list[Outcome]) -> None:
+            restored: dict[int, Encoding] = {}
+            for want, outcome in zip(asked, outcomes, strict=True):
+                if isinstance(outcome, Restored):
+                    found[want.index], restored[want.index] = outcome
+                else:
+                    found[want.index] = outcome
+            self._post(lambda: self._ready(request, wanted, found, restored))
 
         deadline_s = time.monotonic() + self._restore_timeout_s
         if request.call.deadline_s is not None:
             deadline_s = min(deadline_s, request.call.deadline_s)
         self._restorer.restore(
-            [Restore(want.name, want.content_tokens, request.table[want.index]) for want in asked],
+            [
+                Restore(content_of(want, self._block_tokens, request.call.codec), request.table[want.index])
+                for want in asked
+            ],
             done,
             deadline_s=deadline_s,
             cancelled=lambda: request.cancelled,
         )
 
     def _ready(
-        self, request: Request, wanted: Sequence[Wanted], found: dict[int, Tier | MissReason], num_restored: int
+        self,
+        request: Request,
+        wanted: Sequence[Wanted],
+        found: dict[int, Tier | MissReason],
+        restored: dict[int, Encoding],
     ) -> None:
         """What can be restored is restored: publish it and begin to compute the rest."""
         if request.distrusted:
             self._start_again(request)
             return
         request.restored_s = time.monotonic()
+        for index, encoding in restored.items():
+            if encoding.codec.lossy:
+                self.pool.mark_lossy(request.table[index])
         for want in wanted:
             if found[want.index] in (Tier.HOST, Tier.REDIS):
                 request.restored.add(want.name)
                 if want.offers == self._block_tokens:
                     self.pool.name(request.table[want.index], want.name)
         first_time = request.receipt is None
-        request.account(wanted, found, num_restored * self._block_bytes)
+        request.account(wanted, found, sum(encoding.num_bytes for encoding in restored.values()))
         receipt = request.receipt
         if first_time and receipt is not None:
             self.tokens_by_source["device"] += receipt.device_tokens
@@ -204,16 +219,18 @@ class Scheduler:
     def _seal(self, request: Request, index: int) -> None:
         block, name = request.table[index], request.name_of(index)
         if self.pool.name(block, name) and name not in self.distrusted:
-            self._offload(request, block, name, self._block_tokens, to_store=True)
+            self._offload(request, index, name, self._block_tokens, to_store=True)
 
-    def _offload(self, request: Request, block: BlockId, name: BlockHash, num_tokens: int, *, to_store: bool) -> None:
+    def _offload(self, request: Request, index: int, name: BlockHash, num_tokens: int, *, to_store: bool) -> None:
+        block = request.table[index]
+        if self.pool.is_lossy(block):  # encoded from it, it would be encoded twice
+            return
         self.pool.acquire([block])
         release = [block]
         self._write_behind.offload(
             Offload(
                 block=block,
-                name=name,
-                num_tokens=num_tokens,
+                content=Content(name, num_tokens, index * self._block_tokens, request.call.codec),
                 ttl_s=request.call.block_ttl_s,
                 to_store=to_store,
                 done=lambda: self._post(lambda: self.pool.release(release)),
@@ -253,7 +270,7 @@ class Scheduler:
         block = request.table[tail.index]
         if not self.pool.is_named(block):  # it is when tokens behind a stop string filled it
             self.pool.name(block, tail.name)
-        self._offload(request, block, tail.name, tail.content_tokens, to_store=False)
+        self._offload(request, tail.index, tail.name, tail.content_tokens, to_store=False)
 
     def fail(self, request: Request, error: Exception) -> None:
         if request.phase is not Phase.OVER and not request.cancelled:
@@ -315,7 +332,7 @@ class Scheduler:
 
     # Ahead of a turn
 
-    def warm(self, wanted: Sequence[Wanted], done: Callable[[WarmReport], None]) -> None:
+    def warm(self, wanted: Sequence[Wanted], codec: str, done: Callable[[WarmReport], None]) -> None:
         """Restore what the device lacks of a history, as far as blocks are free, and leave it cached."""
         missing = [want for want in wanted if self.pool.find(want.name) is None and self._restorer.may_have(want.name)]
         missing = missing[: self.pool.available]
@@ -324,18 +341,23 @@ class Scheduler:
         targets = self.pool.take(min(len(missing), self.pool.available)) or []
         missing = missing[: len(targets)]
 
-        def landed(outcomes: list[Tier | MissReason]) -> None:
+        def landed(outcomes: list[Outcome]) -> None:
             for want, target, outcome in zip(missing, targets, outcomes, strict=True):
-                if isinstance(outcome, Tier) and want.name not in self.distrusted:
+                if isinstance(outcome, Restored) and outcome.encoding.codec.lossy:
+                    self.pool.mark_lossy(target)
+                if isinstance(outcome, Restored) and want.name not in self.distrusted:
                     self.pool.name(target, want.name)
-            restored = sum(w.offers for w, o in zip(missing, outcomes, strict=True) if isinstance(o, Tier))
+            restored = sum(w.offers for w, o in zip(missing, outcomes, strict=True) if isinstance(o, Restored))
             self.pool.release(targets)
             self.pool.release(have)
             on_device = sum(want.offers for want in wanted if self.pool.find(want.name) is not None)
             done(WarmReport(device_tokens=on_device, restored_tokens=restored))
 
         self._restorer.restore(
-            [Restore(want.name, want.content_tokens, target) for want, target in zip(missing, targets, strict=True)],
+            [
+                Restore(content_of(want, self._block_tokens, codec), target)
+                for want, target in zip(missing, targets, strict=True)
+            ],
             lambda outcomes: self._post(lambda: landed(outcomes)),
             deadline_s=time.monotonic() + self._restore_timeout_s,
             cancelled=lambda: False,

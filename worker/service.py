@@ -193,10 +193,11 @@ class WorkerService(WorkerServicer):
     def close(self) -> None:
         self._text_thread.shutdown()
 
-    async def _ask(self, context: Context, request: Any, question: Callable[[str, tuple[int, ...]], Future[T]]) -> T:
+    async def _ask(self, context: Context, request: Any, question: Callable[..., Future[T]]) -> T:
         """Ask the engine about the request's history."""
         async with self._statuses(context, type(request).__name__):
-            answer = question(request.history.tenant, tuple(request.history.token_ids))
+            history = request.history
+            answer = question(history.tenant, tuple(history.token_ids), codec=translate.codec_of(history))
             # Shielded: a client that goes away must not cancel what the engine is about to answer.
             return await asyncio.shield(asyncio.wrap_future(answer))
 

@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from cache_store.codecs import RAW, SESSION_CODECS
 from cache_store.errors import InvalidRequest
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
@@ -72,8 +73,17 @@ def call_of(
         eos_token_ids=frozenset() if sampling.ignore_eos else engine.eos_token_ids,
         block_ttl_s=request.block_ttl_s,
         deadline_s=deadline_s,
+        codec=codec_of(request.history),
         audit=request.audit,
     )
+
+
+def codec_of(history: wpb.History) -> str:
+    """The session's. Raises InvalidRequest for one that this worker does not know."""
+    codec = history.codec or RAW.name
+    if codec not in SESSION_CODECS:
+        raise InvalidRequest("history.codec", f"must be one of {', '.join(SESSION_CODECS)}, got {codec!r}")
+    return codec
 
 
 def check_tokens(field: str, token_ids: Sequence[int], vocab_size: int) -> None:

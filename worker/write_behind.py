@@ -1,5 +1,7 @@
 """Move blocks down, off the engine's thread: from the device to the host tier, and from there to the shared store.
 
+A block is encoded on its way off the device, once: below, it is the same bytes wherever it lies.
+
 It is told which device block holds what and never chooses: whoever hands a block over keeps it referenced until it is
 told that the copy is done. Both queues are bounded: what does not fit is dropped and counted, and no caller waits.
 """
@@ -17,8 +19,9 @@ from cache_store.errors import StoreError
 from cache_store.host_tier import HostTier, Slot
 from cache_store.ids import BlockHash
 from cache_store.store import BlockStore, Store
+from worker.coder import BlockCoder
 from worker.ids import BlockId
-from worker.moves import BATCH_BLOCKS, DeviceMemory, MoveCounter, Tier, log_bug, stand_back
+from worker.moves import BATCH_BLOCKS, Content, MoveCounter, Tier, log_bug, stand_back
 
 log = structlog.get_logger(__name__)
 
@@ -28,8 +31,7 @@ class Offload:
     """A block that is full, or ends a turn, and will not change until `done`."""
 
     block: BlockId
-    name: BlockHash
-    num_tokens: int
+    content: Content
     ttl_s: int
     to_store: bool
     done: Callable[[], None]
@@ -39,7 +41,7 @@ class Offload:
 class WriteBehind:
     def __init__(
         self,
-        device: DeviceMemory,
+        coder: BlockCoder,
         host: HostTier,
         store: BlockStore | None,
         counter: MoveCounter,
@@ -54,16 +56,16 @@ class WriteBehind:
         """
         self.host = host
         self.store = store
-        self._device = device
+        self._coder = coder
         self._counter = counter
         self._max_pinned = max_pinned_blocks
         self._max_stores = max_queued_stores
         self._enabled = enabled
         self._changed = threading.Condition()
         self._copying = 0
-        self._to_store: list[tuple[Slot, BlockHash, int, int]] = []
+        self._to_store: list[tuple[Slot, Content, int]] = []
         self._pending: Counter[BlockHash] = Counter()
-        self._tails: dict[BlockHash, tuple[int, int]] = {}
+        self._tails: dict[BlockHash, tuple[Content, int]] = {}
         self._closed = False
         self.stores_dropped = 0
         self._copier = ThreadPoolExecutor(1, "offload", initializer=stand_back)
@@ -82,7 +84,7 @@ class WriteBehind:
             else:
                 full = False
                 self._copying += 1
-                self._pending[job.name] += 1
+                self._pending[job.content.name] += 1
         if full:
             job.done()
         else:
@@ -90,33 +92,33 @@ class WriteBehind:
 
     def _copy_down(self, job: Offload) -> None:
         try:
-            self._fill_host(job.name, job.num_tokens, job.block)
+            self._fill_host(job.content, job.block)
         finally:
             with self._changed:
                 self._copying -= 1
             job.done()
             if job.to_store and self.store is not None:
-                self._queue_store(job.name, job.num_tokens, job.ttl_s)
+                self._queue_store(job.content, job.ttl_s)
             elif not job.to_store:
                 self._note_tail(job)
-            self._settle(job.name)
+            self._settle(job.content.name)
 
     def _note_tail(self, job: Offload) -> None:
         with self._changed:
-            self._tails[job.name] = (job.num_tokens, job.ttl_s)
+            self._tails[job.content.name] = (job.content, job.ttl_s)
             if len(self._tails) > self.host.use().capacity:  # the host tier has not kept all of them
                 del self._tails[next(iter(self._tails))]
 
-    def _queue_store(self, name: BlockHash, num_tokens: int, ttl_s: int) -> None:
+    def _queue_store(self, content: Content, ttl_s: int) -> None:
         assert self.store is not None
         with self._changed:
             room = len(self._to_store) < self._max_stores and not self._closed and self.store.available()
-            slot = self.host.pin(name) if room else None
+            slot = self.host.pin(content.name) if room else None
             if slot is None:
                 self.stores_dropped += 1
                 return
-            self._pending[name] += 1
-            self._to_store.append((slot, name, num_tokens, ttl_s))
+            self._pending[content.name] += 1
+            self._to_store.append((slot, content, ttl_s))
             self._changed.notify_all()
 
     def _store_loop(self) -> None:
@@ -129,15 +131,15 @@ class WriteBehind:
                 return
             assert self.store is not None
             try:
-                with self._counter.timed(Tier.HOST, Tier.REDIS, len(batch)):
-                    self.store.put([Store(name, count, slot.buffer, ttl_s) for slot, name, count, ttl_s in batch])
+                with self._counter.timed(Tier.HOST, Tier.REDIS, *(slot.encoding for slot, _, _ in batch)):
+                    self.store.put([_stored(*job) for job in batch])
             except StoreError as error:
                 self._drop(len(batch))
                 log.warning("stores dropped", blocks=len(batch), error=str(error))
             finally:
-                for slot, name, _, _ in batch:
+                for slot, content, _ in batch:
                     self.host.unpin(slot)
-                    self._settle(name)
+                    self._settle(content.name)
 
     def _drop(self, blocks: int) -> None:
         with self._changed:
@@ -166,9 +168,9 @@ class WriteBehind:
             tails, self._tails = self._tails, {}
         if self.store is None:
             return
-        by_ttl: dict[int, list[tuple[BlockHash, int, BlockId | None]]] = {}
-        for name, (num_tokens, ttl_s) in tails.items():
-            by_ttl.setdefault(ttl_s, []).append((name, num_tokens, None))
+        by_ttl: dict[int, list[tuple[Content, BlockId | None]]] = {}
+        for content, ttl_s in tails.values():
+            by_ttl.setdefault(ttl_s, []).append((content, None))
         try:
             for ttl_s, blocks in by_ttl.items():
                 self.park(blocks, ttl_s=ttl_s)
@@ -181,57 +183,56 @@ class WriteBehind:
         with self._changed:
             return self._changed.wait_for(lambda: not self._pending, timeout_s)
 
-    def park(
-        self, blocks: Sequence[tuple[BlockHash, int, BlockId | None]], *, ttl_s: int
-    ) -> tuple[set[BlockHash], int]:
-        """Make sure the store has these (name, tokens, device block if any). Blocks its caller.
+    def park(self, blocks: Sequence[tuple[Content, BlockId | None]], *, ttl_s: int) -> tuple[set[BlockHash], int]:
+        """Make sure the store has these (each with the device block to encode it from, if any). Blocks its caller.
 
         Returns the names that the store has now, and the bytes written for it. Raises StoreError.
         """
         assert self.store is not None
-        names = [name for name, _, _ in blocks]
+        names = [content.name for content, _ in blocks]
         self.flush(names, timeout_s=30.0)
         present = {name for name, there in zip(names, self.store.which(names), strict=True) if there}
-        missing = [block for block in blocks if block[0] not in present]
+        missing = [(content, block) for content, block in blocks if content.name not in present]
         num_bytes = 0
         for start in range(0, len(missing), BATCH_BLOCKS):
-            slots: list[tuple[Slot, BlockHash, int]] = []
+            jobs: list[tuple[Slot, Content, int]] = []
             try:
-                for name, num_tokens, block in missing[start : start + BATCH_BLOCKS]:
-                    slot = self._host_copy(name, num_tokens, block)
+                for content, block in missing[start : start + BATCH_BLOCKS]:
+                    slot = self._host_copy(content, block)
                     if slot is not None:
-                        slots.append((slot, name, num_tokens))
-                with self._counter.timed(Tier.HOST, Tier.REDIS, len(slots)):
-                    self.store.put([Store(name, count, slot.buffer, ttl_s) for slot, name, count in slots])
-                present |= {name for _, name, _ in slots}
-                for _, name, _ in slots:
-                    self.outgrown(name)  # the store has it
-                num_bytes += sum(len(slot.buffer) for slot, _, _ in slots)
+                        jobs.append((slot, content, ttl_s))
+                with self._counter.timed(Tier.HOST, Tier.REDIS, *(slot.encoding for slot, _, _ in jobs)):
+                    self.store.put([_stored(*job) for job in jobs])
+                for slot, content, _ in jobs:
+                    present.add(content.name)
+                    self.outgrown(content.name)  # the store has it
+                    num_bytes += slot.encoding.num_bytes
             finally:
-                for slot, _, _ in slots:
+                for slot, _, _ in jobs:
                     self.host.unpin(slot)
         return present, num_bytes
 
-    def _host_copy(self, name: BlockHash, num_tokens: int, block: BlockId | None) -> Slot | None:
-        """The block in the host tier, pinned, copied there from the device if need be."""
-        slot = self.host.pin(name)
+    def _host_copy(self, content: Content, block: BlockId | None) -> Slot | None:
+        """The block in the host tier, pinned, encoded there from the device if need be."""
+        slot = self.host.pin(content.name)
         if slot is None and block is not None:
-            self._fill_host(name, num_tokens, block)
-            slot = self.host.pin(name)
+            self._fill_host(content, block)
+            slot = self.host.pin(content.name)
         return slot
 
-    def _fill_host(self, name: BlockHash, num_tokens: int, block: BlockId) -> None:
-        """Copy a device block to the host tier, unless it is there already or there is no room."""
-        slot = self.host.reserve(name, num_tokens)
+    def _fill_host(self, content: Content, block: BlockId) -> None:
+        """Encode a device block into the host tier, unless it is there already or there is no room."""
+        slot = self.host.reserve(content.name, content.num_tokens)
         if slot is None:
             return
+        began = time.perf_counter()
         try:
-            with self._counter.timed(Tier.DEVICE, Tier.HOST):
-                self._device.read_block(block, slot.buffer)
+            encoding = self._coder.encode(block, content, slot.buffer)
         except BaseException:
             self.host.abort(slot)
             raise
-        self.host.publish(slot)
+        self.host.publish(slot, encoding)
+        self._counter.add(Tier.DEVICE, Tier.HOST, [encoding], time.perf_counter() - began)
 
     def close(self, *, flush_s: float) -> None:
         """Write out what is queued, within `flush_s`; drop the rest (counted)."""
@@ -241,9 +242,22 @@ class WriteBehind:
             self._changed.wait_for(lambda: not self._to_store, max(0.0, deadline - time.monotonic()))
             self.stores_dropped += len(self._to_store)
             dropped, self._to_store = self._to_store, []
-            for slot, name, _, _ in dropped:
+            for slot, content, _ in dropped:
                 self.host.unpin(slot)
-                self._settle(name)
+                self._settle(content.name)
             self._closed = True
             self._changed.notify_all()
         self._storer.join()
+
+
+def _stored(slot: Slot, content: Content, ttl_s: int) -> Store:
+    """What the store is asked to keep of a slot: the slot's payload, as it is."""
+    return Store(
+        content.name,
+        content.num_tokens,
+        slot.payload,
+        ttl_s,
+        codec=slot.encoding.codec,
+        first_position=content.first_position,
+        fidelity=content.fidelity,
+    )
