@@ -29,6 +29,10 @@ class Ladder:
     def first(self) -> CodecInfo:
         return self.rungs[0].codec
 
+    def sped_up(self, times: float) -> "Ladder":
+        """The same rungs, each reached so many times sooner."""
+        return Ladder(tuple(Rung(rung.codec, rung.after_s / times) for rung in self.rungs))
+
     def due(self, idle_s: float) -> CodecInfo:
         """The codec that a block belongs in that was idle for so long."""
         return [rung for rung in self.rungs if rung.after_s <= idle_s][-1].codec
