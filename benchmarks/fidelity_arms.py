@@ -79,7 +79,7 @@ class Arm:
     conversations: tuple[tuple[Reply, ...], ...]
     stored: Stored
     metrics: dict[str, float]
-    """The worker's, at the end, by name and labels as Prometheus writes them."""
+    """The worker's, at the end, by name and labels as Prometheus writes them: labels in alphabetical order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -204,7 +204,7 @@ def _logprob_changes(reply: Reply, other: Reply) -> Iterator[float]:
 
 def _gb_s(arm: Arm, source: str, target: str) -> float:
     """How fast blocks of the arm's codec moved, coding included, in bytes as the device has them."""
-    labels = f'{{source="{source}",target="{target}",codec="{arm.codec}"}}'
+    labels = f'{{codec="{arm.codec}",source="{source}",target="{target}"}}'
     kv_bytes, seconds = (
         arm.metrics.get(f"rekindle_moved_{what}_total{labels}", 0.0) for what in ("raw_bytes", "seconds")
     )

@@ -159,7 +159,7 @@ def test_a_resume_that_was_none_or_failed_its_audit_proves_nothing(receipt: pb.R
 
 def test_speed_is_told_in_bytes_as_the_device_has_them() -> None:
     undisturbed, every_turn, once = three_arms("int8")
-    labels = '{source="device",target="host",codec="int8"}'
+    labels = '{codec="int8",source="device",target="host"}'
     metrics = {f"rekindle_moved_raw_bytes_total{labels}": 3e9, f"rekindle_moved_seconds_total{labels}": 2.0}
     figures = judge([TALK], undisturbed, replace(every_turn, metrics=metrics), once, None)
     assert (figures.encode_gb_s, figures.decode_gb_s) == (1.5, 0.0)
