@@ -19,10 +19,10 @@ _HELP = """\
 
 
 class Chat:
-    """One user, one session at a time. `sampling` goes along with every turn."""
+    """One user, one session at a time. Sessions are created with `codec`; `sampling` goes along with every turn."""
 
-    def __init__(self, client: Client, console: Console, **sampling: Any) -> None:
-        self._client, self._console, self._sampling = client, console, sampling
+    def __init__(self, client: Client, console: Console, *, codec: str = "", **sampling: Any) -> None:
+        self._client, self._console, self._codec, self._sampling = client, console, codec, sampling
         self._commands: dict[str, Callable[[str], None]] = {
             "/fork": self._fork,
             "/park": self._park,
@@ -34,9 +34,9 @@ class Chat:
     def run(self, session_id: str, read_line: Callable[[], str]) -> None:
         """Talk until /quit or the end of the input. A session that is not there yet is created."""
         try:
-            self._show_session(self._client.get_session(session_id) if session_id else self._client.create_session())
+            self._show_session(self._client.get_session(session_id) if session_id else self._create())
         except NotFound:
-            self._show_session(self._client.create_session(session_id))
+            self._show_session(self._create(session_id))
         while True:
             try:
                 line = read_line().strip()
@@ -87,7 +87,10 @@ class Chat:
         self._console.print(f"[dim]parked: {parked.redis_tokens} tokens in Redis, {stored}, {dropped}[/dim]")
 
     def _new(self, _: str) -> None:
-        self._show_session(self._client.create_session())
+        self._show_session(self._create())
+
+    def _create(self, session_id: str = "") -> Any:
+        return self._client.create_session(session_id, codec=self._codec)
 
     def _show_session(self, session: Any) -> None:
         self.session_id = session.session_id

@@ -150,6 +150,7 @@ def chat(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int | None = None,
+    codec: str = "",
     connection: Connection = Connection(),  # frozen
 ) -> None:
     """Talk with the model. After each turn it says where the prompt's cache came from.
@@ -164,6 +165,9 @@ def chat(
         0 takes the likeliest token always; 1 follows the model's probabilities.
     seed
         Equal seeds give equal replies.
+    codec
+        How a new conversation's cache is kept: raw, lossless, int8, k8v4, int4 or ladder; by default as the server
+        says.
     """
     from rich.console import Console
 
@@ -171,7 +175,7 @@ def chat(
 
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     with connection.open() as client:
-        Chat(client, Console(), **sampling).run(session_id, lambda: input("> "))
+        Chat(client, Console(), codec=codec, **sampling).run(session_id, lambda: input("> "))
 
 
 def demo(*, as_json: AsJson = False) -> int:

@@ -89,20 +89,38 @@ class Client:
         await self._channel.close(None)
 
     def generate(
-        self, input: Input, *, session_id: str = "", timeout_s: float | None = None, **sampling: Any
+        self,
+        input: Input,
+        *,
+        session_id: str = "",
+        audit: bool = False,
+        timeout_s: float | None = None,
+        **sampling: Any,
     ) -> "Generation":
         """Start one turn. `sampling` are the fields of protos' Sampling (max_new_tokens, temperature, stop, ...).
 
-        Raises TypeError or ValueError for an unknown or impossible field; all else comes with the iteration.
+        With `audit` a turn on restored KV is computed again and compared: the receipt says what came of it. Raises
+        TypeError or ValueError for an unknown or impossible field; all else comes with the iteration.
         """
-        request = pb.GenerateRequest(session_id=session_id, sampling=pb.Sampling(**sampling), **_input_field(input))
+        request = pb.GenerateRequest(
+            session_id=session_id, sampling=pb.Sampling(**sampling), audit=audit, **_input_field(input)
+        )
         return Generation(self._start_turn, request, timeout_s or self._turn_timeout_s)
 
     async def create_session(
-        self, session_id: str = "", *, ttl_s: int = 0, pinned: bool = False, timeout_s: float | None = None
+        self,
+        session_id: str = "",
+        *,
+        ttl_s: int = 0,
+        pinned: bool = False,
+        codec: str = "",
+        timeout_s: float | None = None,
     ) -> pb.Session:
-        """Make a session; without an id the server makes one up. `ttl_s` 0 keeps it for ever. Raises AlreadyExists."""
-        request = pb.CreateSessionRequest(session_id=session_id, ttl_s=ttl_s, pinned=pinned)
+        """Make a session; without an id the server makes one up. `ttl_s` 0 keeps it for ever. Raises AlreadyExists.
+
+        `codec` is how its KV is kept below the device: raw, lossless, int8, k8v4, int4 or ladder; empty, the server's.
+        """
+        request = pb.CreateSessionRequest(session_id=session_id, ttl_s=ttl_s, pinned=pinned, codec=codec)
         return await self._call(self._sessions.CreateSession, request, timeout_s)
 
     async def get_session(

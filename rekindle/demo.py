@@ -46,7 +46,7 @@ _AFTER: Final = (
     "Thank you. And which season was it?",
 )
 _SESSION: Final = "demo"
-_SAMPLING: Final = {"max_new_tokens": 48, "ignore_eos": True}
+_SAMPLING: Final[dict[str, Any]] = {"max_new_tokens": 48, "ignore_eos": True}
 _STOP_WITHIN_S: Final = 10.0
 
 

@@ -61,9 +61,17 @@ def receipt_line(finished: pb.Finished) -> str:
         parts.append(f"restored {size(receipt.restored_bytes)} in {receipt.restore_ms:.1f} ms")
     parts.append(f"first token after {receipt.ttft_ms:.0f} ms")
     parts.append(f"{usage.completion_tokens} tokens in {receipt.decode_ms:.0f} ms")
+    if receipt.HasField("audit"):
+        parts.append(_audit(receipt.audit))
     if finished.turn:
         parts.insert(0, f"turn {finished.turn}")
     return " · ".join([*parts, f"worker {receipt.worker_id}"])
+
+
+def _audit(audit: pb.Audit) -> str:
+    verdict = "passed" if audit.passed else "FAILED"
+    agreeing = f"{audit.agreeing_tokens} of {audit.tokens} tokens agree"
+    return f"audit {verdict}: {agreeing}, KL {audit.mean_kl:.2g} (at most {audit.max_kl:.2g}) nats"
 
 
 def sessions_table(sessions: Iterable[pb.Session]) -> Table:
@@ -87,6 +95,7 @@ def session_table(session: pb.Session) -> Table:
     table.add_row("created", when(session.created_ms))
     table.add_row("last used", when(session.last_used_ms))
     table.add_row("kept", _kept(session))
+    table.add_row("codec", session.codec)
     table.add_row("model", session.model or "none yet")
     return table
 

@@ -51,12 +51,17 @@ class Client:
         self._loop.close()
 
     def generate(
-        self, input: Input, *, session_id: str = "", timeout_s: float | None = None, **sampling: Any
+        self,
+        input: Input,
+        *,
+        session_id: str = "",
+        audit: bool = False,
+        timeout_s: float | None = None,
+        **sampling: Any,
     ) -> "SyncGeneration":
         """Start one turn, as the asynchronous client does."""
-        return SyncGeneration(
-            self._loop, self._client.generate(input, session_id=session_id, timeout_s=timeout_s, **sampling)
-        )
+        generation = self._client.generate(input, session_id=session_id, audit=audit, timeout_s=timeout_s, **sampling)
+        return SyncGeneration(self._loop, generation)
 
     def list_sessions(self, *, page_size: int = 0, timeout_s: float | None = None) -> Iterator[pb.Session]:
         """Yield all sessions, as the asynchronous client does."""

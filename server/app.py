@@ -115,7 +115,12 @@ class Application:
         )
         turns = Turns(self._records, self.directory, self.metrics, config)
         keeper = SessionKeeper(
-            self._records, self.directory, turns, lease_s=config.lease_s, default_ttl_s=config.session_ttl_s
+            self._records,
+            self.directory,
+            turns,
+            lease_s=config.lease_s,
+            default_ttl_s=config.session_ttl_s,
+            default_codec=config.codec,
         )
         pb_grpc.add_InferenceServicer_to_server(InferenceService(turns), server)  # type: ignore[no-untyped-call]
         pb_grpc.add_SessionsServicer_to_server(SessionsService(keeper), server)  # type: ignore[no-untyped-call]

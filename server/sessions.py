@@ -15,7 +15,7 @@ from protos import rekindle_worker_pb2 as wpb
 from server.directory import Worker, WorkerDirectory
 from server.errors import NoWorker, WorkerLost
 from server.lease import Lease
-from server.turns import Turns
+from server.turns import Turns, history_of
 
 _Answer = TypeVar("_Answer")
 _log = structlog.get_logger(__name__)
@@ -25,16 +25,24 @@ class SessionKeeper:
     """All calls raise SessionNotFound and StoreUnavailable; those that lock also SessionBusy."""
 
     def __init__(
-        self, records: RecordStore, directory: WorkerDirectory, turns: Turns, *, lease_s: float, default_ttl_s: int
+        self,
+        records: RecordStore,
+        directory: WorkerDirectory,
+        turns: Turns,
+        *,
+        lease_s: float,
+        default_ttl_s: int,
+        default_codec: str,
     ) -> None:
         self._records = records
         self._directory = directory
         self._turns = turns
         self._lease_s = lease_s
         self._default_ttl_s = default_ttl_s
+        self._default_codec = default_codec
 
-    async def create(self, tenant: str, session_id: str, *, ttl_s: int, pinned: bool) -> SessionRecord:
-        """Raises SessionExists. An empty id is made up."""
+    async def create(self, tenant: str, session_id: str, *, ttl_s: int, pinned: bool, codec: str) -> SessionRecord:
+        """Raises SessionExists. An empty id is made up; an empty codec is the default."""
         now_ms = int(time.time() * 1000)
         record = SessionRecord(
             tenant=tenant,
@@ -46,6 +54,7 @@ class SessionKeeper:
             ttl_s=ttl_s or self._default_ttl_s,
             pinned=pinned,
             worker_id="",
+            codec=codec or self._default_codec,
         )
         await self._records.create(record)
         return record
@@ -67,7 +76,7 @@ class SessionKeeper:
         """Where the KV is: tiers that hold nothing are left out."""
         living = self._directory.living()
         located = await self._ask_all(
-            living, lambda worker: worker.client.locate(_history(record), with_redis=worker is living[0])
+            living, lambda worker: worker.client.locate(history_of(record), with_redis=worker is living[0])
         )
         found = []
         for worker, reply in located:
@@ -84,7 +93,7 @@ class SessionKeeper:
             try:
                 block_ttl_s = self._turns.block_ttl_s(record)
                 await self._ask_one(
-                    record, lambda worker: worker.client.retain(_history(record), block_ttl_s=block_ttl_s)
+                    record, lambda worker: worker.client.retain(history_of(record), block_ttl_s=block_ttl_s)
                 )
             except ServingError as error:  # each turn sets the blocks' time again
                 _log.warning("blocks keep their old time to live", session=session_id, error=str(error))
@@ -108,6 +117,7 @@ class SessionKeeper:
             ttl_s=parent.ttl_s,
             pinned=False,  # asked for one by one: a pin costs memory for ever
             worker_id=parent.worker_id if num_turns else "",
+            codec=parent.codec,  # or it would share no block with its parent
             parent_session_id=session_id,
             parent_turn=num_turns,
             turns=parent.turns[:num_turns],
@@ -124,7 +134,7 @@ class SessionKeeper:
             if not record.token_ids:
                 return pb.ParkSessionResponse()
             request = wpb.ParkRequest(
-                history=_history(record), drop_host=drop_host, block_ttl_s=self._turns.block_ttl_s(record)
+                history=history_of(record), drop_host=drop_host, block_ttl_s=self._turns.block_ttl_s(record)
             )
             answers = await self._ask_all(await self._holders(record), lambda worker: worker.client.park(request))
         parked = [reply for _, reply in answers]
@@ -140,7 +150,7 @@ class SessionKeeper:
     async def warm(self, tenant: str, session_id: str) -> pb.WarmSessionResponse:
         """Restore onto the worker that the next turn would go to. Raises NoWorker."""
         async with self._locked(tenant, session_id) as lease:
-            request = wpb.WarmRequest(history=_history(lease.record))
+            request = wpb.WarmRequest(history=history_of(lease.record))
             worker, warmed = await self._ask_one(lease.record, lambda worker: worker.client.warm(request))
         return pb.WarmSessionResponse(
             worker_id=worker.worker_id, device_tokens=warmed.device_tokens, restored_tokens=warmed.restored_tokens
@@ -160,7 +170,7 @@ class SessionKeeper:
 
     async def _drop(self, record: SessionRecord) -> list[wpb.DropReply]:
         living = self._living()
-        history = _history(record)
+        history = history_of(record)
         # Redis last: a worker that is still writing behind would put back what was deleted before it dropped its own.
         others = await self._ask_all(living[1:], lambda worker: worker.client.drop(history, with_redis=False))
         return [*(reply for _, reply in others), await living[0].client.drop(history, with_redis=True)]
@@ -168,7 +178,7 @@ class SessionKeeper:
     async def _holders(self, record: SessionRecord) -> list[Worker]:
         """The last worker (blocks may be on their way from it), then others that hold blocks; at least one."""
         living = self._living()
-        located = await self._ask_all(living, lambda worker: worker.client.locate(_history(record), with_redis=False))
+        located = await self._ask_all(living, lambda worker: worker.client.locate(history_of(record), with_redis=False))
         holding = [worker for worker, reply in located if reply.device_tokens or reply.host_tokens]
         last = self._directory.find(record.worker_id)
         if last is None:
@@ -212,10 +222,6 @@ class SessionKeeper:
     def _lost(self, worker: Worker, error: WorkerLost) -> None:
         self._directory.suspect(worker)
         _log.warning("worker left out", worker=worker.worker_id, error=str(error))
-
-
-def _history(record: SessionRecord) -> wpb.History:
-    return wpb.History(tenant=record.tenant, token_ids=record.token_ids)
 
 
 def _new_id() -> str:

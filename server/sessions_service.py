@@ -9,7 +9,7 @@ from protos import rekindle_pb2 as pb
 from protos.rekindle_pb2_grpc import SessionsServicer
 from server.identity import tenant_of
 from server.sessions import SessionKeeper
-from server.validation import check_page_size, check_ttl
+from server.validation import check_codec, check_page_size, check_ttl
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -23,8 +23,13 @@ class SessionsService(SessionsServicer):
     async def CreateSession(self, request: pb.CreateSessionRequest, context: _Context) -> pb.Session:
         if request.session_id:
             check_session_id(request.session_id)
-        ttl_s = check_ttl(request.ttl_s)
-        record = await self._keeper.create(tenant_of(context), request.session_id, ttl_s=ttl_s, pinned=request.pinned)
+        record = await self._keeper.create(
+            tenant_of(context),
+            request.session_id,
+            ttl_s=check_ttl(request.ttl_s),
+            pinned=request.pinned,
+            codec=check_codec(request.codec),
+        )
         return session_of(record)
 
     async def GetSession(self, request: pb.GetSessionRequest, context: _Context) -> pb.Session:
@@ -93,6 +98,7 @@ def session_of(record: SessionRecord) -> pb.Session:
         last_used_ms=record.last_used_ms,
         ttl_s=record.ttl_s,
         pinned=record.pinned,
+        codec=record.codec,
         version=record.version,
         parent_session_id=record.parent_session_id,
         parent_turn=record.parent_turn,

@@ -37,6 +37,8 @@ class TurnSettings(Protocol):
     def flush_timeout_s(self) -> float: ...
     @property
     def block_ttl_s(self) -> int: ...
+    @property
+    def codec(self) -> str: ...
 
 
 @dataclass(slots=True)
@@ -156,13 +158,14 @@ class Turns:
                 _log.warning("turn goes to another worker", worker=worker.worker_id, error=str(error))
 
     def _ask(self, turn: _Turn, worker: Worker) -> AsyncGenerator[wpb.WorkerEvent, None]:
-        history = turn.record.token_ids if turn.record is not None else ()
+        alone = wpb.History(tenant=turn.tenant, codec=self._settings.codec)
         request = wpb.WorkerGenerateRequest(
             request_id=turn.request_id,
             session_id=turn.request.session_id,
-            history=wpb.History(tenant=turn.tenant, token_ids=history),
+            history=alone if turn.record is None else history_of(turn.record),
             sampling=turn.request.sampling,
             block_ttl_s=self.block_ttl_s(turn.record),
+            audit=turn.request.audit,
         )
         given = turn.request.WhichOneof("input")
         assert given is not None, "an unchecked request"
@@ -181,9 +184,8 @@ class Turns:
         last = self._directory.find(record.worker_id)
         if last is None:
             return
-        history = wpb.History(tenant=record.tenant, token_ids=record.token_ids)
         try:
-            await last.client.flush(history, timeout_s=self._settings.flush_timeout_s)
+            await last.client.flush(history_of(record), timeout_s=self._settings.flush_timeout_s)
         except ServingError as error:  # what is missed is computed
             _log.warning("last worker not flushed", worker=last.worker_id, error=str(error))
 
@@ -221,6 +223,11 @@ class Turns:
             ttft_ms=round((first_s - turn.arrived_s) * 1000, 1),
         )
         return finished
+
+
+def history_of(record: SessionRecord) -> wpb.History:
+    """What a worker must know of a session to name its blocks."""
+    return wpb.History(tenant=record.tenant, token_ids=record.token_ids, codec=record.codec)
 
 
 def _turn_record(record: SessionRecord, num_input: int, num_reply: int, reason: int) -> TurnRecord:

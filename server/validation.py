@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from cache_store.codecs import SESSION_CODECS
 from cache_store.errors import InvalidRequest
 from protos import rekindle_pb2 as pb
 
@@ -36,6 +37,13 @@ def check_ttl(ttl_s: int) -> int:
     if ttl_s > MAX_TTL_S:
         raise InvalidRequest("ttl_s", f"must be at most {MAX_TTL_S}; 0 is for ever")
     return ttl_s
+
+
+def check_codec(codec: str) -> str:
+    """A codec that a session may choose, or nothing."""
+    if codec and codec not in SESSION_CODECS:
+        raise InvalidRequest("codec", f"must be one of {', '.join(SESSION_CODECS)}, got {codec!r}")
+    return codec
 
 
 def check_page_size(page_size: int) -> int:

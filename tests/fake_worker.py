@@ -56,6 +56,8 @@ class FakeWorker(WorkerServicer):
         self.miscount = 0
         self.generated: list[wpb.WorkerGenerateRequest] = []
         self.calls: list[str] = []
+        self.codecs: list[str] = []
+        """That came with each call about a history."""
         self.retained: list[int] = []
         self.cancelled = 0
         self.deltas_sent = 0
@@ -81,7 +83,7 @@ class FakeWorker(WorkerServicer):
 
     async def Generate(self, request: wpb.WorkerGenerateRequest, context: Any) -> AsyncIterator[wpb.WorkerEvent]:
         self.generated.append(request)
-        await self._maybe_refuse("generate", context)
+        await self._asked("generate", request.history, context)
         new = _input_ids(request)
         prompt = (*request.history.token_ids, *new)
         receipt = self._receipt(prompt, len(new))
@@ -105,7 +107,7 @@ class FakeWorker(WorkerServicer):
         )
 
     async def Park(self, request: wpb.ParkRequest, context: Any) -> wpb.ParkReply:
-        await self._maybe_refuse("park", context)
+        await self._asked("park", request.history, context)
         history = tuple(request.history.token_ids)
         dropped = int(history in self.device)
         self.device.discard(history)
@@ -121,20 +123,20 @@ class FakeWorker(WorkerServicer):
         )
 
     async def Warm(self, request: wpb.WarmRequest, context: Any) -> wpb.WarmReply:
-        await self._maybe_refuse("warm", context)
+        await self._asked("warm", request.history, context)
         history = tuple(request.history.token_ids)
         restored = len(history) - _held(self.device, history)
         self.device.add(history)
         return wpb.WarmReply(device_tokens=len(history), restored_tokens=restored)
 
     async def Flush(self, request: wpb.FlushRequest, context: Any) -> wpb.FlushReply:
-        await self._maybe_refuse("flush", context)
+        await self._asked("flush", request.history, context)
         await asyncio.sleep(self.hold_flush_s)
         self.redis.add(tuple(request.history.token_ids))
         return wpb.FlushReply()
 
     async def Locate(self, request: wpb.LocateRequest, context: Any) -> wpb.LocateReply:
-        await self._maybe_refuse("locate+redis" if request.with_redis else "locate", context)
+        await self._asked("locate+redis" if request.with_redis else "locate", request.history, context)
         history = tuple(request.history.token_ids)
         return wpb.LocateReply(
             device_tokens=_held(self.device, history),
@@ -143,7 +145,7 @@ class FakeWorker(WorkerServicer):
         )
 
     async def Drop(self, request: wpb.DropRequest, context: Any) -> wpb.DropReply:
-        await self._maybe_refuse("drop+redis" if request.with_redis else "drop", context)
+        await self._asked("drop+redis" if request.with_redis else "drop", request.history, context)
         history = tuple(request.history.token_ids)
         tiers = [self.device, self.host, *([self.redis] if request.with_redis else [])]
         counts = [int(history in tier) for tier in tiers]
@@ -152,7 +154,7 @@ class FakeWorker(WorkerServicer):
         return wpb.DropReply(device_blocks=counts[0], host_blocks=counts[1], redis_blocks=sum(counts[2:]))
 
     async def Retain(self, request: wpb.RetainRequest, context: Any) -> wpb.RetainReply:
-        await self._maybe_refuse("retain", context)
+        await self._asked("retain", request.history, context)
         self.retained.append(request.block_ttl_s)
         return wpb.RetainReply(blocks=1)
 
@@ -176,6 +178,10 @@ class FakeWorker(WorkerServicer):
             prompt_tokens=pb.TokensBySource(device=10, host=20, redis=30, computed=40),
             device=pb.TierStats(blocks=len(self.device)),
         )
+
+    async def _asked(self, call: str, history: wpb.History, context: Any) -> None:
+        self.codecs.append(history.codec)
+        await self._maybe_refuse(call, context)
 
     async def _maybe_refuse(self, call: str, context: Any) -> None:
         self.calls.append(call)

@@ -69,7 +69,7 @@ async def test_a_new_session_is_read_as_it_was_created(records: RecordStore) -> 
 async def test_a_fork_brings_its_tokens_and_turns(records: RecordStore) -> None:
     fork = replace(
         new_record(), version=2, token_ids=(1, 2, 2**31 - 1), turns=(turn(0, 1, 2), turn(2, 2, 3)), num_tokens=3,
-        parent_session_id="p", parent_turn=2, model="ab12", worker_id="0",
+        parent_session_id="p", parent_turn=2, model="ab12", worker_id="0", codec="int4",
     )  # fmt: skip
     await records.create(fork)
     assert await records.get("t", "s") == fork
@@ -321,6 +321,15 @@ async def test_a_long_history_survives_the_trip(redis_url: str) -> None:
     await store.create(replace(new_record(), token_ids=tokens))
     await take_turn(store, "s", [7])
     assert (await store.get("t", "s")).token_ids == (*tokens, 7)
+    await store.aclose()
+
+
+async def test_a_record_from_before_there_were_codecs_is_raw(redis_url: str) -> None:
+    store = open_records(redis_url)
+    await store.create(replace(new_record(), codec="int8"))
+    with redis.Redis.from_url(redis_url) as client:
+        assert client.hdel("rekindle:{t/s}:meta", "codec") == 1
+    assert (await store.get("t", "s")).codec == "raw"
     await store.aclose()
 
 
