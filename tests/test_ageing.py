@@ -232,17 +232,21 @@ def test_a_block_read_again_keeps_its_codec_until_it_is_due_for_the_next(
 def test_one_worker_at_a_time_ages_blocks_and_another_goes_on_when_it_leaves(
     redis_url: str, store: BlockStore, client: redis.Redis
 ) -> None:
-    with store_at(redis_url) as another, ageing(another) as second:
-        eventually(lambda: bool(client.keys("rekindle:ageing:*")))
-        with ageing(store) as first:
-            store.put([stored(1)])
-            make_idle(client, key(1), 700)
-            eventually(lambda: bool(moved(second)))
-            assert moved(first) == {}
-            second.close()
-            store.put([stored(2)])
-            make_idle(client, key(2), 700)
-            eventually(lambda: moved(first) == {("lossless", "int8"): 1})
+    def cold(number: int) -> None:
+        store.put([stored(number)])
+        make_idle(client, key(number), 700)
+
+    cold(1)
+    with store_at(redis_url) as another, ageing(another) as first:
+        eventually(lambda: moved(first) == {("lossless", "int8"): 1})
+        with ageing(store) as second:
+            cold(2)
+            eventually(lambda: moved(first) == {("lossless", "int8"): 2})
+            time.sleep(0.1)
+            assert moved(second) == {}
+            first.close()
+            cold(3)
+            eventually(lambda: moved(second) == {("lossless", "int8"): 1})
     assert client.keys("rekindle:ageing:*") == [], "nobody leads, and nobody has to wait"
 
 

@@ -24,8 +24,9 @@ log = structlog.get_logger(__name__)
 Shrink = Callable[[Held, CodecInfo], memoryview]
 """A block's payload in a smaller codec: the bytes that its original would have given."""
 
-_LEAD_S = 30.0
-"""How long nobody ages blocks after the worker that did has died."""
+_LEAD_SWEEPS = 3
+_LEAST_LEAD_S = 30.0
+"""A leader stays one from sweep to sweep; nobody ages blocks for so long after it has died."""
 _CLOCK_S = 2.0
 """Idle times are whole seconds of the server's, and rounded again when they are given back."""
 
@@ -63,6 +64,7 @@ class Ager:
         self._shrink = shrink
         self._block_tokens = block_tokens
         self._sweep_every_s = sweep_every_s
+        self._lead_s = max(_LEAST_LEAD_S, _LEAD_SWEEPS * sweep_every_s)
         self._known: dict[BlockHash, _Known] = {}
         self._lead_until_s = 0.0
         self._blocks: Counter[tuple[str, str]] = Counter()
@@ -87,16 +89,18 @@ class Ager:
 
     def _run(self) -> None:
         stand_back()
-        while not self._stop.wait(self._sweep_every_s):
+        while not self._stop.is_set():
             try:
                 self._sweep()
                 self._note("")
             except StoreError as error:
                 self._note(str(error))
-        try:
-            self._store.resign()
-        except StoreError as error:
-            log.debug("nobody ages blocks until the lease has ended", error=str(error))
+            self._stop.wait(self._sweep_every_s)
+        if time.monotonic() < self._lead_until_s:
+            try:
+                self._store.resign()
+            except StoreError as error:
+                log.debug("nobody ages blocks until the lease has ended", why=str(error))
 
     def _note(self, why: str) -> None:
         if why and not self._held_back:
@@ -106,17 +110,17 @@ class Ager:
         self._held_back = why
 
     def _sweep(self) -> None:
-        """Look at every block once, as its leader; spend half of the time at most on moving blocks."""
+        """Look at every block once, and move what is due, which takes half of the time at most."""
         known: dict[BlockHash, _Known] = {}
-        if not self._leads():
-            return
         for page in self._store.idle():
             for idle in page:
-                if self._stop.is_set() or not self._leads():
+                if self._stop.is_set():
                     return
                 seen = self._seen(idle)
                 due = self._ladder.due(idle.idle_s)
                 if _is_below(due, seen.codec):
+                    if not self._leads():
+                        return
                     began_s = time.monotonic()
                     seen = seen._replace(codec=self._move(idle, due))
                     self._stop.wait(time.monotonic() - began_s)
@@ -125,10 +129,10 @@ class Ager:
 
     def _leads(self) -> bool:
         now_s = time.monotonic()
-        if now_s > self._lead_until_s - _LEAD_S / 2:
-            if not self._store.lead(for_s=_LEAD_S):
+        if now_s > self._lead_until_s - self._lead_s / 2:
+            if not self._store.lead(for_s=self._lead_s):
                 return False
-            self._lead_until_s = now_s + _LEAD_S
+            self._lead_until_s = now_s + self._lead_s
         return True
 
     def _seen(self, idle: Idle) -> _Known:
