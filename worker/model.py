@@ -12,6 +12,8 @@ from transformers.utils import logging as transformers_logging
 from cache_store.layout import KVLayout, choose_block_tokens
 from worker import presets
 from worker.attention import register_attention
+from worker.codecs.rope import Rope
+from worker.codecs.rope_of import rope_of
 from worker.config import WorkerConfig
 from worker.errors import ModelRefused
 from worker.fingerprint import checkpoint_content, fingerprint, tensors_content
@@ -31,6 +33,8 @@ class LoadedModel:
     device: torch.device
     layout: KVLayout
     attends: Attends
+    rope: Rope | None
+    """How keys are turned by their position, where that is known."""
     max_context_tokens: int
     """Prompt and reply together."""
     vocab_size: int
@@ -58,6 +62,7 @@ def load_model(config: WorkerConfig) -> LoadedModel:
     model, content = _preset(config) if config.model.startswith(presets.PREFIX) else _checkpoint(config)
     model = model.to(device).eval().requires_grad_(False)
     attends = probe(model)
+    rope = rope_of(model)
     layout = _layout(attends, model.dtype, config.block_tokens)
     weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if device.type == "cpu":
@@ -67,6 +72,7 @@ def load_model(config: WorkerConfig) -> LoadedModel:
         device=device,
         layout=layout,
         attends=attends,
+        rope=rope,
         max_context_tokens=model.config.get_text_config().max_position_embeddings,
         vocab_size=model.config.get_text_config().vocab_size,
         eos_token_ids=_eos_token_ids(model),
