@@ -17,6 +17,7 @@ from cache_store.open_store import open_block_store
 from cache_store.store import Store
 from tests import tiny_models
 from tests.engines import TENANT, EngineFactory, Turn, generate, poison, start
+from tests.systems import System, WorkerProcess, scrape
 from worker import translate
 from worker.audit import Comparison, Recording, bound_of
 from worker.auditor import Auditor
@@ -460,6 +461,28 @@ def finish(auditor: Auditor, request: Request) -> None:
         request.tokens.append(token_id)
     receipt = Receipt(device_tokens=0, host_tokens=0, redis_tokens=40, computed_tokens=0)
     auditor.finished(request, Finished(FinishReason.LENGTH, receipt, 2))
+
+
+async def test_a_client_sees_the_audit_that_it_asked_for(
+    system: System, workers: tuple[WorkerProcess, WorkerProcess]
+) -> None:
+    async def passed() -> float:
+        return sum(
+            [(await scrape(worker.metrics_address))["rekindle_audits_total{result=passed}"] for worker in workers]
+        )
+
+    before = await passed()
+    session_id = (await system.client.create_session()).session_id
+    await system.say("Remember all of this, and prove that you do.", session_id)
+    await system.client.park_session(session_id, drop_host=True)
+    turn = await system.say("Well?", session_id, audit=True)
+    assert turn.receipt.redis_tokens > 0
+    audit = turn.receipt.audit
+    assert audit.passed
+    assert audit.tokens == audit.agreeing_tokens == len(turn.token_ids)
+    assert await passed() == before + 1
+    unasked = await system.say("And now?", session_id)
+    assert not unasked.receipt.HasField("audit")
 
 
 def test_a_report_reaches_the_receipt_that_the_client_sees() -> None:
