@@ -362,6 +362,40 @@ def test_a_step_that_fails_ends_the_audit_and_the_turn_is_told(build_engine: Eng
     engine.check()
 
 
+def test_audits_run_beside_decoding_a_little_a_step_and_never_beside_prompts(
+    build_engine: EngineFactory, redis_url: str
+) -> None:
+    engine = build_engine(redis_url=redis_url, audit_rate=1.0, max_step_tokens=64, max_prefill_tokens=64, max_running=8)
+    history = parked(engine)
+    runner = engine._stepper._runner
+    steps: list[tuple[int, int, int]] = []
+
+    class Watches:
+        def run(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+            audit = engine._auditor._current
+            audited = [
+                len(chunk.token_ids) for chunk in chunks if audit is not None and chunk.block_table is audit.table
+            ]
+            others = [len(chunk.token_ids) for chunk in chunks]
+            for num_tokens in audited:
+                others.remove(num_tokens)
+            steps.append((sum(audited), len(others), max(others, default=0)))
+            return runner.run(chunks)
+
+    neighbour = start(engine, (), OTHER, max_new_tokens=150)
+    assert isinstance(neighbour.next(), Token)
+    engine._stepper._runner = Watches()
+    generate(engine, history, SECOND)
+    generate(engine, (), OTHER[::-1])
+    neighbour.result()
+    assert settled_audits(engine) == counted(passed=1)
+    assert sum(audited for audited, _, _ in steps) == len(history) + len(SECOND) + 8 - 1
+    assert all(longest <= 1 for audited, _, longest in steps if audited)
+    assert max(audited for audited, _, _ in steps) == 16
+    assert any(audited and decoding for audited, decoding, _ in steps)
+    assert any(longest > 1 for _, _, longest in steps)
+
+
 def test_an_audit_gives_way_to_turns_and_is_skipped_without_room() -> None:
     pool = BlockPool(4)
     auditor = an_auditor(pool)

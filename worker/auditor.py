@@ -1,8 +1,8 @@
 """Compute restored turns again from their tokens alone, beside the turns that run, and act on what differs.
 
-An audit is prefill of the lowest priority: it takes what a step has left, in blocks of its own that nobody can find,
-and gives them up to any turn that needs them. It looks nothing up and publishes nothing. Used by the engine's thread
-alone.
+An audit is prefill of the lowest priority: it gets a part of those steps that no prompt is in, and blocks of its own
+that nobody can find, which it gives up to any turn that needs them. It looks nothing up and publishes nothing. Used by
+the engine's thread alone.
 """
 
 from collections import deque

@@ -17,6 +17,9 @@ from worker.step import Chunk
 
 log = structlog.get_logger(__name__)
 
+_AUDITS_SHARE = 4
+"""Audits get one part in so many of a step, at the most."""
+
 
 class Runner(Protocol):
     """A worker.runner.ModelRunner."""
@@ -60,7 +63,7 @@ class Stepper:
             for span in spans
         ]
         num_prefilled = sum(span.tokens for spans in planned for span in spans)
-        audit_chunks = self._auditor.plan(self._max_step_tokens - len(decoding) - num_prefilled)
+        audit_chunks = self._auditor.plan(self._room_for_audits(len(decoding), num_prefilled))
         if not chunks and not audit_chunks:
             return False
         began = time.perf_counter()
@@ -86,6 +89,12 @@ class Stepper:
         self._prefilled_tokens += num_prefilled
         self._prefill_s += (time.perf_counter() - began) * share
         return True
+
+    def _room_for_audits(self, num_decoding: int, num_prefilled: int) -> int:
+        """None beside a prompt, whose first token somebody waits for; else few, so that whoever comes waits little."""
+        if num_prefilled:
+            return 0
+        return min(self._max_step_tokens // _AUDITS_SHARE, self._max_step_tokens - num_decoding)
 
     @property
     def prefill_s_saved(self) -> float:
