@@ -146,7 +146,7 @@ def test_a_block_goes_down_the_ladder_and_stays_as_idle_and_as_mortal_as_it_was(
         assert client.get(key(1)) != client.get(key(2))
         make_idle(client, key(1), 3700)
         eventually(lambda: ("int8", "int4") in moved(ager))
-        saved = {aged.target: aged.bytes_saved for aged in ager.stats().aged if aged.source == "lossless"}
+        saved = {aged.target: aged.saved_bytes for aged in ager.stats().aged if aged.source == "lossless"}
     assert [codec_at(client, number) for number in (1, 2, 3)] == ["int4", "int8", "int4"]
     assert saved["int4"] == len(content(3)) - len(content(3, INT4))
 

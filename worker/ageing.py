@@ -17,6 +17,7 @@ from cache_store.errors import BlockCorrupt, BlockForeign, StoreError
 from cache_store.ids import BlockHash
 from cache_store.ladder import Ladder
 from cache_store.store import AgeingStore, Held, Idle, Payload
+from worker.calls import Aged, AgeingStats
 from worker.moves import stand_back
 
 log = structlog.get_logger(__name__)
@@ -29,21 +30,6 @@ _LEAST_LEAD_S = 30.0
 """A leader stays one from sweep to sweep; nobody ages blocks for so long after it has died."""
 _CLOCK_S = 2.0
 """Idle times are whole seconds of the server's, and rounded again when they are given back."""
-
-
-class Aged(NamedTuple):
-    """Blocks that went from one codec to another."""
-
-    source: str
-    target: str
-    blocks: int
-    bytes_saved: int
-
-
-class AgeingStats(NamedTuple):
-    aged: tuple[Aged, ...] = ()
-    held_back: str = ""
-    """Why blocks don't age now, in the store's words; empty where they do."""
 
 
 class _Known(NamedTuple):
@@ -68,7 +54,7 @@ class Ager:
         self._known: dict[BlockHash, _Known] = {}
         self._lead_until_s = 0.0
         self._blocks: Counter[tuple[str, str]] = Counter()
-        self._bytes_saved: Counter[tuple[str, str]] = Counter()
+        self._saved_bytes: Counter[tuple[str, str]] = Counter()
         self._held_back = ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ageing", daemon=True)
@@ -84,7 +70,7 @@ class Ager:
 
     def stats(self) -> AgeingStats:
         """Any thread may call."""
-        aged = tuple(Aged(*move, blocks, self._bytes_saved[move]) for move, blocks in self._blocks.copy().items())
+        aged = tuple(Aged(*move, blocks, self._saved_bytes[move]) for move, blocks in self._blocks.copy().items())
         return AgeingStats(aged, self._held_back)
 
     def _run(self) -> None:
@@ -155,8 +141,8 @@ class Ager:
         held, now = exchanged
         if now.codec != held.codec:
             move = held.codec.name, now.codec.name
+            self._saved_bytes[move] += held.payload.nbytes - now.content.nbytes
             self._blocks[move] += 1
-            self._bytes_saved[move] += held.payload.nbytes - now.content.nbytes
         return now.codec if self._is_full(held) else settled
 
     def _smaller(self, held: Held, due: CodecInfo) -> Payload:

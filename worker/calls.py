@@ -221,6 +221,23 @@ class Moved:
 
 
 @dataclass(frozen=True, slots=True)
+class Aged:
+    """Blocks that went from one codec to a smaller one where they lay, in Redis, since the start."""
+
+    source: str
+    target: str
+    blocks: int
+    saved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AgeingStats:
+    aged: tuple[Aged, ...] = ()
+    held_back: str = ""
+    """Why blocks don't age now, in the store's words; empty where they do."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the start, and levels now."""
 
@@ -239,5 +256,6 @@ class EngineStats:
     moved: tuple[Moved, ...] = ()
     audits: dict[str, int] = field(default_factory=dict)
     """Of turns on restored KV, by result: passed, mismatched, skipped (no room, or given up)."""
+    ageing: AgeingStats = AgeingStats()
     prefill_s_saved: float = 0.0
     """What computing the tokens that came from a tier would have taken, at the speed of those that were computed."""

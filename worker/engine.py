@@ -13,15 +13,18 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 import structlog
+import torch
 
-from cache_store.codecs import LOSSLESS, RAW, fidelity_of
+from cache_store.codecs import RAW, fidelity_of
 from cache_store.host_tier import HostTier
 from cache_store.ids import BlockHash, root_hash
-from cache_store.ladder import parse_ladder
+from cache_store.ladder import Ladder, parse_ladder
 from cache_store.open_store import open_block_store
 from cache_store.store import BlockStore
+from worker.ageing import Ager
 from worker.auditor import Auditor
 from worker.calls import (
+    AgeingStats,
     DropReport,
     EngineStats,
     Event,
@@ -32,8 +35,8 @@ from worker.calls import (
     TierUse,
     WarmReport,
 )
+from worker.codecs import open_codecs
 from worker.codecs.codec import Codec
-from worker.codecs.exact import LosslessCodec
 from worker.coder import BlockCoder
 from worker.config import WorkerConfig
 from worker.errors import ContextTooLong, Draining, Overloaded
@@ -47,6 +50,7 @@ from worker.restore import Restorer
 from worker.runner import ModelRunner
 from worker.sampler import Sampler
 from worker.scheduler import Scheduler
+from worker.shrink import Shrinker
 from worker.stepper import Stepper
 from worker.write_behind import WriteBehind
 
@@ -69,6 +73,7 @@ class Engine:
         store: BlockStore | None,
         codecs: Mapping[str, Codec],
     ) -> None:
+        ladder = parse_ladder(config.codec_ladder)
         self.layout = loaded.layout
         self.fingerprint = loaded.fingerprint
         self.max_context_tokens = loaded.max_context_tokens
@@ -80,7 +85,7 @@ class Engine:
         self._host = host
         self._store = store
         self._moves = MoveCounter(self.layout.block_bytes)
-        coder = BlockCoder(kv_cache, codecs, first_rung=parse_ladder(config.codec_ladder).first.name)
+        coder = BlockCoder(kv_cache, codecs, first_rung=ladder.first.name)
         self._write_behind = WriteBehind(
             coder,
             host,
@@ -122,6 +127,7 @@ class Engine:
         self._histories = Histories(
             self._pool, self._scheduler, self._write_behind, self.layout, self.fingerprint, self._post
         )
+        self._ager = _open_ager(store, ladder, loaded)
         self._requests: dict[str, Request] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._accepting = threading.Semaphore(config.max_waiting + config.max_running)
@@ -146,9 +152,11 @@ class Engine:
             timeout_s=config.redis_timeout_s,
             refresh_ttl_s=config.block_ttl_s,
         )
-        codecs = {LOSSLESS.name: LosslessCodec(loaded.layout, loaded.device)}
+        codecs = open_codecs(loaded.layout, loaded.rope, loaded.device)
         engine = cls(config, loaded, kv_cache, host, store, codecs)
         engine._thread.start()
+        if engine._ager is not None:
+            engine._ager.start()
         return engine
 
     # Asked from any thread
@@ -236,6 +244,7 @@ class Engine:
             device_blocks=used._asdict(),
             moved=self._moves.read(),
             audits=dict(self._auditor.counts),
+            ageing=self._ager.stats() if self._ager is not None else AgeingStats(),
             prefill_s_saved=self._stepper.prefill_s_saved,
         )
 
@@ -268,6 +277,8 @@ class Engine:
         self._restorer.close()
         self._post(self._stop)
         self._thread.join()
+        if self._ager is not None:
+            self._ager.close()
         if self._store is not None:
             self._store.close()
 
@@ -361,3 +372,12 @@ class Engine:
                 f"are {prompt + wanted}, {limit} fit"
             )
         return wanted
+
+
+def _open_ager(store: BlockStore | None, ladder: Ladder, loaded: LoadedModel) -> Ager | None:
+    """None where no block can age: nothing keeps it, or there is nothing to move it to."""
+    shelf = store.ageing() if store is not None else None
+    if shelf is None or len(ladder.rungs) == 1:
+        return None
+    codecs = open_codecs(loaded.layout, loaded.rope, torch.device("cpu"))  # where the store's bytes come to
+    return Ager(shelf, ladder, Shrinker(loaded.layout, codecs), block_tokens=loaded.layout.block_tokens)

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from worker.calls import EngineStats, Moved, Receipt
+from worker.calls import AgeingStats, EngineStats, Moved, Receipt
 
 _LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TPOT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -103,6 +103,7 @@ class _EngineCollector(Collector):
         yield _gauge("queue_requests", "Requests now.", "state", {"running": stats.running, "waiting": stats.waiting})
         yield _counter("audits", "Audits of turns on restored KV.", "result", stats.audits)
         yield from _moves(stats.moved)
+        yield from _ageing(stats.ageing)
         yield CounterMetricFamily(
             "rekindle_prefill_saved_seconds",
             "Prefill that the tiers have spared the device.",
@@ -126,6 +127,24 @@ def _moves(all_moved: Sequence[Moved]) -> Iterator[Metric]:
         for moved in all_moved:
             family.add_metric([moved.source, moved.target, moved.codec], getattr(moved, name))
         yield family
+
+
+def _ageing(stats: AgeingStats) -> Iterator[Metric]:
+    blocks = CounterMetricFamily(
+        "rekindle_aged_blocks", "Blocks that went to a smaller codec in Redis.", labels=["source", "target"]
+    )
+    saved = CounterMetricFamily(
+        "rekindle_aged_saved_bytes", "Bytes of Redis that this has saved.", labels=["source", "target"]
+    )
+    for aged in stats.aged:
+        blocks.add_metric([aged.source, aged.target], aged.blocks)
+        saved.add_metric([aged.source, aged.target], aged.saved_bytes)
+    yield from (blocks, saved)
+    yield GaugeMetricFamily(
+        "rekindle_ageing_held_back",
+        "1 while Redis does not let blocks age (the log says why).",
+        value=bool(stats.held_back),
+    )
 
 
 def _counter(name: str, what: str, label: str, values: dict[str, int]) -> Metric:
