@@ -56,6 +56,7 @@ def start(
     stop_token_ids: Sequence[int] = (),
     deadline_s: float | None = None,
     tenant: str = TENANT,
+    codec: str = "raw",
     audit: bool = False,
 ) -> Stream:
     stream = Stream(f"request-{next(_numbers)}")
@@ -68,6 +69,7 @@ def start(
         max_new_tokens=max_new_tokens,
         stop_token_ids=frozenset(stop_token_ids),
         deadline_s=deadline_s,
+        codec=codec,
         audit=audit,
     )
     engine.submit(call, stream.events.put)

@@ -1,4 +1,4 @@
-"""A session's codec, as the front end keeps it: chosen once, shown, inherited, and told to whoever is asked of its KV."""
+"""A session's codec as the front end keeps it: chosen once, shown, inherited, told to whoever is asked of its KV."""
 
 import grpc
 import pytest

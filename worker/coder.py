@@ -36,7 +36,8 @@ class BlockCoder:
         return Encoding(codec, num_bytes)
 
     def decode(self, encoding: Encoding, payload: memoryview, content: Content, block: BlockId) -> None:
-        """Write what a payload holds into a block. On return the model may attend to it. Raises BlockCorrupt."""
+        """Write what a payload holds into a block. On return the model may attend to it. Raises BlockCorrupt or
+        BlockForeign for what the codec does not write."""
         if encoding.codec is RAW:
             self._kv_cache.write_block(block, payload)
             return

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cache_store.errors import BlockCorrupt
+from cache_store.errors import BlockCorrupt, BlockForeign
 from cache_store.host_tier import HostTier, Slot
 from cache_store.ids import BlockHash
 from cache_store.store import BlockStore, Encoding, Fetch, Fetched
@@ -135,9 +135,12 @@ class Restorer:
                 return
             try:
                 self._decode(slot.buffer[: encoding.num_bytes], encoding, blocks[index])
-            except BlockCorrupt:  # its checksum is right: whoever wrote it wrote nonsense
+            except (
+                BlockCorrupt,
+                BlockForeign,
+            ) as error:  # its checksum is right: whoever wrote it meant something else
                 self._host.abort(slot)
-                found[index] = MissReason.CORRUPT
+                found[index] = MissReason.CORRUPT if isinstance(error, BlockCorrupt) else MissReason.FOREIGN
             else:
                 self._host.publish(slot, encoding)
                 found[index] = Restored(Tier.REDIS, encoding)
