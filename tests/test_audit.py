@@ -10,7 +10,7 @@ import pytest
 import torch
 from structlog.testing import CapturingLogger
 
-from cache_store.codecs import LADDER, LOSSLESS, RAW, SESSION_CODECS
+from cache_store.codecs import LADDER, LOSSLESS, RAW, SESSION_CODECS, fidelity_of
 from cache_store.embedded_redis import RedisServer
 from cache_store.ids import BlockHash, root_hash
 from cache_store.open_store import open_block_store
@@ -62,21 +62,21 @@ def counted(**results: int) -> dict[str, int]:
     return {"passed": 0, "mismatched": 0, "skipped": 0, **results}
 
 
-def names_of(engine: Engine, tokens: Sequence[int]) -> list[BlockHash]:
-    return full_names(root_hash(engine.fingerprint, TENANT), tokens, BLOCK)
+def names_of(engine: Engine, tokens: Sequence[int], codec: str = RAW.name) -> list[BlockHash]:
+    return full_names(root_hash(engine.fingerprint, TENANT, fidelity_of(codec)), tokens, BLOCK)
 
 
-def plant(engine: Engine, redis: RedisServer, history: Sequence[int], index: int) -> None:
+def plant(engine: Engine, redis_url: str, history: Sequence[int], index: int, *, codec: str = RAW.name) -> None:
     """Put other tokens' KV under a block's name as a worker would: header and checksum are right."""
     generate(engine, (), OTHER, max_new_tokens=1)
     block = engine._pool.find(names_of(engine, OTHER)[1])
     assert block is not None
     payload = memoryview(bytearray(engine.layout.block_bytes))
     engine._kv_cache.read_block(block, payload)
-    store = open_block_store(redis.url, engine.layout, engine.fingerprint, timeout_s=2, refresh_ttl_s=60)
+    store = open_block_store(redis_url, engine.layout, engine.fingerprint, timeout_s=2, refresh_ttl_s=60)
     assert store is not None
-    name = names_of(engine, history)[index]
-    store.put([Store(name, BLOCK, payload, ttl_s=60, first_position=index * BLOCK)])
+    name, fidelity = names_of(engine, history, codec)[index], fidelity_of(codec)
+    store.put([Store(name, BLOCK, payload, ttl_s=60, first_position=index * BLOCK, fidelity=fidelity)])
     store.close()
 
 
@@ -172,6 +172,25 @@ def test_an_honest_restore_passes(
     assert engine.stats().audits == counted(passed=2)
 
 
+@pytest.mark.parametrize("codec", SESSION_CODECS)
+def test_an_honest_restore_through_any_codec_passes_and_a_wrong_one_does_not(
+    build_engine: EngineFactory, redis_url: str, codec: str
+) -> None:
+    engine = build_engine(redis_url=redis_url, codec_ladder="int4")
+    history = (*PROMPT, *generate(engine, (), PROMPT, codec=codec).reply)
+    engine.park(TENANT, history, codec=codec, drop_host=True, ttl_s=60).result(30)
+    poison(engine)
+    honest = generate(engine, history, SECOND, codec=codec, audit=True)
+    assert honest.receipt.redis_tokens == len(history) - 1
+    report = audit_of(honest)
+    assert report.passed, report
+    assert (report.mean_kl > bound_of(RAW.name, "float32").mean_kl) == (codec not in (RAW.name, LOSSLESS.name))
+    history = (*history, *SECOND, *honest.reply)
+    engine.park(TENANT, history, codec=codec, drop_host=True, ttl_s=60).result(30)
+    plant(engine, redis_url, history, 1, codec=codec)
+    assert not audit_of(generate(engine, history, SECOND, codec=codec, audit=True)).passed
+
+
 def test_sampled_penalized_and_cut_replies_pass_too(build_engine: EngineFactory, redis_url: str) -> None:
     engine = build_engine(redis_url=redis_url)
     history = parked(engine)
@@ -265,7 +284,7 @@ def test_a_wrong_block_is_found_deleted_everywhere_and_then_computed_right(
     engine = build_engine(redis_url=own_redis.url)
     history = parked(engine)
     wrong = names_of(engine, history)[2]
-    plant(engine, own_redis, history, 2)
+    plant(engine, own_redis.url, history, 2)
 
     turn = generate(engine, history, SECOND, max_new_tokens=40, audit=True)
 
@@ -292,7 +311,7 @@ def test_a_wrong_first_block_is_found_in_every_dtype(
 ) -> None:
     engine = build_engine(redis_url=own_redis.url, dtype=dtype)
     history = parked(engine)
-    plant(engine, own_redis, history, 0)
+    plant(engine, own_redis.url, history, 0)
     assert not audit_of(generate(engine, history, SECOND, audit=True)).passed
 
 
@@ -301,7 +320,7 @@ def test_what_others_compute_on_a_wrong_block_is_computed_again(
 ) -> None:
     engine = build_engine(redis_url=own_redis.url)
     history = parked(engine)
-    plant(engine, own_redis, history, 1)
+    plant(engine, own_redis.url, history, 1)
     neighbour = start(engine, history, SECOND, max_new_tokens=700)
     first = neighbour.next()
     assert isinstance(first, Token)
@@ -320,7 +339,7 @@ def test_a_mismatch_found_while_redis_is_down_is_counted_and_never_restored_agai
 ) -> None:
     engine = build_engine(redis_url=own_redis.url, redis_timeout_s=0.5)
     history = parked(engine)
-    plant(engine, own_redis, history, 1)
+    plant(engine, own_redis.url, history, 1)
     stream = start(engine, history, SECOND, max_new_tokens=300, audit=True)
     assert isinstance(stream.next(), Token)
     own_redis.kill()

@@ -51,19 +51,14 @@ class Stepper:
         """Run one step over the batch. False if there was nothing to run."""
         scheduler = self._scheduler
         scheduler.grow()
-        decoding = [request for request in scheduler.running if request.phase is Phase.DECODE]
-        prompts = [request for request in scheduler.running if request.phase is Phase.PREFILL]
-        room = self._max_step_tokens if decoding else self._max_prefill_tokens
-        planned = plan_step(len(decoding), [request.gaps for request in prompts], room)
-        work = [(request, [Span(len(request.tokens) - 1, len(request.tokens))]) for request in decoding]
-        work += [(request, spans) for request, spans in zip(prompts, planned, strict=True) if spans]
+        work, num_prefilled = self._plan()
+        num_decoding = sum(request.phase is Phase.DECODE for request, _ in work)
         chunks = [
             Chunk(request.tokens[span.start : span.end], span.start, request.table, span.end == len(request.tokens))
             for request, spans in work
             for span in spans
         ]
-        num_prefilled = sum(span.tokens for spans in planned for span in spans)
-        audit_chunks = self._auditor.plan(self._room_for_audits(len(decoding), num_prefilled))
+        audit_chunks = self._auditor.plan(self._room_for_audits(num_decoding, num_prefilled))
         if not chunks and not audit_chunks:
             return False
         began = time.perf_counter()
@@ -84,17 +79,26 @@ class Stepper:
             self._publish(request, token)
         if audit_chunks:
             self._auditor.ran(audit_chunks, logits[len(choosing) :])
-        num_audited = sum(len(chunk.token_ids) for chunk in audit_chunks)
-        share = num_prefilled / (num_prefilled + len(decoding) + num_audited)
-        self._prefilled_tokens += num_prefilled
-        self._prefill_s += (time.perf_counter() - began) * share
+        if num_prefilled:  # else an audit may have had its part in the time
+            self._prefilled_tokens += num_prefilled
+            self._prefill_s += (time.perf_counter() - began) * num_prefilled / (num_prefilled + num_decoding)
         return True
+
+    def _plan(self) -> tuple[list[tuple[Request, list[Span]]], int]:
+        """What each request runs in this step, and how many tokens of prompts that is."""
+        decoding = [request for request in self._scheduler.running if request.phase is Phase.DECODE]
+        prompts = [request for request in self._scheduler.running if request.phase is Phase.PREFILL]
+        room = self._max_step_tokens if decoding else self._max_prefill_tokens
+        planned = plan_step(len(decoding), [request.gaps for request in prompts], room)
+        work = [(request, [Span(len(request.tokens) - 1, len(request.tokens))]) for request in decoding]
+        work += [(request, spans) for request, spans in zip(prompts, planned, strict=True) if spans]
+        return work, sum(span.tokens for spans in planned for span in spans)
 
     def _room_for_audits(self, num_decoding: int, num_prefilled: int) -> int:
         """None beside a prompt, whose first token somebody waits for; else few, so that whoever comes waits little."""
         if num_prefilled:
             return 0
-        return min(self._max_step_tokens // _AUDITS_SHARE, self._max_step_tokens - num_decoding)
+        return min(-(-self._max_step_tokens // _AUDITS_SHARE), self._max_step_tokens - num_decoding)
 
     @property
     def prefill_s_saved(self) -> float:
