@@ -26,7 +26,7 @@ from worker.engine import Engine
 from worker.metrics import WorkerMetrics
 from worker.pool import BlockPool
 from worker.prefix import full_names
-from worker.request import Request
+from worker.request import Phase, Request
 from worker.sampler import RowState
 from worker.step import Chunk
 
@@ -51,10 +51,7 @@ def audit_of(turn: Turn) -> AuditReport:
 
 def settled_audits(engine: Engine, count: int = 1) -> dict[str, int]:
     """The counts, once so many audits have come to an end."""
-    deadline = time.monotonic() + 30
-    while sum(engine.stats().audits.values()) < count and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert sum(engine.stats().audits.values()) == count
+    eventually(lambda: sum(engine.stats().audits.values()) == count)
     return engine.stats().audits
 
 
@@ -332,6 +329,35 @@ def test_what_others_compute_on_a_wrong_block_is_computed_again(
     after = generate(engine, tokens, SECOND, audit=True)
     assert after.receipt.redis_tokens == len(tokens) - 1
     assert audit_of(after).passed
+
+
+def test_what_is_being_restored_while_it_is_found_wrong_is_computed(
+    build_engine: EngineFactory, own_redis: RedisServer
+) -> None:
+    engine = build_engine(redis_url=own_redis.url, redis_timeout_s=10, restore_timeout_s=20)
+    history = (*PROMPT, *generate(engine, (), PROMPT).reply)
+    longer = (*history, *OTHER, *generate(engine, history, OTHER).reply)
+    engine.park(TENANT, longer, drop_host=True, ttl_s=60).result(30)
+    poison(engine)
+    plant(engine, own_redis.url, history, 1)
+    audited = start(engine, history, SECOND, max_new_tokens=100, audit=True)
+    assert isinstance(audited.next(), Token)
+    own_redis.pause()
+    restoring = start(engine, longer, SECOND)
+    eventually(lambda: bool(engine._scheduler.distrusted))
+    assert [request.phase for request in engine._scheduler.running] == [Phase.RESTORING]
+    own_redis.resume()
+    assert not audit_of(audited.result()).passed
+    turn = restoring.result()
+    assert turn.receipt.computed_tokens == len(longer) + len(SECOND)
+    assert turn.reply == generate(build_engine(), longer, SECOND).reply
+
+
+def eventually(check: Callable[[], bool], within_s: float = 30) -> None:
+    deadline = time.monotonic() + within_s
+    while not check():
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.005)
 
 
 def test_a_mismatch_found_while_redis_is_down_is_counted_and_never_restored_again_here(
