@@ -1,0 +1,60 @@
+"""The trace of the ladder's benchmark, and the cache that is simulated on it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+
+from benchmarks.ladder_trace import Read, Rung, lru_hits, num_distinct, num_read, read_trace
+
+
+def plainly(trace: Sequence[Read], rungs: Sequence[Rung], capacity_bytes: float) -> Counter[int]:
+    """The same, by looking at every block each time."""
+    kept: list[tuple[int, int, float]] = []  # block, rung, last read; least recently read first
+    hits: Counter[int] = Counter()
+    for at_s, blocks in trace:
+        kept = [
+            (block, max(rung, max(n for n, each in enumerate(rungs) if each.after_s <= at_s - used_s)), used_s)
+            for block, rung, used_s in kept
+        ]
+        for block in blocks:
+            found = next((each for each in kept if each[0] == block), None)
+            if found is not None:
+                kept.remove(found)
+                hits[found[1]] += 1
+            kept.append((block, found[1] if found else 0, at_s))
+        while sum(rungs[rung].num_bytes for _, rung, _ in kept) > capacity_bytes:
+            kept.pop(0)
+    return hits
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_hits_are_those_of_a_cache_that_looks_at_every_block(seed: int) -> None:
+    random = Random(seed)
+    trace, at_s = [], 0.0
+    for _ in range(300):
+        at_s += random.choice([0, 1, 2, 7])
+        first = int(random.expovariate(0.05))
+        trace.append(Read(at_s, range(first, first + random.randint(1, 6))))
+    for rungs in ([Rung(0, 10)], [Rung(0, 10), Rung(9, 6), Rung(30, 3)]):
+        for capacity_bytes in (25, 120, 400):
+            hits = lru_hits(trace, rungs, capacity_bytes)
+            assert hits == plainly(trace, rungs, capacity_bytes)
+            assert hits.total() > 0
+
+
+def test_the_trace_is_all_there() -> None:
+    trace = read_trace()
+    assert (len(trace), num_read(trace), num_distinct(trace)) == (3993, 121_877, 43_924)
+    assert trace[1].blocks[:3] == [79, 80, 81]
+    assert trace[-1].at_s == 1022.025
+
+
+def test_a_sample_of_the_blocks_hits_as_often_as_all_of_them() -> None:
+    rates = []
+    for one_in in (1, 16):
+        trace = read_trace(one_in=one_in)
+        hits = lru_hits(trace, [Rung(0, 10), Rung(10, 5)], 0.1 * 10 * num_distinct(trace))
+        rates.append(hits.total() / num_read(trace))
+    assert rates[1] == pytest.approx(rates[0], abs=0.01)
