@@ -28,6 +28,7 @@ _SUMMARY_HEADS: Final = (
     *("exact\nanswers", "undis-\nturbed", "failed\naudits"),
 )
 _DRIFT_HEADS: Final = ("codec", "resumes", "turns", "tokens", "same\ntop", "mean\nKL", "max\nKL", "NLL\ndrift")
+_PARKINGS: Final = (Parking.EVERY_TURN, Parking.ONCE, Parking.OFTEN)
 _EVERY_CODEC = tuple(info.name for info in CODECS)
 _RECALL = Path(models.__file__).parent / "recall"
 
@@ -46,8 +47,9 @@ def evaluate(
 ) -> int:
     """Hold dialogues undisturbed, and with a park and a full drop before every turn, and compare.
 
-    Every dialogue is held by the real server (front end, worker and Redis), which generates each reply, greedily. A
-    third run of each codec is parked once, before its last turn: what a conversation loses must not grow with resumes.
+    Every dialogue is held by the real server (front end, worker and Redis), which generates each reply, greedily. Two
+    more runs of each codec are parked before the last turn alone, once and over and over: what a conversation loses
+    must not grow with resumes.
 
     Args:
         model: Model directory, or preset:NAME for a shape with random weights. By default the project's own,
@@ -98,7 +100,7 @@ async def _until_stopped(setup: Setup, codecs: Sequence[str], *, quiet: bool) ->
 
 async def _judge_all(setup: Setup, codecs: Sequence[str], *, quiet: bool) -> list[CodecFigures]:
     with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
-        task = progress.add_task("", total=setup.num_turns * (1 + 2 * len(codecs)))
+        task = progress.add_task("", total=setup.num_turns * (1 + len(_PARKINGS) * len(codecs)))
 
         def on_turn() -> None:
             progress.advance(task)
@@ -108,10 +110,9 @@ async def _judge_all(setup: Setup, codecs: Sequence[str], *, quiet: bool) -> lis
         judged = []
         for codec in sorted(codecs, key=lambda name: named(name).id):  # raw first: what is exact is compared to it
             progress.update(task, description=codec)
-            every_turn = await hold_all(setup, codec, Parking.EVERY_TURN, on_turn)
-            once = await hold_all(setup, codec, Parking.BEFORE_LAST, on_turn)
-            judged.append(judge(setup.dialogues, undisturbed, every_turn, once, raw))
-            raw = every_turn if codec == RAW.name else raw
+            arms = {parking: await hold_all(setup, codec, parking, on_turn) for parking in _PARKINGS}
+            judged.append(judge(setup.dialogues, undisturbed, arms, raw))
+            raw = arms[Parking.EVERY_TURN] if codec == RAW.name else raw
     return judged
 
 
@@ -130,7 +131,7 @@ def _print(judged: Sequence[CodecFigures], console: Console) -> None:
             f"{figures.agreement.replies:.1%}",
             f"{figures.accuracy:.1%}",
             f"{figures.undisturbed_accuracy:.1%}",
-            f"{figures.drift.failed}/{figures.drift.turns}",
+            f"{figures.failed_audits}/{figures.resumed_turns}",
         )
         rows = figures.drift_by_resumes | {
             "last of all": figures.last_turn,

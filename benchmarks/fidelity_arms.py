@@ -33,8 +33,17 @@ class Parking(Enum):
     """When a session leaves the device and host memory for Redis."""
 
     NEVER = "undisturbed"
-    BEFORE_LAST = "parked once"
-    EVERY_TURN = "parked every turn"
+    EVERY_TURN = "before every turn"
+    ONCE = "before the last turn"
+    OFTEN = "before the last turn, and warmed, as often as there were turns"
+
+    def times(self, turn: int, last: int) -> int:
+        """How often in a row a session is parked before a turn. Turns count from 0."""
+        if turn == 0 or self is Parking.NEVER:
+            return 0
+        if self is Parking.EVERY_TURN:
+            return 1
+        return 0 if turn < last else (1 if self is Parking.ONCE else last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +152,11 @@ async def _hold(
     last = len(dialogue.turns) - 1
     for number, turn in enumerate(dialogue.turns):
         parked_tokens = None
-        if number and (parking is Parking.EVERY_TURN or (parking is Parking.BEFORE_LAST and number == last)):
+        for again in reversed(range(parking.times(number, last))):
             parked_tokens = (await client.park_session(session_id, drop_host=True)).redis_tokens
             resumes += 1
+            if again:
+                await client.warm_session(session_id)
         generation = client.generate(
             [{"role": "user", "content": turn.user}],
             session_id=session_id,

@@ -7,13 +7,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.fidelity import evaluate
 from benchmarks.fidelity_arms import Arm, Parking, Reply, Stored
-from benchmarks.fidelity_figures import accuracy, agreement, bars, drift, drift_by_resumes, judge
-from models.dialogues import Act, Dialogue, Turn
+from benchmarks.fidelity_figures import CodecFigures, accuracy, agreement, bars, drift, drift_by_resumes, judge
+from models.dialogues import Act, Dialogue, Turn, held_out
 from protos import rekindle_pb2 as pb
 from tests.processes import command, processes_of
 
@@ -43,34 +44,38 @@ def arm(codec: str, parking: Parking, *replies: Reply) -> Arm:
     return Arm(codec, parking, (replies,), stored, {})
 
 
-def three_arms(codec: str, *, mean_kl: float = 0.0, mean_kl_once: float = 0.0) -> tuple[Arm, Arm, Arm]:
-    """One dialogue undisturbed, resumed before every turn, and resumed once; all replies are equal, and right."""
+def arms_of(codec: str, *, mean_kl: float = 0.0, mean_kl_once: float = 0.0) -> dict[Parking, Arm]:
+    """One dialogue, held in all ways; all replies are equal, and right."""
     said = [(turn.reply, (number, 7)) for number, turn in enumerate(TALK.turns)]
     plain = [reply(*tokens, text=text) for text, tokens in said]
     resumed = [
         reply(*tokens, text=text, resumes=number, audit=audited(mean_kl) if number else None)
         for number, (text, tokens) in enumerate(said)
     ]
-    once = [
-        *plain[:-1],
-        replace(resumed[-1], resumes=1, receipt=pb.Receipt(redis_tokens=64, audit=audited(mean_kl_once))),
-    ]
-    return (
-        arm("raw", Parking.NEVER, *plain),
-        arm(codec, Parking.EVERY_TURN, *resumed),
-        arm(codec, Parking.BEFORE_LAST, *once),
-    )
+    last = replace(resumed[-1], receipt=pb.Receipt(redis_tokens=64, audit=audited(mean_kl_once)))
+    return {
+        Parking.NEVER: arm("raw", Parking.NEVER, *plain),
+        Parking.EVERY_TURN: arm(codec, Parking.EVERY_TURN, *resumed),
+        Parking.ONCE: arm(codec, Parking.ONCE, *plain[:-1], last),
+        Parking.OFTEN: arm(codec, Parking.OFTEN, *plain[:-1], last),
+    }
 
 
-def failing(undisturbed: Arm, every_turn: Arm, once: Arm, *, on_recall: bool = True) -> list[str]:
+def judged(arms: dict[Parking, Arm], *, raw: Arm | None = None) -> CodecFigures:
+    rest: dict[Parking, Arm] = {parking: arm for parking, arm in arms.items() if parking is not Parking.NEVER}
+    return judge([TALK], arms[Parking.NEVER], rest, raw)
+
+
+def failing(arms: dict[Parking, Arm], *, on_recall: bool = True) -> list[str]:
     """What does not hold."""
-    figures = judge([TALK], undisturbed, every_turn, once, None)
-    return [bar.name.partition(": ")[2] for bar in bars(figures, on_recall=on_recall) if not bar.holds]
+    return [bar.name.partition(": ")[2] for bar in bars(judged(arms), on_recall=on_recall) if not bar.holds]
 
 
-def with_reply(arm: Arm, number: int, changed: Reply) -> Arm:
-    (replies,) = arm.conversations
-    return replace(arm, conversations=((*replies[:number], changed, *replies[number + 1 :]),))
+def change(arms: dict[Parking, Arm], parking: Parking, number: int, **changes: Any) -> None:
+    """Change one reply of an arm."""
+    (replies,) = arms[parking].conversations
+    changed = replace(replies[number], **changes)
+    arms[parking] = replace(arms[parking], conversations=((*replies[:number], changed, *replies[number + 1 :]),))
 
 
 def test_replies_agree_position_by_position_and_what_is_too_long_disagrees() -> None:
@@ -110,76 +115,93 @@ def test_drift_is_told_by_how_often_a_session_was_resumed() -> None:
 
 @pytest.mark.parametrize("codec", ["raw", "lossless", "int8"])
 def test_a_codec_that_keeps_its_promises_fails_in_nothing(codec: str) -> None:
-    assert failing(*three_arms(codec)) == []
+    assert failing(arms_of(codec)) == []
 
 
-def test_an_exact_codec_may_change_no_token_and_a_lossy_one_may() -> None:
-    for codec in ("lossless", "k8v4"):
-        undisturbed, every_turn, once = three_arms(codec)
-        other = replace(every_turn.conversations[0][0], token_ids=(0, 8))
-        found = failing(undisturbed, with_reply(every_turn, 0, other), once, on_recall=False)
-        assert found == (["share of replies equal"] if codec == "lossless" else [])
+@pytest.mark.parametrize(("codec", "failed"), [("lossless", ["share of replies equal"]), ("k8v4", [])])
+def test_an_exact_codec_may_change_no_token_and_a_lossy_one_may(codec: str, failed: list[str]) -> None:
+    arms = arms_of(codec)
+    change(arms, Parking.EVERY_TURN, 0, token_ids=(0, 8))
+    assert failing(arms, on_recall=False) == failed
 
 
 def test_int8_may_change_no_answer_and_hardly_a_token() -> None:
-    undisturbed, every_turn, once = three_arms("int8")
-    other = replace(every_turn.conversations[0][1], token_ids=(1, 8), text="Let me see: your cat is Tim.")
-    found = failing(undisturbed, with_reply(every_turn, 1, other), once)
-    assert found == ["points of accuracy lost", "share of tokens equal"]
+    arms = arms_of("int8")
+    change(arms, Parking.EVERY_TURN, 1, token_ids=(1, 8), text="Let me see: your cat is Tim.")
+    assert failing(arms) == ["points of accuracy lost", "share of tokens equal"]
 
 
 def test_a_ratio_is_asked_of_the_recall_model_alone() -> None:
-    undisturbed, every_turn, once = three_arms("int4")
-    assert failing(undisturbed, every_turn, once) == ["times smaller"]
-    assert failing(undisturbed, every_turn, once, on_recall=False) == []
+    assert failing(arms_of("int4")) == ["times smaller"]
+    assert failing(arms_of("int4"), on_recall=False) == []
 
 
-def test_drift_that_grows_with_resumes_fails_unless_it_is_rounding() -> None:
-    assert failing(*three_arms("int8", mean_kl=0.05, mean_kl_once=0.01)) == [
-        "KL of the last turn, resumed every turn over resumed once"
+def test_drift_that_grows_from_turn_to_turn_fails_unless_it_is_rounding() -> None:
+    assert failing(arms_of("int8", mean_kl=0.05, mean_kl_once=0.01)) == [
+        "KL in the last turn, resumed in every one over once"
     ]
-    assert failing(*three_arms("int8", mean_kl=0.05, mean_kl_once=0.04)) == []
-    assert failing(*three_arms("raw", mean_kl=5e-4, mean_kl_once=1e-6)) == []
+    assert failing(arms_of("int8", mean_kl=0.05, mean_kl_once=0.04)) == []
+    assert failing(arms_of("raw", mean_kl=5e-4, mean_kl_once=1e-6)) == []
+
+
+def test_a_session_resumed_often_may_differ_in_no_bit_from_one_resumed_once() -> None:
+    arms = arms_of("int4")
+    change(arms, Parking.OFTEN, 2, logprobs=(-1.0, -1.0000001))
+    assert failing(arms, on_recall=False) == ["same bits in the last turn, resumed often or once"]
 
 
 @pytest.mark.parametrize(
     ("receipt", "missing"),
     [
-        (pb.Receipt(redis_tokens=64, audit=audited(0.1, passed=False)), "audits failed"),
+        (pb.Receipt(redis_tokens=64, audit=audited(0.0, passed=False)), "audits failed"),
         (pb.Receipt(redis_tokens=64), "resumed turns without an audit"),
         (pb.Receipt(redis_tokens=48, host_tokens=16, audit=audited(0.0)), "resumed turns not from Redis alone"),
         (pb.Receipt(redis_tokens=48, computed_tokens=16, audit=audited(0.0)), "resumed turns not from Redis alone"),
     ],
 )
-def test_a_resume_that_was_none_or_failed_its_audit_proves_nothing(receipt: pb.Receipt, missing: str) -> None:
-    undisturbed, every_turn, once = three_arms("raw")
-    resumed = replace(every_turn.conversations[0][1], receipt=receipt)
-    assert failing(undisturbed, with_reply(every_turn, 1, resumed), once) == [missing]
-
-
-def test_speed_is_told_in_bytes_as_the_device_has_them() -> None:
-    undisturbed, every_turn, once = three_arms("int8")
-    labels = '{codec="int8",source="device",target="host"}'
-    metrics = {f"rekindle_moved_raw_bytes_total{labels}": 3e9, f"rekindle_moved_seconds_total{labels}": 2.0}
-    figures = judge([TALK], undisturbed, replace(every_turn, metrics=metrics), once, None)
-    assert (figures.encode_gb_s, figures.decode_gb_s) == (1.5, 0.0)
+@pytest.mark.parametrize("parking", [Parking.EVERY_TURN, Parking.ONCE, Parking.OFTEN])
+def test_a_resume_that_was_none_or_failed_its_audit_proves_nothing(
+    parking: Parking, receipt: pb.Receipt, missing: str
+) -> None:
+    arms = arms_of("raw")
+    change(arms, parking, 2, receipt=receipt)
+    assert failing(arms) == [missing]
 
 
 def test_a_run_without_a_full_block_proves_nothing() -> None:
-    undisturbed, every_turn, once = three_arms("raw")
-    assert failing(undisturbed, replace(every_turn, stored=Stored()), once) == ["full blocks in Redis"]
+    arms = arms_of("raw")
+    arms[Parking.EVERY_TURN] = replace(arms[Parking.EVERY_TURN], stored=Stored())
+    assert failing(arms) == ["full blocks in Redis"]
+
+
+def test_speed_is_told_in_bytes_as_the_device_has_them() -> None:
+    labels = '{codec="int8",source="device",target="host"}'
+    metrics = {f"rekindle_moved_raw_bytes_total{labels}": 3e9, f"rekindle_moved_seconds_total{labels}": 2.0}
+    arms = arms_of("int8")
+    arms[Parking.EVERY_TURN] = replace(arms[Parking.EVERY_TURN], metrics=metrics)
+    assert (judged(arms).encode_gb_s, judged(arms).decode_gb_s) == (1.5, 0.0)
 
 
 def test_exact_codecs_are_held_to_each_others_last_bit() -> None:
-    undisturbed, every_turn, once = three_arms("lossless")
-    raw = three_arms("raw")[1]
-    assert judge([TALK], undisturbed, every_turn, once, raw).same_bits_as_raw == 1
-    nearly = replace(raw.conversations[0][2], logprobs=(-1.0, -1.0000001))
-    figures = judge([TALK], undisturbed, every_turn, once, with_reply(raw, 2, nearly))
+    raw = arms_of("raw")
+    assert judged(arms_of("lossless"), raw=raw[Parking.EVERY_TURN]).same_bits_as_raw == 1
+    change(raw, Parking.EVERY_TURN, 2, logprobs=(-1.0, -1.0000001))
+    figures = judged(arms_of("lossless"), raw=raw[Parking.EVERY_TURN])
     assert figures.same_bits_as_raw == pytest.approx(2 / 3)
     assert [bar.name for bar in bars(figures, on_recall=False) if not bar.holds] == [
-        "lossless: share of replies with raw's log-probabilities"
+        "lossless: same bits in every turn as raw"
     ]
+
+
+def test_a_session_is_parked_as_often_as_its_arm_says() -> None:
+    times = {parking: [parking.times(turn, 3) for turn in range(4)] for parking in Parking}
+    assert times == {
+        Parking.NEVER: [0, 0, 0, 0],
+        Parking.EVERY_TURN: [0, 1, 1, 1],
+        Parking.ONCE: [0, 0, 0, 1],
+        Parking.OFTEN: [0, 0, 0, 3],
+    }
+    assert not any(parking.times(0, 0) for parking in Parking)
 
 
 def test_a_codec_that_there_is_none_of_ends_the_command_with_one_line() -> None:
@@ -225,5 +247,7 @@ def test_whole_dialogues_come_back_from_redis_as_they_were(tmp_path: Path) -> No
     assert raw["ratio"] == 1 < lossless["ratio"] < 2 < int8["ratio"]
     assert lossless["same_bits_as_raw"] == 1
     assert raw["drift"]["mean_kl"] < 1e-6 < int8["drift"]["mean_kl"]
-    assert raw["resumed_turns"] == raw["drift"]["turns"] + 2 > 4
+    lengths = [len(dialogue.turns) for dialogue in held_out(2, seed=0, max_tokens=160)]
+    assert raw["drift"]["turns"] == sum(lengths) - 2 > 4
+    assert raw["resumed_turns"] == raw["drift"]["turns"] + 2 * sum(length > 1 for length in lengths)
     assert all(codec["encode_gb_s"] > 0 and codec["decode_gb_s"] > 0 for codec in (raw, lossless, int8))
