@@ -1,12 +1,21 @@
-"""The trace of the ladder's benchmark, and the cache that is simulated on it."""
+"""The trace of the ladder's benchmark, the cache that is simulated on it, and the replay against a real one."""
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from random import Random
 
 import pytest
+import torch
 
+from benchmarks.ladder_kv import EncodedKV
+from benchmarks.ladder_replay import Replay
 from benchmarks.ladder_trace import Read, Rung, lru_hits, num_distinct, num_read, read_trace
+from cache_store.codecs import LADDER
+from cache_store.ladder import parse_ladder
+from cache_store.layout import KVLayout
+from worker.codecs import open_codecs
+from worker.shrink import Shrinker
 
 
 def plainly(trace: Sequence[Read], rungs: Sequence[Rung], capacity_bytes: float) -> Counter[int]:
@@ -58,3 +67,19 @@ def test_a_sample_of_the_blocks_hits_as_often_as_all_of_them() -> None:
         hits = lru_hits(trace, [Rung(0, 10), Rung(10, 5)], 0.1 * 10 * num_distinct(trace))
         rates.append(hits.total() / num_read(trace))
     assert rates[1] == pytest.approx(rates[0], abs=0.01)
+
+
+def test_a_replay_finds_blocks_as_their_originals_would_be_on_every_rung() -> None:
+    layout = KVLayout(num_layers=1, num_kv_heads=2, head_dim=64, block_tokens=64, dtype="bfloat16")
+    codecs = open_codecs(layout, None, torch.device("cpu"))
+    original = torch.randn(layout.block_shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    payloads = {}
+    for codec in codecs.values():
+        into = memoryview(bytearray(layout.block_bytes))
+        payloads[codec.info] = [into[: codec.encode(original, into, num_tokens=64, first_position=0)]]
+    kv = EncodedKV(layout, payloads, Shrinker(layout, codecs))
+    hot, cold = range(4), range(4, 10)
+    trace = [Read(0, [*hot, *cold]), *(Read(at / 2, hot) for at in range(1, 10)), Read(5, [*hot, *cold])]
+    replay = Replay(LADDER, 1 << 20, kv=kv, ladder=parse_ladder("lossless,int8@3"))
+    replay.run(trace, start_s=time.monotonic() + 0.5, speed=1.0)
+    assert replay.hits == {"lossless": 10 * len(hot), "int8": len(cold)}
