@@ -265,6 +265,24 @@ def test_a_lossy_block_is_encoded_once_however_often_it_is_parked_and_lost(
     assert engine.locate(TENANT, history, codec=codec, with_redis=True).result(30).device_tokens == full * BLOCK
 
 
+@pytest.mark.parametrize("drop_host", [True, False], ids=["redis", "host"])
+@pytest.mark.parametrize("codec", LOSSY)
+def test_what_a_turn_brought_back_is_not_encoded_again(
+    engine: Engine, client: Redis, codec: str, drop_host: bool
+) -> None:
+    history = first_turn(engine, codec)
+    park(engine, history, codec, drop_host=drop_host)
+    longer = (*history, *SECOND, *generate(engine, history, SECOND, codec=codec).reply)
+    engine.flush(TENANT, longer, codec=codec).result(30)
+    encodes = encoded(engine, codec)
+    names = [want.name for want in blocks_of(engine, longer, codec)]
+    client.delete(*map(key, names))
+    engine._host.drop(names)
+    first_full, all_kv_tokens = len(history) // BLOCK, len(longer) - 1
+    assert park(engine, longer, codec) == all_kv_tokens - first_full * BLOCK
+    assert encoded(engine, codec) - encodes == all_kv_tokens // BLOCK - first_full, "what this turn has computed"
+
+
 @pytest.mark.parametrize("codec", LOSSY)
 def test_what_is_lost_everywhere_is_computed_and_encoded_from_the_original_again(
     engine: Engine, client: Redis, codec: str
