@@ -5,6 +5,7 @@ servers (volatile-lru), with real blocks and the worker's own ageing. Simulated:
 """
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 from benchmarks.harness import Bar, at_least, finish
 from benchmarks.ladder_kv import EncodedKV, encode_kv
 from benchmarks.ladder_replay import Replay
-from benchmarks.ladder_trace import Read, Rung, lru_hits, num_distinct, num_read, read_trace
+from benchmarks.ladder_trace import Read, Size, lru_hits, num_distinct, num_read, read_trace
 from cache_store.codecs import INT4, INT8, LADDER, LOSSLESS, RAW, named
-from cache_store.ladder import Ladder, parse_ladder
+from cache_store.ladder import Ladder, Rung, parse_ladder
 
 _ARMS = (RAW.name, LOSSLESS.name, INT8.name, INT4.name, LADDER)
 _SHARES = (0.05, 0.1, 0.2, 0.4)
@@ -33,7 +34,7 @@ def run(
     stretch: float = 60.0,
     speed: float = 10.0,
     share: float = 0.1,
-    one_in: int = 16,
+    one_in: int = 32,
     as_json: bool = False,
 ) -> int:
     """Count hits of raw, lossless, int8, int4 and the ladder on Mooncake's synthetic trace.
@@ -56,36 +57,37 @@ def run(
     if any(rung.after_s < 1.0 for rung in of_replay.rungs[1:]):
         raise SystemExit(f"rekindle: redis can't tell idle times below a second: {ladder} is too fast for the replay")
     kv = encode_kv(model, block_tokens=_BLOCK_TOKENS, blocks=_BLOCKS)
-    full = read_trace()
-    simulated = {size: _simulated(full, kv, of_trace, size) for size in _SHARES}
-    sample = read_trace(one_in=one_in)
+    full, sample = read_trace(), read_trace(one_in=one_in)
+    simulated = {size: _rates(_simulated(full, kv, of_trace, size), full) for size in _SHARES}
     expected = _simulated(sample, kv, of_trace, share)
     replays = _replayed(sample, kv, of_replay, share, speed)
-    real = {arm: replay.hits.total() / num_read(sample) for arm, replay in replays.items()}
-    ladder_hits = replays[LADDER].hits
+    real = {arm: replay.hits for arm, replay in replays.items()}
     figures: dict[str, Any] = {
         "model": Path(model).name,
         "ladder": ladder,
         "raw block bytes": kv.layout.block_bytes,
-        "times smaller": _rounded({name: kv.mean_bytes(RAW) / kv.mean_bytes(named(name)) for name in _ARMS[:-1]}),
+        "times smaller": {name: round(kv.mean_bytes(RAW) / kv.mean_bytes(named(name)), 3) for name in _ARMS[:-1]},
         "trace": {"requests": len(full), "distinct blocks": num_distinct(full), "blocks read": num_read(full)},
-        **{f"hit rate at {size:.0%}, simulated": _rounded(row) for size, row in simulated.items()},
-        f"hit rate at {share:.0%}, simulated, 1 block in {one_in}": _rounded(expected),
-        f"hit rate at {share:.0%}, real redis, 1 block in {one_in}": _rounded(real),
-        "real ladder's hits by codec": _rounded(
-            {name: ladder_hits[name] / ladder_hits.total() for name in ladder_hits}
-        ),
+        **{f"hit rate at {size:.0%}, simulated": row for size, row in simulated.items()},
+        f"hit rate at {share:.0%}, simulated, 1 block in {one_in}": _rates(expected, sample),
+        f"hit rate at {share:.0%}, real redis, 1 block in {one_in}": _rates(real, sample),
+        "ladder's hits by codec, simulated": _shares(expected[LADDER]),
+        "ladder's hits by codec, real redis": _shares(real[LADDER]),
         "real replay behind by at most, s": max(replay.late_s for replay in replays.values()),
     }
-    return finish("ladder", figures, _bars(simulated, real, share), as_json=as_json)
+    return finish("ladder", figures, _bars(simulated, _rates(real, sample), share), as_json=as_json)
 
 
-def _simulated(trace: Sequence[Read], kv: EncodedKV, ladder: Ladder, share: float) -> dict[str, float]:
-    """Hit rate by arm; the ladder's seconds are the trace's."""
+def _simulated(trace: Sequence[Read], kv: EncodedKV, ladder: Ladder, share: float) -> dict[str, Counter[str]]:
+    """Hits of each arm by codec; the ladder's seconds are the trace's."""
     capacity_bytes = share * num_distinct(trace) * kv.layout.block_bytes
-    arms = {arm: [Rung(0.0, kv.mean_bytes(named(arm)))] for arm in _ARMS[:-1]}
-    arms[LADDER] = [Rung(rung.after_s, kv.mean_bytes(rung.codec)) for rung in ladder.rungs]
-    return {arm: lru_hits(trace, rungs, capacity_bytes).total() / num_read(trace) for arm, rungs in arms.items()}
+    ladders = {arm: Ladder((Rung(named(arm), 0.0),)) for arm in _ARMS[:-1]} | {LADDER: ladder}
+    hits: dict[str, Counter[str]] = {}
+    for arm, of_arm in ladders.items():
+        rungs = of_arm.rungs
+        by_rung = lru_hits(trace, [Size(rung.after_s, kv.mean_bytes(rung.codec)) for rung in rungs], capacity_bytes)
+        hits[arm] = Counter({rungs[number].codec.name: count for number, count in by_rung.items()})
+    return hits
 
 
 def _replayed(trace: Sequence[Read], kv: EncodedKV, ladder: Ladder, share: float, speed: float) -> Mapping[str, Replay]:
@@ -111,5 +113,9 @@ def _bars(simulated: Mapping[float, Mapping[str, float]], real: Mapping[str, flo
     ]
 
 
-def _rounded(rates: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(rate, 4) for name, rate in rates.items()}
+def _rates(hits: Mapping[str, Counter[str]], trace: Sequence[Read]) -> dict[str, float]:
+    return {arm: round(of_arm.total() / num_read(trace), 4) for arm, of_arm in hits.items()}
+
+
+def _shares(hits: Counter[str]) -> dict[str, float]:
+    return {codec: round(count / hits.total(), 4) for codec, count in hits.most_common()}

@@ -20,7 +20,7 @@ class Read(NamedTuple):
     blocks: Sequence[int]
 
 
-class Rung(NamedTuple):
+class Size(NamedTuple):
     """How large a block is that nobody has read for so long."""
 
     after_s: float
@@ -46,7 +46,7 @@ def num_read(trace: Sequence[Read]) -> int:
     return sum(len(read.blocks) for read in trace)
 
 
-def lru_hits(trace: Sequence[Read], rungs: Sequence[Rung], capacity_bytes: float) -> Counter[int]:
+def lru_hits(trace: Sequence[Read], rungs: Sequence[Size], capacity_bytes: float) -> Counter[int]:
     """Hits by the rung that the block had come to. A block that is read keeps its size; one that is missed is born in
     the first rung, and makes the least recently read ones go until all fit.
     """

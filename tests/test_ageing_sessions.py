@@ -16,6 +16,7 @@ from tests.engines import TENANT, EngineFactory, generate, poison
 from tests.test_ageing import eventually, make_idle
 from worker.codecs import open_codecs
 from worker.engine import Engine
+from worker.metrics import WorkerMetrics
 from worker.prefix import Wanted, wanted_by_history
 from worker.shrink import Shrinker
 
@@ -100,6 +101,10 @@ def test_a_ladder_session_ages_in_redis_and_goes_on_from_every_rung(
             client.strlen(key(want)) for want in full
         )
         assert aged.saved_bytes == saved > 0
+        scraped = WorkerMetrics(another.stats).registry.get_sample_value
+        assert scraped("rekindle_aged_blocks_total", {"source": source, "target": target}) == 6
+        assert scraped("rekindle_aged_saved_bytes_total", {"source": source, "target": target}) == saved
+        assert scraped("rekindle_ageing_held_back") == 0
         poison(another)
         turn = generate(another, history, (7, 9), codec=LADDER, audit=True)
         assert turn.receipt.redis_tokens == 107

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.ladder_kv import EncodedKV
 from benchmarks.ladder_replay import Replay
-from benchmarks.ladder_trace import Read, Rung, lru_hits, num_distinct, num_read, read_trace
+from benchmarks.ladder_trace import Read, Size, lru_hits, num_distinct, num_read, read_trace
 from cache_store.codecs import LADDER
 from cache_store.ladder import parse_ladder
 from cache_store.layout import KVLayout
@@ -18,7 +18,7 @@ from worker.codecs import open_codecs
 from worker.shrink import Shrinker
 
 
-def plainly(trace: Sequence[Read], rungs: Sequence[Rung], capacity_bytes: float) -> Counter[int]:
+def plainly(trace: Sequence[Read], rungs: Sequence[Size], capacity_bytes: float) -> Counter[int]:
     """The same, by looking at every block each time."""
     kept: list[tuple[int, int, float]] = []  # block, rung, last read; least recently read first
     hits: Counter[int] = Counter()
@@ -46,7 +46,7 @@ def test_hits_are_those_of_a_cache_that_looks_at_every_block(seed: int) -> None:
         at_s += random.choice([0, 1, 2, 7])
         first = int(random.expovariate(0.05))
         trace.append(Read(at_s, range(first, first + random.randint(1, 6))))
-    for rungs in ([Rung(0, 10)], [Rung(0, 10), Rung(9, 6), Rung(30, 3)]):
+    for rungs in ([Size(0, 10)], [Size(0, 10), Size(9, 6), Size(30, 3)]):
         for capacity_bytes in (25, 120, 400):
             hits = lru_hits(trace, rungs, capacity_bytes)
             assert hits == plainly(trace, rungs, capacity_bytes)
@@ -64,7 +64,7 @@ def test_a_sample_of_the_blocks_hits_as_often_as_all_of_them() -> None:
     rates = []
     for one_in in (1, 16):
         trace = read_trace(one_in=one_in)
-        hits = lru_hits(trace, [Rung(0, 10), Rung(10, 5)], 0.1 * 10 * num_distinct(trace))
+        hits = lru_hits(trace, [Size(0, 10), Size(10, 5)], 0.1 * 10 * num_distinct(trace))
         rates.append(hits.total() / num_read(trace))
     assert rates[1] == pytest.approx(rates[0], abs=0.01)
 
