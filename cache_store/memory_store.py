@@ -104,7 +104,7 @@ class MemoryBlockStore:
             if kept is None:
                 return Fetched.ABSENT
             store = kept.store
-            if store.codec not in allowed(fetch.fidelity):
+            if store.fidelity != fetch.fidelity or store.codec not in allowed(fetch.fidelity):
                 return Fetched.FOREIGN
             if (store.num_tokens, store.first_position) != (fetch.num_tokens, fetch.first_position):
                 del self._blocks[fetch.block]

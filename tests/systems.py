@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import PreTrainedModel
 
+from cache_store.codecs import fidelity_of
 from cache_store.embedded_redis import RedisServer
 from cache_store.ids import root_hash
 from protos import rekindle_pb2 as pb
@@ -176,7 +177,7 @@ def session_for(worker_id: str, among: Sequence[str]) -> str:
 
 def block_keys(session: pb.Session, block_tokens: int = BLOCK_TOKENS) -> list[str]:
     """The Redis keys of a session's blocks, as they follow from its tokens alone."""
-    root = root_hash(bytes.fromhex(session.model), "default")
+    root = root_hash(bytes.fromhex(session.model), "default", fidelity_of(session.codec))
     return [f"rekindle:b:{want.name.hex()}" for want in wanted_by_history(root, session.token_ids, block_tokens)]
 
 

@@ -3,10 +3,12 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import redis
 
+from cache_store.codecs import INT4, INT8, K8V4, LADDER, LOSSLESS
 from cache_store.embedded_redis import RedisServer
 from cache_store.errors import InvalidRequest, StoreFull, StoreUnavailable
 from cache_store.frame import HEADER_BYTES
@@ -142,6 +144,40 @@ def test_a_block_put_again_is_replaced(store: BlockStore) -> None:
     [asked] = wanted(1)
     assert fetch(store, [asked]) == [Fetched.HIT]
     assert asked.into == payload(2)
+
+
+def test_a_payload_of_any_length_comes_back_with_its_codec_and_leaves_the_rest_of_the_buffer(store: BlockStore) -> None:
+    sizes = {LOSSLESS: LAYOUT.block_bytes, INT8: 200_001, K8V4: 70_000, INT4: 1}
+    for place, (codec, size) in enumerate(sizes.items()):
+        part = memoryview(payload(place))[:size]
+        store.put([Store(name(place), 256, part, 100, codec=codec, first_position=256 * place, fidelity=LADDER)])
+    fetches = [
+        replace(asked, fidelity=LADDER, first_position=256 * place) for place, asked in enumerate(wanted(*range(4)))
+    ]
+    landed: dict[int, Encoding | None] = {}
+    store.get(fetches, lambda index, _, encoding: landed.update({index: encoding}), deadline_s=time.monotonic() + 10)
+    assert landed == {place: Encoding(codec, size) for place, (codec, size) in enumerate(sizes.items())}
+    for place, size in enumerate(sizes.values()):
+        assert fetches[place].into[:size] == payload(place)[:size]
+        assert set(fetches[place].into[size:]) <= {0xA5}
+    assert store.stats().bytes_put == store.stats().bytes_got == sum(sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome"),
+    [
+        ({"codec": INT8}, Fetched.FOREIGN),
+        ({"codec": INT8, "fidelity": "int8"}, Fetched.FOREIGN),
+        ({"codec": LOSSLESS, "first_position": 256}, Fetched.CORRUPT),
+    ],
+    ids=["lossy", "lossy and says so", "from elsewhere in a conversation"],
+)
+def test_what_a_name_does_not_promise_is_a_miss(
+    store: BlockStore, changes: dict[str, object], outcome: Fetched
+) -> None:
+    store.put(stored(0, 2))
+    store.put([replace(stored(1)[0], payload=memoryview(payload(1))[:1000], **changes)])  # type: ignore[arg-type]
+    assert fetch(store, wanted(0, 1, 2)) == [Fetched.HIT, outcome, Fetched.HIT]
 
 
 def test_which_and_delete_agree(store: BlockStore) -> None:

@@ -201,7 +201,9 @@ class ConsoleWithCtrlC(Console):
         raise KeyboardInterrupt
 
 
-def chat(address: str, *lines: str, session_id: str = "", console_type: type[Console] = Console) -> tuple[str, str]:
+def chat(
+    address: str, *lines: str, session_id: str = "", console_type: type[Console] = Console, codec: str = ""
+) -> tuple[str, str]:
     """Talk by script. Returns what was shown, and the session at the end."""
     shown = io.StringIO()
     script = iter(lines)
@@ -213,7 +215,7 @@ def chat(address: str, *lines: str, session_id: str = "", console_type: type[Con
         return line
 
     with Client(address) as client:
-        talk = Chat(client, console_type(file=shown, width=200), max_new_tokens=2, seed=None)
+        talk = Chat(client, console_type(file=shown, width=200), codec=codec, max_new_tokens=2, seed=None)
         talk.run(session_id, read_line)
     return shown.getvalue(), talk.session_id
 
@@ -237,6 +239,14 @@ def test_chat_forks_parks_and_starts_anew(address: str) -> None:
         said, new = chat(address, "/new", session_id=fork)
         assert new != fork
         assert client.get_session(new).num_tokens == 0
+
+
+def test_chat_creates_conversations_in_the_codec_that_was_asked_for(rekindle: Run, address: str) -> None:
+    for lines, session_id in ((("hello",), ""), (("hello", "/new"), ""), (("hello",), "named")):
+        _, session_id = chat(address, *lines, session_id=session_id, codec="k8v4")
+        assert answer_of(rekindle("sessions", "show", session_id, "--json"))["codec"] == "k8v4"
+    assert "k8v4" in rekindle("sessions", "show", "named")
+    assert "codec: must be one of" in rekindle("chat", "--codec", "jpeg", status=1)
 
 
 def test_chat_goes_on_after_a_mistake(address: str) -> None:

@@ -253,7 +253,8 @@ async def test_the_plain_client_does_the_same_from_a_thread(front_end: ScriptedF
         with PlainClient(front_end.target, timeout_s=10.0) as client:
             with pytest.raises(errors.NotFound):
                 client.get_session("s")
-            assert client.create_session("mine", ttl_s=5).session_id == "mine"
+            assert client.create_session("mine", ttl_s=5, codec="int4").session_id == "mine"
+            assert front_end.requests[-1].codec == "int4"
             assert [session.session_id for session in client.list_sessions(page_size=2)] == ["s0", "s1", "s2"]
             generation = client.generate("hello")
             assert [piece.text for piece in generation] == ["good ", "day"]

@@ -37,6 +37,36 @@ def test_a_sequence_grows_in_place_where_it_can() -> None:
     assert grown == [second[-1] + 1]
 
 
+def test_a_mark_goes_with_a_block_until_it_is_free() -> None:
+    pool = BlockPool(2)
+    kept, dropped = pool.take(2) or []
+    for block, number in ((kept, 1), (dropped, 2)):
+        assert not pool.is_lossy(block)
+        pool.mark_lossy(block)
+        pool.name(block, name(number))
+        pool.release([block])
+        assert pool.is_lossy(block), "cached: its content is still the same"
+    pool.drop([name(2)])
+    assert not pool.is_lossy(dropped)
+    pool.acquire([kept])
+    pool.drop([name(1)])
+    assert pool.is_lossy(kept), "nameless, but somebody still reads it"
+    pool.release([kept])
+    assert pool.take(2) is not None
+    assert not pool.is_lossy(kept)
+    pool.check()
+
+
+def test_what_is_evicted_takes_its_mark_with_it() -> None:
+    pool = BlockPool(1)
+    (block,) = pool.take(1) or []
+    pool.mark_lossy(block)
+    pool.name(block, name(1))
+    pool.release([block])
+    assert pool.take(1) == [block]
+    assert not pool.is_lossy(block)
+
+
 def test_a_small_need_does_not_break_the_largest_run() -> None:
     pool = BlockPool(10)
     blocks = pool.take(10)
