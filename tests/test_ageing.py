@@ -18,6 +18,7 @@ from cache_store.open_store import open_block_store
 from cache_store.store import BlockStore, Held, Store
 from tests.redis_servers import RedisCluster
 from worker.ageing import Ager
+from worker.config import ConfigError, WorkerConfig
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_tokens=16, dtype="float32")
 FULL = LAYOUT.block_tokens
@@ -350,6 +351,11 @@ def test_a_ladder_is_read_with_its_times_or_the_stated_ones(text: str, rungs: li
 def test_a_ladder_that_cannot_work_says_why(text: str, what: str) -> None:
     with pytest.raises(ValueError, match=what):
         parse_ladder(text)
+
+
+def test_a_worker_is_not_configured_with_a_ladder_that_cannot_work() -> None:
+    with pytest.raises(ConfigError, match="codec_ladder: there is no codec 'zip'"):
+        WorkerConfig(codec_ladder="lossless,zip@5")
 
 
 def test_a_block_is_due_for_the_lowest_rung_that_it_is_idle_enough_for() -> None:
