@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-import models
 from benchmarks.fidelity_arms import Arm, Parking, Setup, hold_all
 from benchmarks.fidelity_figures import CodecFigures, Drift, bars, judge
 from benchmarks.harness import finish
@@ -22,6 +21,7 @@ from rekindle.errors import RekindleError
 from rekindle.signals import StopSignals
 from server.logs import set_up_logs
 from worker.config import ConfigError
+from worker.shipped import locate
 
 _SUMMARY_HEADS: Final = (
     *("codec", "times\nsmaller", "with\ntails", "encode\nGB/s", "decode\nGB/s", "equal\ntokens", "equal\nreplies"),
@@ -30,15 +30,15 @@ _SUMMARY_HEADS: Final = (
 _DRIFT_HEADS: Final = ("codec", "resumes", "turns", "tokens", "same\ntop", "mean\nKL", "max\nKL", "NLL\ndrift")
 _PARKINGS: Final = (Parking.EVERY_TURN, Parking.ONCE, Parking.OFTEN)
 _EVERY_CODEC = tuple(info.name for info in CODECS)
-_RECALL = Path(models.__file__).parent / "recall"
+_RECALL = "rekindle-recall"
 
 
 def evaluate(
     *,
-    model: str | None = None,
+    model: str = _RECALL,
     codec: Sequence[str] = _EVERY_CODEC,
     dialogues: int = 12,
-    max_tokens: int = 1024,
+    max_tokens: int = 768,
     max_new_tokens: int = 48,
     block_tokens: int = 64,
     cache_bytes: int = 256 << 20,
@@ -52,8 +52,8 @@ def evaluate(
     must not grow with resumes.
 
     Args:
-        model: Model directory, or preset:NAME for a shape with random weights. By default the project's own,
-            rekindle-recall, of which alone a codec's promises are asked.
+        model: Model directory, or preset:NAME for a shape with random weights. Of rekindle-recall, the project's own,
+            all is asked that the codecs promise.
         codec: Codecs to judge, of raw, lossless, int8, k8v4 and int4.
         dialogues: Held-out dialogues.
         max_tokens: Length of each, about.
@@ -68,7 +68,7 @@ def evaluate(
             raise ConfigError(f"dialogues must be at least 1, got {dialogues}")
         names = [named(name).name for name in dict.fromkeys(codec)]
         setup = Setup(
-            model=model or str(_RECALL),
+            model=model,
             dialogues=held_out(dialogues, seed=seed, max_tokens=max_tokens),
             max_new_tokens=max_new_tokens,
             block_tokens=block_tokens,
@@ -80,8 +80,8 @@ def evaluate(
         raise SystemExit(f"rekindle: {error}") from error
     if judged is None:
         return 130
-    on_recall = Path(setup.model).resolve() == _RECALL.resolve()
-    figures: dict[str, Any] = {"model": Path(setup.model).name, "dialogues": dialogues, "turns": setup.num_turns}
+    on_recall = Path(locate(model)).resolve() == Path(locate(_RECALL)).resolve()
+    figures: dict[str, Any] = {"model": Path(model).name, "dialogues": dialogues, "turns": setup.num_turns}
     figures |= {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens, "block_tokens": block_tokens, "seed": seed}
     if as_json:
         figures["codecs"] = [asdict(one) for one in judged]

@@ -18,10 +18,6 @@ POINTS_LOST: Final = {INT8.name: 0.0, K8V4.name: 1.0, INT4.name: 3.0}
 """How much exact-answer accuracy may fall, in percentage points."""
 
 INT8_AGREEMENT: Final = 0.995
-MAX_GROWTH: Final = 2.0
-
-_KL_FLOOR: Final = 1e-3
-"""Nats. Below it two drifts are equal: in bfloat16 differently shaped matrix products make as much of the same KV."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +78,8 @@ class CodecFigures:
     drift_by_resumes: dict[str, Drift]
     """By how often the session had been resumed: "1", "2-3", "4-7" and so on."""
     last_turn: Drift
+    """Of sessions resumed before every turn: what was computed on restored KV is itself restored."""
     last_turn_resumed_once: Drift
-    growth: float
-    """Mean KL of the last turns: of sessions resumed before every turn, over that of sessions resumed only now. Above 1
-    where what was computed on restored KV is less exact itself."""
     same_bits_resumed_often: float
     """Of the last turns, the share with the same tokens at the same log-probabilities, to the last bit, where the
     session was parked and warmed over and over before it, and where it was parked once. Less than 1 would be a block
@@ -103,7 +97,6 @@ def judge(
         [replies[-1] for replies in arms[parking].conversations]
         for parking in (Parking.EVERY_TURN, Parking.ONCE, Parking.OFTEN)
     )
-    last_turn, last_turn_once = drift(last), drift(once)
     stored = every_turn.stored
     return CodecFigures(
         codec=every_turn.codec,
@@ -124,9 +117,8 @@ def judge(
         failed_audits=drift(resumed).failed,
         drift=drift(replies),
         drift_by_resumes=drift_by_resumes(replies),
-        last_turn=last_turn,
-        last_turn_resumed_once=last_turn_once,
-        growth=max(last_turn.mean_kl, _KL_FLOOR) / max(last_turn_once.mean_kl, _KL_FLOOR),
+        last_turn=drift(last),
+        last_turn_resumed_once=drift(once),
         same_bits_resumed_often=same_bits(often, once),
     )
 
@@ -146,7 +138,6 @@ def bars(figures: CodecFigures, *, on_recall: bool) -> list[Bar]:
     if figures.same_bits_as_raw is not None:
         found.append(at_least("same bits in every turn as raw", figures.same_bits_as_raw, 1))
     if on_recall:
-        found.append(at_most("KL in the last turn, resumed in every one over once", figures.growth, MAX_GROWTH))
         if codec in RATIOS:
             found.append(at_least("times smaller", figures.ratio, RATIOS[codec]))
         if codec in POINTS_LOST:
