@@ -18,6 +18,7 @@ from worker.config import WorkerConfig
 from worker.errors import ModelRefused
 from worker.fingerprint import checkpoint_content, fingerprint, tensors_content
 from worker.linear_cpu import pack_linears
+from worker.shipped import locate
 from worker.supported import Attends, probe, refuse_by_config
 
 _DEFAULT_CPU_CACHE_BYTES = 1 << 30
@@ -95,7 +96,7 @@ def _preset(config: WorkerConfig) -> tuple[PreTrainedModel, dict[str, str]]:
 
 
 def _checkpoint(config: WorkerConfig) -> tuple[PreTrainedModel, dict[str, str]]:
-    directory = _find(config.model)
+    directory = _find(locate(config.model))
     if (directory / "adapter_config.json").exists():
         raise ModelRefused(f"{config.model} is an adapter, not a model")
     show = (

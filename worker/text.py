@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from worker.chat import ChatMessage, continue_chat, start_chat
 from worker.presets_tokenizer import byte_tokenizer
+from worker.shipped import locate
 
 _BROKEN = "\ufffd"
 _MAX_PENDING = 32
@@ -85,7 +86,7 @@ class TextCodec:
 
 
 def load_tokenizer(model: str, vocab_size: int) -> TextCodec:
-    """The tokenizer of a model directory or hub id; of a preset:NAME the byte tokenizer for `vocab_size` ids."""
+    """The tokenizer of a shipped model, a model directory or hub id; of a preset:NAME the byte tokenizer for `vocab_size` ids."""
     if model.startswith("preset:"):
         return TextCodec(byte_tokenizer(vocab_size))
-    return TextCodec(AutoTokenizer.from_pretrained(model))
+    return TextCodec(AutoTokenizer.from_pretrained(locate(model)))
