@@ -26,6 +26,7 @@ if holder and holder ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1"""
 _RESIGN = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
+_READ = "return {redis.call('OBJECT', 'IDLETIME', KEYS[1]), redis.call('GET', KEYS[1])}"
 _EXCHANGE = """
 if redis.call('GETRANGE', KEYS[1], 0, #ARGV[1] - 1) ~= ARGV[1] then return 0 end
 local ttl_ms = redis.call('PTTL', KEYS[1])
@@ -77,20 +78,21 @@ class RedisAgeing:
 
     def exchange(self, idle: Idle, smaller: Callable[[Held], Payload]) -> Exchanged | None:
         key = self._prefix + idle.block.hex().encode()
-        with ours("read an idle block"):
-            value: bytes | None = self._client().get(key)
-        if value is None:
+        idle_s, value = self._eval(_READ, key)
+        read_s = time.monotonic()
+        if value is None or idle_s < idle.idle_s:
             return None
         header = value[:HEADER_BYTES]
         try:
             held = self._held(idle.block, value)
             now = smaller(held)
         except (BlockCorrupt, BlockForeign):
-            self._write(key, header, value, idle)
+            self._write(key, header, value, idle_s + time.monotonic() - read_s)
             raise
         content = now.content
         frame = Store(held.block, held.num_tokens, content, 0, now.codec, held.first_position, LADDER)
-        written = self._write(key, header, b"".join((self._framer.header(frame), content)), idle)
+        new_value = b"".join((self._framer.header(frame), content))
+        written = self._write(key, header, new_value, idle_s + time.monotonic() - read_s)
         return Exchanged(held, now) if written else None
 
     def _held(self, block: BlockHash, value: bytes) -> Held:
@@ -99,10 +101,9 @@ class RedisAgeing:
         check_payload(xxhash.xxh3_64_intdigest(payload), frame.checksum)
         return Held(block, frame.codec, frame.num_tokens, frame.first_position, payload)
 
-    def _write(self, key: bytes, header: bytes, value: bytes, idle: Idle) -> bool:
-        """Give `key` a value and the idle time that it would have had by now, if its block still has this header."""
-        idle_s = int(idle.idle_s + time.monotonic() - idle.at_s)
-        return bool(self._eval(_EXCHANGE, key, header, value, idle_s))
+    def _write(self, key: bytes, header: bytes, value: bytes, idle_s: float) -> bool:
+        """Give `key` a value and an idle time, if its block still has this header."""
+        return bool(self._eval(_EXCHANGE, key, header, value, int(idle_s)))
 
     def _eval(self, script: str, key: bytes, *args: bytes | int) -> Any:
         with ours("age blocks"):

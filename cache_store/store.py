@@ -139,8 +139,8 @@ class AgeingStore(Protocol):
     def exchange(self, idle: Idle, smaller: Callable[[Held], Payload]) -> Exchanged | None:
         """Put in a block's place what `smaller` makes of it, which may be what it is; TTL and idle time stay.
 
-        None where the block is gone or became another meanwhile, which is then left alone. Raises BlockCorrupt or
-        BlockForeign, besides, where it can't be read here, by us or by `smaller`: it stays as it is.
+        None where the block is gone, or was read or put again since it was looked at: it is then left alone. Raises
+        BlockCorrupt or BlockForeign, besides, where it can't be read here, by us or by `smaller`: it stays as it is.
         """
         ...
 

@@ -203,6 +203,24 @@ def test_a_block_that_was_put_again_or_deleted_meanwhile_is_left_alone(store: Bl
     assert codec_at(client, 3) == "int8"
 
 
+def test_a_block_that_is_read_before_its_turn_comes_is_left_alone(store: BlockStore, client: redis.Redis) -> None:
+    store.put([stored(number) for number in range(5)])
+    for number in range(5):
+        make_idle(client, key(number), 700)
+
+    def interrupted(held: Held, target: CodecInfo) -> memoryview:
+        for number in range(5):
+            if held.block != name(number):
+                client.get(key(number))
+        return shrink(held, target)
+
+    with ageing(store, by=interrupted) as ager:
+        eventually(lambda: moved(ager) == {("lossless", "int8"): 1})
+        time.sleep(0.1)
+        assert moved(ager) == {("lossless", "int8"): 1}
+    assert sorted(codec_at(client, number) for number in range(5)) == ["int8", *["lossless"] * 4]
+
+
 def test_a_block_that_was_computed_and_put_again_ages_again(store: BlockStore, client: redis.Redis) -> None:
     store.put([stored(1)])
     make_idle(client, key(1), 700)

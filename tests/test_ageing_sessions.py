@@ -119,8 +119,8 @@ def test_a_ladder_session_ages_in_redis_and_goes_on_from_every_rung(
 def test_an_exact_session_beside_it_never_ages(redis_url: str, client: Redis, build_engine: EngineFactory) -> None:
     engine = build_engine(redis_url=redis_url)
     for codec in ("raw", "lossless", "int8", LADDER):
-        generate(engine, (), PROMPT, codec=codec)
-    engine.drain(5)
+        history = (*PROMPT, *generate(engine, (), PROMPT, codec=codec).reply)
+        engine.park(TENANT, history, codec=codec, drop_host=False, ttl_s=60).result(30)
     keys = {found.decode() for found in client.scan_iter("rekindle:b:*")}
     ladder = {key(want) for want in blocks_of(engine, (*PROMPT, 0))}
     before = {found: client.get(found) for found in keys}
