@@ -5,6 +5,7 @@ import asyncio
 import pytest
 import redis.asyncio
 
+from cache_store.frame import HEADER_BYTES
 from protos import rekindle_pb2 as pb
 from rekindle.errors import NotFound
 from tests.systems import BLOCK_TOKENS, System, Truth, block_keys, chat, eventually
@@ -156,3 +157,31 @@ async def test_a_deleted_session_is_gone_from_every_tier(system: System, redis_u
     again = (await system.client.create_session(session_id)).session_id
     turn = await system.say([*session.token_ids, 9], again)
     assert turn.receipt.computed_tokens == session.num_tokens + 1
+
+
+@pytest.mark.parametrize("codec", ["lossless", "int8", "ladder"])
+async def test_sessions_of_any_codec_are_parked_shown_resumed_forked_and_deleted(
+    system: System, redis_url: str, codec: str
+) -> None:
+    client, name = system.client, f"kept-{codec}"
+    await client.create_session(name, codec=codec)
+    await system.say(f"Kept as {codec}, and long enough to fill a few blocks of tokens.", name)
+    session = await with_tokens(system, name)
+    num_kv = session.num_tokens - 1
+    assert (await client.park_session(name, drop_host=True)).redis_tokens == num_kv
+    parked = await client.get_session(name, with_residency=True)
+    assert {residency.tier: residency.tokens for residency in parked.residency} == {pb.TIER_REDIS: num_kv}
+    keys = block_keys(session)
+    async with redis.asyncio.Redis.from_url(redis_url) as store:
+        assert await store.exists(*keys) == len(keys)
+        stored = sum([await store.strlen(key) - HEADER_BYTES for key in keys])
+        turn = await system.say(" and on", name)
+        assert turn.receipt.redis_tokens == num_kv
+        assert turn.receipt.restored_bytes == stored
+        fork = await client.fork_session(name, at_turn=1)
+        elsewhere = await system.say(" and elsewhere", fork.session_id)
+        assert elsewhere.receipt.device_tokens >= num_kv // BLOCK_TOKENS * BLOCK_TOKENS, "shared with its parent"
+        deleted = await client.delete_session(name)
+        assert deleted.redis_blocks >= len(keys) - 1
+        assert not await store.exists(*keys[:-1])
+    await client.delete_session(fork.session_id)
