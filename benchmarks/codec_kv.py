@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.bare_models import random_prompt
-from models.dialogues import held_out
 from worker.codecs.codec import Codec
 from worker.config import WorkerConfig
 from worker.ids import BlockId
@@ -82,6 +81,8 @@ class ModelKV:
 def _tokens(model: str, vocab_size: int, num_tokens: int) -> list[int]:
     if not Path(model).is_dir():
         return random_prompt(num_tokens, vocab_size, seed=0)
+    from models.dialogues import held_out  # beside the checkpoints in the repository; an installed copy has neither
+
     turns = [turn for dialogue in held_out(16, seed=0, max_tokens=num_tokens) for turn in dialogue.turns]
     text = "\n".join(f"{turn.user}\n{turn.reply}" for turn in turns)
     tokens = list(load_tokenizer(model, vocab_size).encode(text, is_first=True)[:num_tokens])
