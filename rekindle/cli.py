@@ -3,61 +3,22 @@
 A flag beats the TOML file, the file beats the environment (REKINDLE_NAME), and that beats the default.
 """
 
-import ast
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from inspect import Parameter as Argument
 from inspect import Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import App, Group, Parameter
 from cyclopts.config import Env, Toml
 from cyclopts.validators import Path as PathValidator
 
-import benchmarks
+from rekindle.cli_connection import AsJson, Connection, print_answer
+from rekindle.cli_measure import bench_app, eval_app
+from rekindle.cli_sessions import sessions_app
 from rekindle.settings import Settings, all_settings
 
-if TYPE_CHECKING:
-    from rekindle.sync_client import Client
-
 _DEFAULT_CONFIG = Path("rekindle.toml")
-
-_FLAGS = Parameter(
-    negative="",
-    consume_multiple=True,
-    name_transform=lambda name: "json" if name == "as_json" else name.replace("_", "-"),
-)
-"""How the keyword parameters of what is measured or proved become flags."""
-
-AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON object.")]
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class Connection:
-    """Where the server is, for every command that asks one."""
-
-    target: str = "127.0.0.1:50051"
-    """HOST:PORT of the server."""
-
-    timeout_s: float = 30.0
-    """How long a call may take; turns, parking and warming may take longer."""
-
-    @contextmanager
-    def open(self) -> Iterator["Client"]:
-        """Connect, and end the command with one line when a call fails."""
-        from rekindle.errors import RekindleError
-        from rekindle.sync_client import Client
-
-        with Client(self.target, timeout_s=self.timeout_s) as client:
-            try:
-                yield client
-            except RekindleError as error:
-                raise SystemExit(f"rekindle: {error}") from error
 
 
 def main() -> None:
@@ -79,20 +40,10 @@ def make_app() -> App:
     app.command(_serve_command(), name="serve")
     app.command(chat)
     app.command(demo)
-    sessions = App(name="sessions", help="List, show, fork, park, warm and remove conversations.")
-    for command, name in (
-        (sessions_ls, "ls"),
-        (sessions_show, "show"),
-        (sessions_fork, "fork"),
-        (sessions_park, "park"),
-        (sessions_warm, "warm"),
-        (sessions_rm, "rm"),
-    ):
-        sessions.command(command, name=name)
-    app.command(sessions)
+    app.command(sessions_app())
     app.command(stats)
-    app.command(_bench_app())
-    app.command(_eval_app())
+    app.command(bench_app())
+    app.command(eval_app())
 
     @app.meta.default
     def with_config(
@@ -151,7 +102,7 @@ def chat(
     temperature: float = 0.0,
     seed: int | None = None,
     codec: str = "",
-    connection: Connection = Connection(),  # frozen
+    connection: Connection = Connection(),
 ) -> None:
     """Talk with the model. After each turn it says where the prompt's cache came from.
 
@@ -185,107 +136,6 @@ def demo(*, as_json: AsJson = False) -> int:
     return demo(as_json=as_json)
 
 
-def sessions_ls(*, as_json: AsJson = False, connection: Connection = Connection()) -> None:
-    """List the conversations, newest first."""
-    from rekindle.display import sessions_table
-
-    with connection.open() as client:
-        sessions = list(client.list_sessions())
-    _show(sessions_table(sessions), sessions, as_json)
-
-
-def sessions_show(
-    session_id: str,
-    /,
-    *,
-    text: bool = False,
-    as_json: AsJson = False,
-    connection: Connection = Connection(),
-) -> None:
-    """Show a conversation: its turns and which tiers hold its cache.
-
-    Parameters
-    ----------
-    text
-        Its history as text, too.
-    """
-    from rekindle.display import session_table
-
-    with connection.open() as client:
-        session = client.get_session(session_id, with_text=text, with_residency=True)
-    _show(session_table(session), session, as_json)
-    if text and not as_json:
-        print(session.text)
-
-
-def sessions_fork(
-    session_id: str,
-    new_session_id: str = "",
-    /,
-    *,
-    at_turn: int | None = None,
-    as_json: AsJson = False,
-    connection: Connection = Connection(),
-) -> None:
-    """Copy a conversation; the cache is shared.
-
-    Parameters
-    ----------
-    new_session_id
-        The copy's name; without one, the server makes one up.
-    at_turn
-        The last turn that the copy has; 0 makes it empty.
-    """
-    from rekindle.display import session_table
-
-    with connection.open() as client:
-        session = client.fork_session(session_id, at_turn=at_turn, new_session_id=new_session_id)
-    _show(session_table(session), session, as_json)
-
-
-def sessions_park(
-    session_id: str,
-    /,
-    *,
-    drop_host: bool = False,
-    as_json: AsJson = False,
-    connection: Connection = Connection(),
-) -> None:
-    """Move a conversation's cache to Redis, and off the device.
-
-    Parameters
-    ----------
-    drop_host
-        Off the worker's host memory, too.
-    """
-    with connection.open() as client:
-        _show_message(client.park_session(session_id, drop_host=drop_host), as_json)
-
-
-def sessions_warm(
-    session_id: str,
-    /,
-    *,
-    as_json: AsJson = False,
-    connection: Connection = Connection(),
-) -> None:
-    """Bring a conversation's cache back to a device, ahead of its next turn."""
-    with connection.open() as client:
-        _show_message(client.warm_session(session_id), as_json)
-
-
-def sessions_rm(
-    session_id: str,
-    /,
-    *,
-    as_json: AsJson = False,
-    connection: Connection = Connection(),
-) -> None:
-    """Remove a conversation, and its cache from every tier."""
-    with connection.open() as client:
-        _show_message(client.delete_session(session_id), as_json)
-
-
 def stats(*, as_json: AsJson = False, connection: Connection = Connection()) -> None:
     """Show how the cache does: prompt tokens by source, the workers' tiers, Redis."""
     from rich.console import Group as Stack
@@ -294,54 +144,4 @@ def stats(*, as_json: AsJson = False, connection: Connection = Connection()) -> 
 
     with connection.open() as client:
         answer = client.stats()
-    _show(Stack(*stats_tables(answer)), answer, as_json)
-
-
-def _bench_app() -> App:
-    """One command for each module of benchmarks/: the keyword parameters of its `run` are the flags."""
-    bench = App(
-        name="bench",
-        help="Measure. Every benchmark runs both sides in turn and prints medians, and which bars hold.",
-        default_parameter=_FLAGS,
-    )
-    for path in sorted(Path(benchmarks.__path__[0]).glob("*.py")):
-        code = ast.parse(path.read_text())  # not imported: most of them bring torch
-        if any(isinstance(statement, ast.FunctionDef) and statement.name == "run" for statement in code.body):
-            summary = (ast.get_docstring(code) or "").partition("\n")[0]
-            bench.command(f"benchmarks.{path.stem}:run", name=path.stem, help=summary)
-    return bench
-
-
-def _eval_app() -> App:
-    """What proves rather than times. Imported when called: it brings torch."""
-    evaluations = App(
-        name="eval", help="Prove. Every evaluation says which of its bars hold.", default_parameter=_FLAGS
-    )
-    evaluations.command(
-        "benchmarks.fidelity:evaluate",
-        name="fidelity",
-        help="What a conversation loses when its cache is parked and comes back, codec by codec.",
-    )
-    return evaluations
-
-
-def _show(table: Any, answer: Any, as_json: bool) -> None:
-    """Print an answer (or a list of them) for people or for programs."""
-    from rich.console import Console
-
-    from rekindle.display import to_dict
-
-    if as_json:
-        print(json.dumps([to_dict(item) for item in answer] if isinstance(answer, list) else to_dict(answer)))
-    else:
-        Console().print(table)
-
-
-def _show_message(answer: Any, as_json: bool) -> None:
-    """Print an answer of few fields."""
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    for field in answer.DESCRIPTOR.fields:
-        table.add_row(field.name.replace("_", " "), str(getattr(answer, field.name)))
-    _show(table, answer, as_json)
+    print_answer(Stack(*stats_tables(answer)), answer, as_json)

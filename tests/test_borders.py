@@ -25,7 +25,7 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "worker/service.py": ("protos",),
     "worker/status.py": ("protos",),
     "worker/translate.py": ("protos",),
-    "rekindle/cli.py": ("benchmarks",),
+    "rekindle/cli_measure.py": ("benchmarks",),
     "rekindle/settings.py": ("server.config", "worker.config"),
     "rekindle/serve.py": ("server", "worker.actor", "worker.config", "cache_store"),
     "rekindle/demo.py": ("server", "worker.actor", "worker.config", "cache_store"),
