@@ -58,6 +58,8 @@ class Style:
 
     held_out_words: bool = False
     held_out_phrases: bool = False
+    plain_words: bool = False
+    """Open words are real ones and such of syllables alone."""
 
 
 Measure = Callable[[Turn], int]
@@ -116,7 +118,7 @@ class _Speaker:
     def __init__(self, random: Random, style: Style) -> None:
         self._random = random
         self._style = style
-        self._words = Words(random, held_out=style.held_out_words)
+        self._words = Words(random, held_out=style.held_out_words, plain=style.plain_words)
         self._facts: dict[str, _Fact] = {}
         self._number = 0
         self._latest: _Fact | None = None

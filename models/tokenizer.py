@@ -25,7 +25,7 @@ _CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Learn the merges from training dialogues. Open words come to two or three tokens, most others to one."""
+    """Learn the merges from training dialogues. Open words come to three tokens or so, most others to one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -50,6 +50,6 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 def _texts(seed: int) -> Iterator[str]:
     for index in range(_TRAINING_DIALOGUES):
-        for turn in dialogue(Random(f"tokenizer/{seed}/{index}"), Style(), 512, rough_tokens).turns:
+        for turn in dialogue(Random(f"tokenizer/{seed}/{index}"), Style(plain_words=True), 512, rough_tokens).turns:
             yield turn.user
             yield turn.reply

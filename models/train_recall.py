@@ -4,7 +4,6 @@ Short dialogues first, then longer ones: to find *the* fact among many is learne
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,14 +38,19 @@ class Phase:
     steps: int
     peak: float = 1.0
     """The learning rates' factor at the phase's begin; it goes in a line to the next phase's, and to 0 at the end."""
+    plain_words: bool = False
+    """Open words that are easily copied, until that is learned."""
+    fresh: bool = False
+    """Begin with a new optimizer, warmed up again."""
 
 
 PHASES = (
-    Phase(tokens=128, dialogues=64, steps=500),
-    Phase(tokens=256, dialogues=32, steps=250),
+    Phase(tokens=128, dialogues=64, steps=450, plain_words=True),
+    Phase(tokens=256, dialogues=32, steps=250, plain_words=True),
+    Phase(tokens=256, dialogues=32, steps=150, fresh=True),
     Phase(tokens=512, dialogues=16, steps=300),
-    Phase(tokens=1024, dialogues=8, steps=300, peak=0.7),
-    Phase(tokens=CONTEXT_TOKENS, dialogues=4, steps=500, peak=0.5),
+    Phase(tokens=1024, dialogues=8, steps=250, peak=0.7),
+    Phase(tokens=CONTEXT_TOKENS, dialogues=4, steps=450, peak=0.5),
 )
 _WARMUP_STEPS = 50
 _MUON_LR = 0.02
@@ -80,7 +84,8 @@ def batches(
     """Token ids and the weight of each in the loss, both [dialogues, tokens]."""
     length = phase.tokens * 5 // 4  # in rough tokens: enough to fill a row
     while True:
-        talks = [dialogue(random, Style(), length, rough_tokens) for _ in range(phase.dialogues)]
+        style = Style(plain_words=phase.plain_words)
+        talks = [dialogue(random, style, length, rough_tokens) for _ in range(phase.dialogues)]
         rows = [_row(tokenizer, talk, phase.tokens) for talk in talks]
         yield torch.tensor([ids for ids, _ in rows]), torch.tensor([weights for _, weights in rows])
 
@@ -136,6 +141,8 @@ def train(tokenizer: PreTrainedTokenizerFast, seed: int, device: torch.device) -
     columns = (*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[loss]}"))
     with Progress(*columns) as progress:
         for index, phase in enumerate(PHASES):
+            if phase.fresh:
+                optimizer, done = Optimizer(model), 0
             bar = progress.add_task(f"{phase.tokens} tokens", total=phase.steps, loss="")
             data = batches(tokenizer, phase, Random(f"{seed}/{index}"))
             end = PHASES[index + 1].peak if index + 1 < len(PHASES) else 0.0
@@ -164,14 +171,8 @@ def main() -> None:
     model.config.use_cache = True
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    record = {
-        "seed": options.seed,
-        "device": options.device,
-        "torch": torch.__version__,
-        "seconds": round(time.monotonic() - began),
-        "tokens": sum(phase.tokens * phase.dialogues * phase.steps for phase in PHASES),
-    }
-    (options.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    tokens = sum(phase.tokens * phase.dialogues * phase.steps for phase in PHASES)
+    print(f"{tokens:,} tokens on {options.device} in {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

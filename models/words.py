@@ -8,8 +8,8 @@ from collections import defaultdict
 from random import Random
 
 _ONSETS = "b br c ch d dr f g gr h j k kl l m n p pr r s sh st t tr v w y z".split()
-_NUCLEI = "a e i o u a e i o u ai ea ee ei ia ie io oo ou ue y".split()
-_CODAS = ["", "", "", "", *"l m n r s t x nd ck rt ff ll ng rk sh ss st th lla nna".split()]
+_NUCLEI = "a e i o u ai ea ia io ou".split()
+_CODAS = ["", "", "", *"l m n r s t x nd ck rt lla nna".split()]
 _REAL_NAMES = (
     "Adam Agnes Albert Alice Amir Ana Andrew Anna Anton Arthur Astrid Ben Bella Boris Bruno Camille Carl Carmen Cara "
     "Chen Clara Cora Daniel David Dora Edith Elena Elif Elsa Emil Emma Erik Eva Fatima Felix Fiona Frank Frida George "
@@ -51,9 +51,11 @@ def is_held_out(word: str) -> bool:
 class Words:
     """Draws words: those that training uses, or only those held out from it."""
 
-    def __init__(self, random: Random, *, held_out: bool) -> None:
+    def __init__(self, random: Random, *, held_out: bool, plain: bool = False) -> None:
+        """Open words are `plain`, real ones and such of syllables, or more varied."""
         self._random = random
         self._held_out = held_out
+        self._plain = plain
 
     def name(self) -> str:
         return self._open(_REAL_NAMES)
@@ -83,17 +85,23 @@ class Words:
         return self._random.choice(FAVOURITES[kind])
 
     def _open(self, real: list[str]) -> str:
-        """A real word, one by letters that follow each other in real ones, or one of syllables."""
         while True:
-            match self._random.randrange(10):
-                case 0 | 1:
-                    word = self._random.choice(real)
-                case 2 | 3 | 4 | 5:
-                    word = self._by_letters()
-                case _:
-                    word = self._by_syllables()
+            word = self._plain_word(real) if self._plain else self._varied_word(real)
             if is_held_out(word) == self._held_out:
                 return word
+
+    def _plain_word(self, real: list[str]) -> str:
+        return self._random.choice(real) if self._random.random() < 0.35 else self._by_syllables()
+
+    def _varied_word(self, real: list[str]) -> str:
+        """A real word, one by letters that follow each other in real ones, or one of syllables."""
+        match self._random.randrange(10):
+            case 0 | 1 | 2:
+                return self._random.choice(real)
+            case 3 | 4:
+                return self._by_letters()
+            case _:
+                return self._by_syllables()
 
     def _by_syllables(self) -> str:
         pick = self._random.choice
