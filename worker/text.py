@@ -86,7 +86,8 @@ class TextCodec:
 
 
 def load_tokenizer(model: str, vocab_size: int) -> TextCodec:
-    """The tokenizer of a shipped model, a model directory or hub id; of a preset:NAME the byte tokenizer for `vocab_size` ids."""
+    """The tokenizer of a shipped model, a model directory or a hub id; of a preset:NAME the byte tokenizer for
+    `vocab_size` ids."""
     if model.startswith("preset:"):
         return TextCodec(byte_tokenizer(vocab_size))
     return TextCodec(AutoTokenizer.from_pretrained(locate(model)))
