@@ -69,7 +69,7 @@ def plant(engine: Engine, redis_url: str, history: Sequence[int], index: int, *,
     block = engine._pool.find(names_of(engine, OTHER)[1])
     assert block is not None
     payload = memoryview(bytearray(engine.layout.block_bytes))
-    engine._kv_cache.read_block(block, payload)
+    engine._tiers.device.read_block(block, payload)
     store = open_block_store(redis_url, engine.layout, engine.fingerprint, timeout_s=2, refresh_ttl_s=60)
     assert store is not None
     name, fidelity = names_of(engine, history, codec)[index], fidelity_of(codec)
@@ -344,7 +344,7 @@ def test_what_is_being_restored_while_it_is_found_wrong_is_computed(
     assert isinstance(audited.next(), Token)
     own_redis.pause()
     restoring = start(engine, longer, SECOND)
-    eventually(lambda: bool(engine._scheduler.distrusted))
+    eventually(lambda: bool(engine._scheduler._tables.distrusted))
     assert [request.phase for request in engine._scheduler.running] == [Phase.RESTORING]
     own_redis.resume()
     assert not audit_of(audited.result()).passed
@@ -405,6 +405,22 @@ def test_a_step_that_fails_ends_the_audit_and_the_turn_is_told(build_engine: Eng
     assert len(turn.reply) == 8
     assert engine.stats().audits == counted(skipped=1)
     engine.check()
+
+
+def test_a_comparison_that_fails_ends_the_audit_and_the_engine_goes_on(
+    build_engine: EngineFactory, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build_engine(redis_url=redis_url)
+    history = parked(engine)
+
+    def add(comparison: Comparison, computed: torch.Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Comparison, "add", add)
+    turn = generate(engine, history, SECOND, audit=True)
+    assert turn.receipt.audit is None
+    assert engine.stats().audits == counted(skipped=1)
+    assert len(generate(engine, history, SECOND).reply) == 8
 
 
 def test_audits_run_beside_decoding_a_little_a_step_and_never_beside_prompts(

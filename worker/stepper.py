@@ -78,11 +78,19 @@ class Stepper:
         for request, token in tokens:
             self._publish(request, token)
         if audit_chunks:
-            self._auditor.ran(audit_chunks, logits[len(choosing) :])
+            self._compare(audit_chunks, logits[len(choosing) :])
         if num_prefilled:  # else an audit may have had its part in the time
             self._prefilled_tokens += num_prefilled
             self._prefill_s += (time.perf_counter() - began) * num_prefilled / (num_prefilled + num_decoding)
         return True
+
+    def _compare(self, chunks: Sequence[Chunk], logits: torch.Tensor) -> None:
+        """Tell the auditor what came of its chunks. Where it fails, the audit is lost; the turns have their tokens."""
+        try:
+            self._auditor.ran(chunks, logits)
+        except Exception as error:  # the accelerator may have no room for the comparison
+            log.error("an audit failed", exc_info=error)
+            self._auditor.give_way()
 
     def _plan(self) -> tuple[list[tuple[Request, list[Span]]], int]:
         """What each request runs in this step, and how many tokens of prompts that is."""
