@@ -6,6 +6,7 @@ from itertools import count
 
 from benchmarks.harness import at_most, finish, interleaved, medians
 from cache_store.embedded_redis import RedisServer
+from worker.build_engine import build_engine
 from worker.calls import Event, Failed, Finished, GenerateCall, Sampling
 from worker.config import WorkerConfig
 from worker.engine import Engine
@@ -39,8 +40,8 @@ def run(
 
     with RedisServer() as redis:
         base = {"model": f"preset:{preset}", "device_cache_bytes": 1 << 30}
-        plain = Engine.build(WorkerConfig(**base, host_cache_bytes=0, redis_url=""))  # type: ignore[arg-type]
-        tiered = Engine.build(WorkerConfig(**base, host_cache_bytes=1 << 30, redis_url=redis.url))  # type: ignore[arg-type]
+        plain = build_engine(WorkerConfig(**base, host_cache_bytes=0, redis_url=""))  # type: ignore[arg-type]
+        tiered = build_engine(WorkerConfig(**base, host_cache_bytes=1 << 30, redis_url=redis.url))  # type: ignore[arg-type]
         try:
             sides = {"without_cold_tiers_s": lambda: measure(plain), "with_cold_tiers_s": lambda: measure(tiered)}
             figures = interleaved(sides, rounds=rounds, quiet=as_json, title="overhead")

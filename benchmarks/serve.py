@@ -9,8 +9,8 @@ from benchmarks.harness import at_least, finish, interleaved, medians
 from benchmarks.overhead import prompt, serve
 from cache_store.embedded_redis import RedisServer
 from rekindle.client import Client
+from worker.build_engine import build_engine
 from worker.config import WorkerConfig
-from worker.engine import Engine
 
 
 def run(
@@ -39,7 +39,7 @@ def run(
         return [prompt(next(numbers), prompt_tokens, vocab_size) for _ in range(streams)]
 
     with RedisServer() as redis, deployment(model=model, redis_url=redis.url) as address:
-        engine = Engine.build(WorkerConfig(model=model, redis_url=redis.url, device_cache_bytes=1 << 30))
+        engine = build_engine(WorkerConfig(model=model, redis_url=redis.url, device_cache_bytes=1 << 30))
         try:
 
             def through_grpc() -> float:

@@ -7,6 +7,7 @@ from itertools import count
 
 import pytest
 
+from worker.build_engine import build_engine as build_real_engine
 from worker.calls import Event, Failed, Finished, GenerateCall, Receipt, Sampling, Token
 from worker.config import WorkerConfig
 from worker.engine import Engine
@@ -82,7 +83,7 @@ def generate(engine: Engine, history: Sequence[int], new: Sequence[int], **optio
 
 def poison(engine: Engine) -> None:
     """Fill every block that nobody uses with NaN: a restore that did not happen must not pass by luck."""
-    pool, kv_cache = engine._pool, engine._kv_cache
+    pool, kv_cache = engine._pool, engine._tiers.device
     free = [BlockId(block) for block in range(pool.num_blocks) if pool._free[block]]
     kv_cache.poison(free)
 
@@ -104,7 +105,7 @@ def build_engine() -> Iterator[EngineFactory]:
             "redis_url": "",
             "cpu_threads": 1,
         }
-        engine = Engine.build(WorkerConfig(**{**defaults, **settings}))  # type: ignore[arg-type]
+        engine = build_real_engine(WorkerConfig(**{**defaults, **settings}))  # type: ignore[arg-type]
         engines.append(engine)
         return engine
 

@@ -48,7 +48,7 @@ def key(name: BlockHash) -> str:
 def kv_of(engine: Engine, want: Wanted) -> torch.Tensor | None:
     """What the device has of a block."""
     block = engine._pool.find(want.name)
-    return None if block is None else engine._kv_cache.view(block)[:, :, :, : want.content_tokens].clone()
+    return None if block is None else engine._tiers.device.view(block)[:, :, :, : want.content_tokens].clone()
 
 
 def all_kv(engine: Engine, history: Sequence[int], codec: str) -> list[torch.Tensor]:
@@ -257,7 +257,7 @@ def test_a_lossy_block_is_encoded_once_however_often_it_is_parked_and_lost(
     assert {name: client.get(key(name)) for name in values} == values
     engine.warm(TENANT, history, codec=codec).result(30)
     client.delete(*map(key, values))
-    engine._host.drop(values)
+    engine._tiers.host.drop(values)
     assert park(engine, history, codec) == len(history) - 1 - full * BLOCK, (
         "the unfull block is exact: it is stored again"
     )
@@ -277,7 +277,7 @@ def test_what_a_turn_brought_back_is_not_encoded_again(
     encodes = encoded(engine, codec)
     names = [want.name for want in blocks_of(engine, longer, codec)]
     client.delete(*map(key, names))
-    engine._host.drop(names)
+    engine._tiers.host.drop(names)
     first_full, all_kv_tokens = len(history) // BLOCK, len(longer) - 1
     assert park(engine, longer, codec) == all_kv_tokens - first_full * BLOCK
     assert encoded(engine, codec) - encodes == all_kv_tokens // BLOCK - first_full, "what this turn has computed"
@@ -315,7 +315,7 @@ def test_what_was_copied_from_a_lossy_block_is_not_encoded_either(engine: Engine
     assert block is not None
     assert engine._pool.is_lossy(block)
     engine.flush(TENANT, prompt, codec="int8").result(30)
-    assert not engine._host.contains(tail.name)
+    assert not engine._tiers.host.contains(tail.name)
     assert (encoded(engine, "int8"), encoded(engine, "lossless")) == encodes
 
 

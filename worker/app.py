@@ -75,10 +75,10 @@ class WorkerApp:
 
 def _build(config: WorkerConfig) -> tuple[EngineLike, "TextCodec"]:
     # Here, because they bring torch and transformers with them.
-    from worker.engine import Engine
+    from worker.build_engine import build_engine
     from worker.text import load_tokenizer
 
-    engine = Engine.build(config)
+    engine = build_engine(config)
     try:
         return engine, load_tokenizer(config.model, engine.vocab_size)
     except BaseException:

@@ -4,6 +4,7 @@
 leaves the waiting to a thread of its own, and answers through a future.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -12,13 +13,14 @@ from typing import TypeVar
 from cache_store.codecs import fidelity_of
 from cache_store.errors import StoreUnavailable
 from cache_store.ids import BlockHash, root_hash
-from cache_store.layout import KVLayout
 from cache_store.store import BlockStore
+from worker.block_tables import BlockTables
 from worker.calls import DropReport, Located, ParkReport, WarmReport
 from worker.ids import BlockId
 from worker.moves import content_of
 from worker.pool import BlockPool
 from worker.prefix import Wanted, full_names, wanted_by_history
+from worker.restore import Outcome, Restore, Restored, Restorer
 from worker.scheduler import Scheduler
 from worker.write_behind import WriteBehind
 
@@ -32,17 +34,24 @@ class Histories:
     def __init__(
         self,
         pool: BlockPool,
+        tables: BlockTables,
         scheduler: Scheduler,
         write_behind: WriteBehind,
-        layout: KVLayout,
+        restorer: Restorer,
+        *,
+        block_tokens: int,
         fingerprint: bytes,
+        restore_timeout_s: float,
         post: Callable[[Callable[[], None]], None],
     ) -> None:
         self._pool = pool
+        self._tables = tables
         self._scheduler = scheduler
         self._write_behind = write_behind
-        self._layout = layout
+        self._restorer = restorer
+        self._block_tokens = block_tokens
         self._fingerprint = fingerprint
+        self._restore_timeout_s = restore_timeout_s
         self._post = post
         self._threads = ThreadPoolExecutor(4, "histories")
 
@@ -55,7 +64,7 @@ class Histories:
         found = [(want, self._pool.find(want.name)) for want in wanted]
         held = [block for _, block in found if block is not None]
         self._pool.acquire(held)
-        blocks = [(content_of(want, self._layout.block_tokens, codec), self._encodable(block)) for want, block in found]
+        blocks = [(content_of(want, self._block_tokens, codec), self._encodable(block)) for want, block in found]
 
         def parked(result: tuple[set[BlockHash], int]) -> None:
             present, num_bytes = result
@@ -75,7 +84,34 @@ class Histories:
         )
 
     def warm(self, tenant: str, tokens: Sequence[int], codec: str, future: Future[WarmReport]) -> None:
-        self._scheduler.warm(self._wanted(tenant, tokens, codec), codec, future.set_result)
+        """Restore what the device lacks, as far as blocks are free, and leave it cached."""
+        wanted = self._wanted(tenant, tokens, codec)
+        held = [block for want in wanted if (block := self._pool.find(want.name)) is not None]
+        self._pool.acquire(held)
+        missing = [want for want in wanted if self._pool.find(want.name) is None and self._restorer.may_have(want.name)]
+        targets = self._pool.take(min(len(missing), self._pool.available)) or []
+        missing = missing[: len(targets)]
+
+        def landed(outcomes: list[Outcome]) -> None:
+            for want, target, outcome in zip(missing, targets, outcomes, strict=True):
+                if isinstance(outcome, Restored) and outcome.encoding.codec.lossy:
+                    self._pool.mark_lossy(target)
+                if isinstance(outcome, Restored) and want.name not in self._tables.distrusted:
+                    self._pool.name(target, want.name)
+            restored = sum(w.offers for w, o in zip(missing, outcomes, strict=True) if isinstance(o, Restored))
+            self._pool.release([*held, *targets])
+            on_device = _tokens(wanted, [self._pool.find(want.name) is not None for want in wanted])
+            future.set_result(WarmReport(device_tokens=on_device, restored_tokens=restored))
+
+        self._restorer.restore(
+            [
+                Restore(content_of(want, self._block_tokens, codec), target)
+                for want, target in zip(missing, targets, strict=True)
+            ],
+            lambda outcomes: self._post(lambda: landed(outcomes)),
+            deadline_s=time.monotonic() + self._restore_timeout_s,
+            cancelled=lambda: False,
+        )
 
     def flush(self, tenant: str, tokens: Sequence[int], codec: str, future: Future[None]) -> None:
         names = self._names(tenant, tokens, codec)
@@ -127,7 +163,7 @@ class Histories:
                 store.delete(wrong)
 
         def gone(_: None) -> None:
-            self._scheduler.trust(wrong)
+            self._tables.trust(wrong)
             future.set_result(None)
 
         self._later(delete, future, gone)
@@ -148,12 +184,12 @@ class Histories:
         return root_hash(self._fingerprint, tenant, fidelity_of(codec))
 
     def _wanted(self, tenant: str, tokens: Sequence[int], codec: str) -> list[Wanted]:
-        return wanted_by_history(self._root(tenant, codec), tokens, self._layout.block_tokens)
+        return wanted_by_history(self._root(tenant, codec), tokens, self._block_tokens)
 
     def _names(self, tenant: str, tokens: Sequence[int], codec: str) -> list[BlockHash]:
         """Of every block that holds any of these tokens and no others: a last block that a later turn filled up too."""
         names = [want.name for want in self._wanted(tenant, tokens, codec)]
-        full = full_names(self._root(tenant, codec), tokens, self._layout.block_tokens)
+        full = full_names(self._root(tenant, codec), tokens, self._block_tokens)
         return list(dict.fromkeys([*names, *full]))
 
     def _encodable(self, block: BlockId | None) -> BlockId | None:

@@ -1,0 +1,89 @@
+"""From settings to a running engine: which part is told of which. Nothing is decided here."""
+
+import random
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from cache_store.ids import BlockHash
+from worker.auditor import Auditor
+from worker.block_tables import BlockTables
+from worker.config import WorkerConfig
+from worker.engine import Engine
+from worker.histories import Histories
+from worker.inbox import Inbox
+from worker.model import LoadedModel, load_model
+from worker.pool import BlockPool
+from worker.runner import ModelRunner
+from worker.sampler import Sampler
+from worker.scheduler import Scheduler
+from worker.stepper import Stepper
+from worker.tiers import Tiers, open_tiers
+
+
+def build_engine(config: WorkerConfig) -> Engine:
+    """Load the model, take all memory, connect the tiers, and start. Raises ModelRefused, InvalidRequest."""
+    loaded = load_model(config)
+    engine = _wire(config, loaded, open_tiers(config, loaded))
+    engine.start()
+    return engine
+
+
+def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
+    block_tokens = loaded.layout.block_tokens
+    inbox = Inbox()
+    pool = BlockPool(tiers.device.num_blocks)
+    sampler = Sampler(loaded.vocab_size, loaded.device)
+
+    def discard(names: Sequence[BlockHash]) -> Future[None]:
+        return inbox.ask(lambda future: histories.discard(names, future))
+
+    auditor = Auditor(
+        pool,
+        rate=config.audit_rate,
+        draw=random.Random().random,
+        block_tokens=block_tokens,
+        dtype=loaded.layout.dtype,
+        discard=discard,
+    )
+    tables = BlockTables(
+        pool,
+        tiers.write_behind,
+        tiers.restorer,
+        block_tokens=block_tokens,
+        restore_timeout_s=config.restore_timeout_s,
+        copy_tokens=tiers.device.copy_tokens,
+        make_room=auditor.give_way,
+        post=inbox.post,
+    )
+    scheduler = Scheduler(tables, auditor, block_tokens=block_tokens, max_running=config.max_running)
+    stepper = Stepper(
+        scheduler,
+        ModelRunner(loaded, tiers.device),
+        sampler,
+        auditor,
+        max_step_tokens=config.max_step_tokens,
+        max_prefill_tokens=config.max_prefill_tokens,
+    )
+    histories = Histories(
+        pool,
+        tables,
+        scheduler,
+        tiers.write_behind,
+        tiers.restorer,
+        block_tokens=block_tokens,
+        fingerprint=loaded.fingerprint,
+        restore_timeout_s=config.restore_timeout_s,
+        post=inbox.post,
+    )
+    return Engine(
+        config,
+        loaded,
+        tiers,
+        inbox=inbox,
+        pool=pool,
+        sampler=sampler,
+        auditor=auditor,
+        scheduler=scheduler,
+        stepper=stepper,
+        histories=histories,
+    )
