@@ -9,8 +9,9 @@ told that the copy is done. Both queues are bounded: what does not fit is droppe
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import structlog
@@ -190,27 +191,47 @@ class WriteBehind:
         """
         assert self.store is not None
         names = [content.name for content, _ in blocks]
-        self.flush(names, timeout_s=30.0)
-        present = {name for name, there in zip(names, self.store.which(names), strict=True) if there}
-        missing = [(content, block) for content, block in blocks if content.name not in present]
         num_bytes = 0
-        for start in range(0, len(missing), BATCH_BLOCKS):
-            jobs: list[tuple[Slot, Content, int]] = []
-            try:
-                for content, block in missing[start : start + BATCH_BLOCKS]:
-                    slot = self._host_copy(content, block)
-                    if slot is not None:
-                        jobs.append((slot, content, ttl_s))
-                with self._counter.timed(Tier.HOST, Tier.REDIS, *(slot.encoding for slot, _, _ in jobs)):
-                    self.store.put([_stored(*job) for job in jobs])
-                for slot, content, _ in jobs:
-                    present.add(content.name)
-                    self.outgrown(content.name)  # the store has it
-                    num_bytes += slot.encoding.num_bytes
-            finally:
-                for slot, _, _ in jobs:
-                    self.host.unpin(slot)
+        with self._on_the_way(names, timeout_s=30.0):
+            present = {name for name, there in zip(names, self.store.which(names), strict=True) if there}
+            missing = [(content, block) for content, block in blocks if content.name not in present]
+            for start in range(0, len(missing), BATCH_BLOCKS):
+                written = self._write(self.store, missing[start : start + BATCH_BLOCKS], ttl_s)
+                present.update(written)
+                num_bytes += sum(written.values())
         return present, num_bytes
+
+    @contextmanager
+    def _on_the_way(self, names: Sequence[BlockHash], *, timeout_s: float) -> Iterator[None]:
+        """Wait until none of these blocks is on its way, then count them so: whoever deletes them waits in turn, or
+        they would be written again behind it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not any(name in self._pending for name in names), timeout_s)
+            self._pending.update(names)
+        try:
+            yield
+        finally:
+            for name in names:
+                self._settle(name)
+
+    def _write(
+        self, store: BlockStore, blocks: Sequence[tuple[Content, BlockId | None]], ttl_s: int
+    ) -> dict[BlockHash, int]:
+        """Write a batch by way of the host tier. Returns the payload bytes of those that could be."""
+        jobs: list[tuple[Slot, Content, int]] = []
+        try:
+            for content, block in blocks:
+                slot = self._host_copy(content, block)
+                if slot is not None:
+                    jobs.append((slot, content, ttl_s))
+            with self._counter.timed(Tier.HOST, Tier.REDIS, *(slot.encoding for slot, _, _ in jobs)):
+                store.put([_stored(*job) for job in jobs])
+            for _, content, _ in jobs:
+                self.outgrown(content.name)  # the store has it
+            return {content.name: slot.encoding.num_bytes for slot, content, _ in jobs}
+        finally:
+            for slot, _, _ in jobs:
+                self.host.unpin(slot)
 
     def _host_copy(self, content: Content, block: BlockId | None) -> Slot | None:
         """The block in the host tier, pinned, encoded there from the device if need be."""
