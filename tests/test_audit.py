@@ -353,6 +353,25 @@ def test_what_is_being_restored_while_it_is_found_wrong_is_computed(
     assert turn.reply == generate(build_engine(), longer, SECOND).reply
 
 
+def test_what_is_being_warmed_while_it_is_found_wrong_stays_nowhere(
+    build_engine: EngineFactory, own_redis: RedisServer
+) -> None:
+    engine = build_engine(redis_url=own_redis.url, redis_timeout_s=10, restore_timeout_s=20)
+    history = parked(engine)
+    plant(engine, own_redis.url, history, 1)
+    audited = start(engine, history, SECOND, max_new_tokens=100, audit=True)
+    assert isinstance(audited.next(), Token)
+    engine.drop(TENANT, history, with_redis=False).result(30)  # as if other conversations had taken all the room
+    own_redis.pause()
+    warmed = engine.warm(TENANT, history)
+    eventually(lambda: bool(engine._scheduler._tables.distrusted))
+    own_redis.resume()
+    assert not audit_of(audited.result()).passed
+    assert warmed.result(30).restored_tokens == 0
+    located = engine.locate(TENANT, history, with_redis=True).result(30)
+    assert (located.device_tokens, located.host_tokens, located.redis_tokens) == (0, 0, 0)
+
+
 def eventually(check: Callable[[], bool], within_s: float = 30) -> None:
     deadline = time.monotonic() + within_s
     while not check():

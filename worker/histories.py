@@ -15,7 +15,7 @@ from cache_store.errors import StoreUnavailable
 from cache_store.ids import BlockHash, root_hash
 from cache_store.store import BlockStore
 from worker.block_tables import BlockTables
-from worker.calls import DropReport, Located, ParkReport, WarmReport
+from worker.calls import DropReport, Located, MissReason, ParkReport, WarmReport
 from worker.ids import BlockId
 from worker.moves import content_of
 from worker.pool import BlockPool
@@ -53,6 +53,7 @@ class Histories:
         self._fingerprint = fingerprint
         self._restore_timeout_s = restore_timeout_s
         self._post = post
+        self._num_discards = 0
         self._threads = ThreadPoolExecutor(4, "histories")
 
     def park(
@@ -88,15 +89,19 @@ class Histories:
         wanted = self._wanted(tenant, tokens, codec)
         held = [block for want in wanted if (block := self._pool.find(want.name)) is not None]
         self._pool.acquire(held)
-        missing = [want for want in wanted if self._pool.find(want.name) is None and self._restorer.may_have(want.name)]
+        missing = [want for want in wanted if self._pool.find(want.name) is None and self._may_restore(want.name)]
         targets = self._pool.take(min(len(missing), self._pool.available)) or []
         missing = missing[: len(targets)]
+        num_discards = self._num_discards
 
         def landed(outcomes: list[Outcome]) -> None:
+            if num_discards != self._num_discards:  # what was on its way may be what was found wrong meanwhile
+                self._write_behind.host.drop(want.name for want in missing)
+                outcomes = [MissReason.ABSENT] * len(missing)
             for want, target, outcome in zip(missing, targets, outcomes, strict=True):
-                if isinstance(outcome, Restored) and outcome.encoding.codec.lossy:
-                    self._pool.mark_lossy(target)
-                if isinstance(outcome, Restored) and want.name not in self._tables.distrusted:
+                if isinstance(outcome, Restored):
+                    if outcome.encoding.codec.lossy:
+                        self._pool.mark_lossy(target)
                     self._pool.name(target, want.name)
             restored = sum(w.offers for w, o in zip(missing, outcomes, strict=True) if isinstance(o, Restored))
             self._pool.release([*held, *targets])
@@ -152,6 +157,7 @@ class Histories:
 
         While the store can't be asked they stay distrusted here. Raises StoreUnavailable.
         """
+        self._num_discards += 1
         wrong = list(self._scheduler.distrust(names))
         host, store = self._write_behind.host, self._write_behind.store
         host.drop(wrong)
@@ -191,6 +197,9 @@ class Histories:
         names = [want.name for want in self._wanted(tenant, tokens, codec)]
         full = full_names(self._root(tenant, codec), tokens, self._block_tokens)
         return list(dict.fromkeys([*names, *full]))
+
+    def _may_restore(self, name: BlockHash) -> bool:
+        return name not in self._tables.distrusted and self._restorer.may_have(name)
 
     def _encodable(self, block: BlockId | None) -> BlockId | None:
         """The block, unless what it holds came from a lossy payload: that is not encoded again."""
