@@ -17,7 +17,7 @@ _MIN_BLOCK_TOKENS = 64
 
 def run(
     *,
-    models: tuple[str, ...] = ("preset:qwen3-0.6b", "models/recall"),
+    models: tuple[str, ...] = ("preset:qwen3-0.6b", "rekindle-recall"),
     num_tokens: int = 512,
     rounds: int = 5,
     as_json: bool = False,

@@ -12,6 +12,7 @@ from worker.ids import BlockId
 from worker.kv_cache import KVCache
 from worker.model import LoadedModel, load_model
 from worker.runner import ModelRunner
+from worker.shipped import locate
 from worker.step import Chunk
 from worker.text import load_tokenizer
 
@@ -79,7 +80,7 @@ class ModelKV:
 
 
 def _tokens(model: str, vocab_size: int, num_tokens: int) -> list[int]:
-    if not Path(model).is_dir():
+    if not Path(locate(model)).is_dir():
         return random_prompt(num_tokens, vocab_size, seed=0)
     from models.dialogues import held_out  # beside the checkpoints in the repository; an installed copy has neither
 
