@@ -1,10 +1,7 @@
 """From settings to a running engine: which part is told of which. Nothing is decided here."""
 
 import random
-from collections.abc import Sequence
-from concurrent.futures import Future
 
-from cache_store.ids import BlockHash
 from worker.auditor import Auditor
 from worker.block_tables import BlockTables
 from worker.config import WorkerConfig
@@ -33,17 +30,13 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
     inbox = Inbox()
     pool = BlockPool(tiers.device.num_blocks)
     sampler = Sampler(loaded.vocab_size, loaded.device)
-
-    def discard(names: Sequence[BlockHash]) -> Future[None]:
-        return inbox.ask(lambda future: histories.discard(names, future))
-
     auditor = Auditor(
         pool,
         rate=config.audit_rate,
         draw=random.Random().random,
         block_tokens=block_tokens,
         dtype=loaded.layout.dtype,
-        discard=discard,
+        discard=lambda names: inbox.ask(lambda future: histories.discard(names, future)),  # asked later than made
     )
     tables = BlockTables(
         pool,
@@ -75,15 +68,4 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         restore_timeout_s=config.restore_timeout_s,
         post=inbox.post,
     )
-    return Engine(
-        config,
-        loaded,
-        tiers,
-        inbox=inbox,
-        pool=pool,
-        sampler=sampler,
-        auditor=auditor,
-        scheduler=scheduler,
-        stepper=stepper,
-        histories=histories,
-    )
+    return Engine(config, loaded, tiers, inbox, pool, sampler, auditor, scheduler, stepper, histories)

@@ -45,7 +45,6 @@ class Engine:
         config: WorkerConfig,
         loaded: LoadedModel,
         tiers: Tiers,
-        *,
         inbox: Inbox,
         pool: BlockPool,
         sampler: Sampler,
