@@ -117,18 +117,22 @@ def shrink(payload: memoryview, source: Form, target: Form, into: memoryview) ->
 
 
 def _to_float(numbers: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    """A float32 copy, the first tokens put aside: the one after them stands in, so that no scale reaches for them."""
-    copy = numbers.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if num_sinks := sinks.shape[2]:
-        sinks.copy_(numbers[:, :, :num_sinks])
-        copy[:, :, :num_sinks] = copy[:, :, num_sinks : num_sinks + 1]
-    return copy
+    """A float32 copy; the first tokens are also put aside."""
+    sinks.copy_(numbers[:, :, : sinks.shape[2]])
+    return numbers.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def _stand_in(numbers: torch.Tensor, piece: Parts) -> None:
+    """Let the token after those put aside stand in for them, so that no scale reaches for them."""
+    num_sinks = piece["sinks"].shape[3]
+    numbers[:, :, :num_sinks] = numbers[:, :, num_sinks : num_sinks + 1]
 
 
 def _encode_keys(keys: torch.Tensor, piece: Parts, turn: Turn | None, group: int) -> torch.Tensor:
     """Returns the largest magnitude."""
     if turn:
         turn.undo(keys)
+    _stand_in(keys, piece)
     groups = keys.unflatten(2, (-1, group))
     low, high = torch.aminmax(groups, dim=3)
     middles = _encode_middles((low + high).mul_(0.5), piece)
@@ -160,6 +164,7 @@ def _middles(piece: Parts) -> torch.Tensor:
 
 def _encode_values(values: torch.Tensor, piece: Parts, group: int) -> torch.Tensor:
     """Returns the largest magnitude."""
+    _stand_in(values, piece)
     groups = values.unflatten(3, (-1, group))
     largest = groups.abs().amax(4)
     codes, bases = pack_scales(largest / _LEVELS)
