@@ -503,6 +503,62 @@ def test_audits_beyond_the_queue_are_skipped() -> None:
     assert auditor.counts == counted(skipped=4)
 
 
+def test_audits_that_turns_wait_for_go_before_the_others_and_take_their_places() -> None:
+    auditor = an_auditor(BlockPool(4))
+    heard: list[Event] = []
+    for number in range(16):
+        finish(auditor, a_turn(number))
+    for number in (16, 17):
+        finish(auditor, a_turn(number, heard.append, audit=True))
+    assert auditor.counts == counted(skipped=2)
+    for expected in range(2):
+        assert len(heard) == expected
+        auditor.ran(auditor.plan(41), torch.zeros(2, 32))
+    assert [event.receipt.audit is not None for event in heard if isinstance(event, Finished)] == [True, True]
+    assert len(auditor.plan(10)) == 1, "the others follow"
+
+
+@pytest.mark.parametrize("is_begun", [True, False])
+@pytest.mark.parametrize(("deadline_after_s", "ends_after_s"), [(None, 60.0), (600.0, 60.0), (10.0, 9.5)])
+def test_a_turn_waits_for_its_audit_so_long_and_not_past_its_deadline(
+    is_begun: bool, deadline_after_s: float | None, ends_after_s: float
+) -> None:
+    pool = BlockPool(4)
+    auditor = an_auditor(pool)
+    heard: list[Event] = []
+    before_s = time.monotonic()
+    deadline_s = None if deadline_after_s is None else before_s + deadline_after_s
+    finish(auditor, a_turn(0, heard.append, audit=True, deadline_s=deadline_s))
+    if is_begun:
+        auditor.plan(10)
+    auditor.expire(before_s + ends_after_s - 0.01)
+    assert heard == []
+    auditor.expire(time.monotonic() + ends_after_s)
+    (event,) = heard
+    assert isinstance(event, Finished)
+    assert event.receipt.audit is None
+    assert auditor.counts == counted(skipped=1)
+    assert auditor.plan(10) == []
+    assert pool.stats().used == 0
+
+
+def test_a_turn_hears_that_it_is_over_though_its_audit_finds_no_room(
+    build_engine: EngineFactory, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.auditor._MAX_WAIT_S", 0.2)
+    engine = build_engine(redis_url=redis_url, max_step_tokens=2, max_running=2)
+    history = parked(engine)
+    start(engine, (), OTHER, max_new_tokens=900)
+    audited = start(engine, history, SECOND, audit=True)
+    start(engine, (), OTHER[::-1], max_new_tokens=800)
+    turn = audited.result()
+    assert turn.receipt.redis_tokens > 0
+    assert turn.receipt.audit is None
+    assert engine.stats().audits == counted(skipped=1)
+    assert engine.stats().running == 2, "the batch was to stay full"
+    engine.drain(0)
+
+
 def test_an_audit_takes_what_a_step_has_left_and_asks_for_the_logits_that_chose() -> None:
     auditor = an_auditor(BlockPool(4))
     finish(auditor, a_turn(0))
@@ -552,7 +608,13 @@ def an_auditor(pool: BlockPool, *, rate: float = 1.0, draw: Callable[[], float] 
     return Auditor(pool, rate=rate, draw=draw, block_tokens=BLOCK, dtype="float32", discard=lambda names: Future())
 
 
-def a_turn(number: int, listener: Callable[[Event], None] = lambda event: None, *, audit: bool = False) -> Request:
+def a_turn(
+    number: int,
+    listener: Callable[[Event], None] = lambda event: None,
+    *,
+    audit: bool = False,
+    deadline_s: float | None = None,
+) -> Request:
     """A turn of 40 prompt tokens and a reply of two, recorded: an audit of it needs three blocks."""
     call = GenerateCall(
         request_id=f"turn-{number}",
@@ -561,6 +623,7 @@ def a_turn(number: int, listener: Callable[[Event], None] = lambda event: None, 
         input=tuple(range(10)),
         sampling=Sampling(),
         max_new_tokens=2,
+        deadline_s=deadline_s,
         audit=audit,
     )
     row = RowState(call.sampling, seen=None, counts=None, position=0)

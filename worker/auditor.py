@@ -5,10 +5,11 @@ that nobody can find, which it gives up to any turn that needs them. It looks no
 the engine's thread alone.
 """
 
-from collections import deque
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import structlog
 import torch
@@ -26,6 +27,10 @@ log = structlog.get_logger(__name__)
 
 _MAX_QUEUED = 16
 """Audits that wait, each with its turn's logits."""
+_MAX_WAIT_S = 60.0
+"""How long a turn waits for the audit that it asked for: prompts and a full batch may leave it no room for longer."""
+_ANSWER_S = 0.5
+"""Left of a turn's deadline when it stops waiting: its reply has still to arrive."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +43,15 @@ class _Audit:
     """Positions to compute: up to the one that chose the last recorded token."""
     num_computed: int = 0
     table: list[BlockId] = field(default_factory=list)
+
+
+class _Held(NamedTuple):
+    """A turn that is over and waits for its audit."""
+
+    request: Request
+    finished: Finished
+    until_s: float
+    """Of `time.monotonic()`."""
 
 
 class Auditor:
@@ -62,10 +76,11 @@ class Auditor:
         self._block_tokens = block_tokens
         self._dtype = dtype
         self._discard = discard
-        self._queue: deque[_Audit] = deque()
+        self._queue: list[_Audit] = []
+        """Those that a turn waits for come first."""
         self._current: _Audit | None = None
-        self._held: dict[str, tuple[Request, Finished]] = {}
-        """Turns that wait for their audit, by request id."""
+        self._held: dict[str, _Held] = {}
+        """By request id."""
 
     @property
     def is_awaited(self) -> bool:
@@ -91,26 +106,38 @@ class Auditor:
         return request.recording is not None
 
     def finished(self, request: Request, finished: Finished) -> None:
-        """Tell the turn's listener that it is over: now, or where it asked for the audit, with the report."""
+        """Tell the turn's listener that it is over: now, or where it asked for the audit, with the report or when it
+        has waited long enough (`expire`)."""
         if request.recording is None:
             request.listener(finished)
             return
         if request.call.audit:
-            self._held[request.call.request_id] = (request, finished)
+            self._held[request.call.request_id] = _Held(request, finished, _patience_ends_s(request))
         else:
             request.listener(finished)
         rows = request.recording.rows
         reply = request.tokens[request.num_prompt : request.num_prompt + len(rows)]
         audit = _Audit(request, finished.completion_tokens, Comparison(rows, reply), request.num_prompt + len(rows) - 1)
-        if len(self._queue) < _MAX_QUEUED:
-            self._queue.append(audit)
-        else:
-            self._end(audit, "skipped")
+        self._queue.append(audit)
+        self._queue.sort(key=lambda queued: not queued.request.call.audit)
+        if len(self._queue) > _MAX_QUEUED:
+            self._end(self._queue.pop(), "skipped")
 
     def cancel(self, request_id: str) -> None:
         """Nobody waits for this turn any more: drop its audit. Harmless where none is awaited."""
-        if self._held.pop(request_id, None) is None:
-            return
+        if self._held.pop(request_id, None) is not None:
+            self._skip(request_id)
+
+    def expire(self, now_s: float) -> None:
+        """Skip the audits that turns have waited for long enough, and tell these that they are over, without a report.
+
+        One whose mismatch is being acted on goes on being counted as that.
+        """
+        for request_id in [request_id for request_id, held in self._held.items() if now_s >= held.until_s]:
+            self._skip(request_id)
+            self._answer(request_id, None)
+
+    def _skip(self, request_id: str) -> None:
         if self._current is not None and self._current.request.call.request_id == request_id:
             self.give_way()
         for audit in [audit for audit in self._queue if audit.request.call.request_id == request_id]:
@@ -125,7 +152,7 @@ class Auditor:
         if max_tokens <= 0:
             return []
         if self._current is None and self._queue:
-            self._begin(self._queue.popleft())
+            self._begin(self._queue.pop(0))
         audit = self._current
         if audit is None:
             return []
@@ -207,7 +234,7 @@ class Auditor:
         """Drop every audit, and tell turns that wait for one that they are over."""
         self.give_way()
         while self._queue:
-            self._end(self._queue.popleft(), "skipped")
+            self._end(self._queue.pop(0), "skipped")
         for request_id in list(self._held):  # their blocks are being deleted: they need not wait for that
             self._answer(request_id, None)
 
@@ -216,6 +243,13 @@ class Auditor:
         self._answer(audit.request.call.request_id, report)
 
     def _answer(self, request_id: str, report: AuditReport | None) -> None:
-        request, finished = self._held.pop(request_id, (None, None))
-        if request is not None and finished is not None:
-            request.listener(replace(finished, receipt=replace(finished.receipt, audit=report)))
+        held = self._held.pop(request_id, None)
+        if held is not None:
+            receipt = replace(held.finished.receipt, audit=report)
+            held.request.listener(replace(held.finished, receipt=receipt))
+
+
+def _patience_ends_s(request: Request) -> float:
+    """When the turn, which has its reply now, is not to wait for its audit any longer."""
+    until_s, deadline_s = time.monotonic() + _MAX_WAIT_S, request.call.deadline_s
+    return until_s if deadline_s is None else min(until_s, deadline_s - _ANSWER_S)

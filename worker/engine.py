@@ -200,11 +200,14 @@ class Engine:
 
     def _run(self) -> None:
         while not self._inbox.closed:
-            self._scheduler.expire(time.monotonic())
+            now_s = time.monotonic()
+            self._scheduler.expire(now_s)
+            self._auditor.expire(now_s)
             self._scheduler.admit()
             stepped = self._stepper.step()
             # With nothing to run, wait for work, but not past anybody's deadline by much.
-            self._inbox.read(wait=not stepped, timeout_s=0.05 if self._requests else None)
+            is_timed = bool(self._requests) or self._auditor.is_awaited
+            self._inbox.read(wait=not stepped, timeout_s=0.05 if is_timed else None)
 
     def _accept(self, request: Request) -> None:
         self._requests[request.call.request_id] = request
