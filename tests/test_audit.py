@@ -426,6 +426,57 @@ def test_a_step_that_fails_ends_the_audit_and_the_turn_is_told(build_engine: Eng
     engine.check()
 
 
+def test_an_audit_that_fails_in_a_step_costs_the_turns_in_it_nothing(
+    build_engine: EngineFactory, redis_url: str
+) -> None:
+    engine = build_engine(redis_url=redis_url)
+    history = parked(engine)
+    runner = engine._stepper._runner
+    failed: list[int] = []
+
+    class FailsWithAudits:
+        def run(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+            logits = runner.run(chunks)
+            audit = engine._auditor._current
+            if audit is not None and any(chunk.block_table is audit.table for chunk in chunks):
+                failed.append(len([chunk for chunk in chunks if chunk.block_table is not audit.table]))
+                raise RuntimeError("out of memory")
+            return logits
+
+    engine._stepper._runner = FailsWithAudits()
+    neighbour = start(engine, (), OTHER, max_new_tokens=100)
+    first = neighbour.next()
+    assert isinstance(first, Token)
+    turn = generate(engine, history, SECOND, audit=True)
+    assert turn.receipt.audit is None
+    assert engine.stats().audits == counted(skipped=1)
+    reply = (first.token_id, *neighbour.result().reply)
+    assert failed == [1], "the neighbour was to be in the audit's step"
+    assert reply == generate(build_engine(), (), OTHER, max_new_tokens=100).reply
+
+
+def test_turns_that_fail_without_the_audit_too_are_told(build_engine: EngineFactory, redis_url: str) -> None:
+    engine = build_engine(redis_url=redis_url)
+    history = parked(engine)
+    runner = engine._stepper._runner
+    failed: list[bool] = []
+
+    class FailsFromAuditsOn:
+        def run(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+            if engine._auditor._current is not None or failed:
+                failed.append(len(chunks) > 1)
+                raise RuntimeError("out of memory")
+            return runner.run(chunks)
+
+    engine._stepper._runner = FailsFromAuditsOn()
+    neighbour = start(engine, (), OTHER, max_new_tokens=100)
+    assert isinstance(neighbour.next(), Token)
+    assert generate(engine, history, SECOND, audit=True).receipt.audit is None
+    with pytest.raises(RuntimeError, match="out of memory"):
+        neighbour.result()
+    assert failed == [True, False], "once with the audit, once without"
+
+
 def test_a_comparison_that_fails_ends_the_audit_and_the_engine_goes_on(
     build_engine: EngineFactory, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,7 @@ class Stepper:
             return False
         began = time.perf_counter()
         try:
-            logits = self._runner.run([*chunks, *audit_chunks])
+            logits, audit_chunks = self._run(chunks, audit_chunks)
             choosing = [request for request, spans in work if spans[-1].end == len(request.tokens)]
             tokens = self._sample(logits[: len(choosing)], choosing)
         except Exception as error:  # an accelerator out of memory, say: the step is lost, the engine is not
@@ -83,6 +83,18 @@ class Stepper:
             self._prefilled_tokens += num_prefilled
             self._prefill_s += (time.perf_counter() - began) * num_prefilled / (num_prefilled + num_decoding)
         return True
+
+    def _run(self, chunks: list[Chunk], audit_chunks: list[Chunk]) -> tuple[torch.Tensor, list[Chunk]]:
+        """Run both. Where that fails, the audit is lost, and the turns run once more without it: a chunk that is run
+        again writes what it wrote. Returns the logits, and those of the audit's chunks that were run."""
+        try:
+            return self._runner.run([*chunks, *audit_chunks]), audit_chunks
+        except Exception as error:
+            if not chunks or not audit_chunks:
+                raise
+            log.error("a step with an audit failed", exc_info=error)
+        self._auditor.give_way()
+        return self._runner.run(chunks), []  # only here, where the error holds no memory of the accelerator's
 
     def _compare(self, chunks: Sequence[Chunk], logits: torch.Tensor) -> None:
         """Tell the auditor what came of its chunks. Where it fails, the audit is lost; the turns have their tokens."""
