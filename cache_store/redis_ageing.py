@@ -56,7 +56,7 @@ class RedisAgeing:
         self._eval(_RESIGN, self._lease, self._holder)
 
     def idle(self) -> Iterator[Sequence[Idle]]:
-        pattern = self._prefix + b"?" * (2 * DIGEST_BYTES) + LADDER_MARK.hex().encode()
+        pattern = self._prefix + b"[0-9a-f]" * (2 * DIGEST_BYTES) + LADDER_MARK.hex().encode()
         servers: list[Any] = self._link.servers()  # redis-py's own types don't agree with what its methods return
         for server in servers:
             cursor = 0

@@ -280,6 +280,36 @@ def test_a_worker_that_died_is_followed_when_its_lease_ends(store: BlockStore) -
     eventually(lambda: alive.lead(for_s=0.3))
 
 
+@pytest.mark.parametrize("odd", ["z" * 32, "A" * 32, " " * 32])
+def test_keys_that_look_like_a_ladders_block_and_name_none_are_passed_over(
+    store: BlockStore, client: redis.Redis, odd: str
+) -> None:
+    client.set(f"rekindle:b:{odd}02", b"somebody else's")
+    store.put([stored(1)])
+    make_idle(client, key(1), 700)
+    with ageing(store) as ager:
+        eventually(lambda: moved(ager) == {("lossless", "int8"): 1})
+        assert ager.stats().held_back == ""
+    assert client.get(f"rekindle:b:{odd}02") == b"somebody else's"
+
+
+def test_a_sweep_that_fails_unexpectedly_is_told_and_the_next_goes_on(store: BlockStore, client: redis.Redis) -> None:
+    store.put([stored(1)])
+    make_idle(client, key(1), 700)
+    is_broken = True
+
+    def breaks(held: Held, target: CodecInfo) -> memoryview:
+        if is_broken:
+            raise ZeroDivisionError("a bug")
+        return shrink(held, target)
+
+    with ageing(store, by=breaks) as ager:
+        eventually(lambda: "a bug" in ager.stats().held_back)
+        is_broken = False
+        make_idle(client, key(1), 700)
+        eventually(lambda: moved(ager) == {("lossless", "int8"): 1} and not ager.stats().held_back)
+
+
 def test_blocks_of_another_model_are_left_to_its_own_workers(
     redis_url: str, store: BlockStore, client: redis.Redis
 ) -> None:

@@ -81,6 +81,9 @@ class Ager:
                 self._note("")
             except StoreError as error:
                 self._note(str(error))
+            except Exception as error:  # our bug, on one block perhaps: others may age at the next sweep
+                log.error("a sweep failed", exc_info=error)
+                self._note(repr(error))
             self._stop.wait(self._sweep_every_s)
         if time.monotonic() < self._lead_until_s:
             try:
