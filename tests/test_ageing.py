@@ -280,6 +280,22 @@ def test_a_worker_that_died_is_followed_when_its_lease_ends(store: BlockStore) -
     eventually(lambda: alive.lead(for_s=0.3))
 
 
+def test_only_the_worker_that_leads_scans(store: BlockStore, client: redis.Redis) -> None:
+    def scans() -> int:
+        return int(client.info("commandstats").get("cmdstat_scan", {"calls": 0})["calls"])
+
+    leader = store.ageing()
+    assert leader is not None
+    assert leader.lead(for_s=60)
+    before = scans()
+    with ageing(store) as ager:
+        time.sleep(0.2)  # some sweeps
+        assert scans() == before
+        leader.resign()
+        eventually(lambda: scans() > before)
+        assert ager.stats().held_back == ""
+
+
 @pytest.mark.parametrize("odd", ["z" * 32, "A" * 32, " " * 32])
 def test_keys_that_look_like_a_ladders_block_and_name_none_are_passed_over(
     store: BlockStore, client: redis.Redis, odd: str

@@ -99,17 +99,17 @@ class Ager:
         self._held_back = why
 
     def _sweep(self) -> None:
-        """Look at every block once, and move what is due, which takes half of the time at most."""
+        """Look at every block once, as long as this worker leads, and move what is due, half of the time at most."""
         known: dict[BlockHash, _Known] = {}
+        if not self._leads():
+            return
         for page in self._store.idle():
             for idle in page:
-                if self._stop.is_set():
+                if self._stop.is_set() or not self._leads():
                     return
                 seen = self._seen(idle)
                 due = self._ladder.due(idle.idle_s)
                 if _is_below(due, seen.codec):
-                    if not self._leads():
-                        return
                     began_s = time.monotonic()
                     seen = seen._replace(codec=self._move(idle, due))
                     self._stop.wait(time.monotonic() - began_s)
