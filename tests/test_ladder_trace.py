@@ -8,10 +8,11 @@ from random import Random
 import pytest
 import torch
 
+from benchmarks.ladder import bars_of, shares_of
 from benchmarks.ladder_kv import EncodedKV
 from benchmarks.ladder_replay import Replay
 from benchmarks.ladder_trace import Read, Size, lru_hits, num_distinct, num_read, read_trace
-from cache_store.codecs import LADDER
+from cache_store.codecs import LADDER, LOSSLESS, RAW
 from cache_store.ladder import parse_ladder
 from cache_store.layout import KVLayout
 from worker.codecs import open_codecs
@@ -83,3 +84,11 @@ def test_a_replay_finds_blocks_as_their_originals_would_be_on_every_rung() -> No
     replay = Replay(LADDER, 1 << 20, kv=kv, ladder=parse_ladder("lossless,int8@3"))
     replay.run(trace, start_s=time.monotonic() + 0.5, speed=1.0)
     assert replay.hits == {"lossless": 10 * len(hot), "int8": len(cold)}
+
+
+def test_arms_without_a_hit_are_reported_like_others() -> None:
+    never = {RAW.name: 0.0, LOSSLESS.name: 0.0, LADDER: 0.0}
+    some = {RAW.name: 0.0, LOSSLESS.name: 0.2, LADDER: 0.1}
+    assert [bar.holds for bar in bars_of({0.1: never}, some, 0.1)] == [True, True, True, False]
+    assert shares_of(Counter()) == shares_of(Counter({"int8": 0})) == {}
+    assert shares_of(Counter({"int8": 3, "int4": 1, "lossless": 0})) == {"int8": 0.75, "int4": 0.25}
