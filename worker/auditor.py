@@ -67,7 +67,8 @@ class Auditor:
     ) -> None:
         """Audits a share `rate` of the restored turns, where `draw` gives numbers from [0, 1), and those that ask.
 
-        `discard` deletes blocks from every tier, and its future ends on the engine's thread.
+        `discard` deletes blocks from this worker's device and host memory and from the store, and its future ends on
+        the engine's thread.
         """
         self.counts = dict.fromkeys(("passed", "mismatched", "skipped"), 0)
         self._pool = pool

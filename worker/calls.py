@@ -142,7 +142,7 @@ class Receipt:
     decode_ms: float = 0.0
     ttft_ms: float = 0.0
     audit: AuditReport | None = None
-    """Of a turn that asked for it and restored something."""
+    """Of a turn that asked for it and restored something, where there was room for it in time."""
 
     def check(self, prompt_tokens: int) -> None:
         sources = self.device_tokens + self.host_tokens + self.redis_tokens + self.computed_tokens

@@ -155,7 +155,8 @@ class Histories:
     def discard(self, names: Sequence[BlockHash], future: Future[None]) -> None:
         """Forget contents that were found wrong, and what was computed on them: at once here, then in the store.
 
-        While the store can't be asked they stay distrusted here. Raises StoreUnavailable.
+        Other workers' copies stay until they are evicted. Raises StoreUnavailable where the store could not be asked:
+        it is not asked again, its copies stay, and this worker distrusts the names for as long as it lives.
         """
         self._num_discards += 1
         wrong = list(self._scheduler.distrust(names))
