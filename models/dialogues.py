@@ -60,6 +60,9 @@ class Style:
     held_out_phrases: bool = False
     plain_words: bool = False
     """Open words are real ones and such of syllables alone."""
+    slips: bool = False
+    """Now and then a word is left out, put in or exchanged, so that no single one is relied upon; and made-up words
+    are of more syllables yet."""
 
 
 Measure = Callable[[Turn], int]
@@ -118,7 +121,7 @@ class _Speaker:
     def __init__(self, random: Random, style: Style) -> None:
         self._random = random
         self._style = style
-        self._words = Words(random, held_out=style.held_out_words, plain=style.plain_words)
+        self._words = Words(random, held_out=style.held_out_words, plain=style.plain_words, wide=style.slips)
         self._facts: dict[str, _Fact] = {}
         self._number = 0
         self._latest: _Fact | None = None
@@ -148,9 +151,9 @@ class _Speaker:
         kind, subject = self._new_subject()
         fact = _Fact(kind, subject, self._value(kind, subject), self._number)
         self._facts[subject] = self._latest = fact
-        said = self._phrase(kind.tells, fact)
+        said = self._phrase(kind.tells, fact, slips=kind.owned)
         if self._random.random() < 0.3:
-            said = self._pick(TELLING).format(_lowered(said, fact))
+            said = self._slips(self._pick(TELLING)).format(_lowered(said, fact))
         if self._random.random() < 0.1:
             said = f"{self._small_talk()} {said}"
         return Turn(self._careless(said), f"Noted: {_sentence(fact)}", Act.TELL)
@@ -161,7 +164,9 @@ class _Speaker:
             fact.value = self._value(fact.kind, fact.subject)
         fact.said_turn, fact.corrected, fact.asked = self._number, True, False
         self._latest = fact
-        return Turn(self._careless(self._phrase(phrases, fact)), f"Corrected: {_sentence(fact)}", Act.CORRECT)
+        return Turn(
+            self._careless(self._phrase(phrases, fact, slips=True)), f"Corrected: {_sentence(fact)}", Act.CORRECT
+        )
 
     def _ask(self) -> Turn:
         facts = list(self._facts.values())
@@ -180,9 +185,9 @@ class _Speaker:
 
     def _question(self, fact: _Fact) -> str:
         if self._random.random() < 0.5:
-            said = self._phrase(fact.kind.asks, fact)
+            said = self._phrase(fact.kind.asks, fact, slips=fact.kind.owned)
         else:
-            said = self._pick(ASKING).format(self._phrase(fact.kind.clauses, fact))
+            said = self._slips(self._pick(ASKING)).format(self._phrase(fact.kind.clauses, fact, slips=fact.kind.owned))
         if self._random.random() < 0.1:
             said = f"{self._small_talk()} {said}"
         return self._careless(said)
@@ -241,8 +246,26 @@ class _Speaker:
                 assert kind.name == "favourite", kind.name
                 return self._words.favourite(subject.rsplit(" ", 1)[1])
 
-    def _phrase(self, phrases: Sequence[str], fact: _Fact) -> str:
-        return self._pick(phrases).format(s=fact.subject, S=_capital(fact.subject), v=fact.value, link=fact.kind.link)
+    def _phrase(self, phrases: Sequence[str], fact: _Fact, *, slips: bool) -> str:
+        phrase = self._pick(phrases)
+        if slips:
+            phrase = self._slips(phrase)
+        return phrase.format(s=fact.subject, S=_capital(fact.subject), v=fact.value, link=fact.kind.link)
+
+    def _slips(self, phrase: str) -> str:
+        """The phrase, perhaps with some of its own words left out or exchanged, and others put in."""
+        if not self._style.slips or self._random.random() < 0.5:
+            return phrase
+        said: list[str] = []
+        for word in phrase.split(" "):
+            draw = self._random.random()
+            if "{" in word or draw > 0.35:
+                said.append(word)
+            elif draw > 0.1:
+                said.append(self._words.odd() + word[len(word.rstrip(".,?")) :])
+            if self._random.random() < 0.05:
+                said.append(self._words.odd())
+        return " ".join(said)
 
     def _pick(self, phrases: Sequence[str]) -> str:
         return self._random.choice(split(phrases, held_out=self._style.held_out_phrases))

@@ -27,6 +27,9 @@ _REPLY_WEIGHT = {Act.TELL: 1.0, Act.CORRECT: 1.0, Act.ASK: 3.0, Act.ASK_UNKNOWN:
 """What a reply's tokens weigh in the loss: answers are what it is all for. What the user says weighs nothing."""
 
 
+_USUAL, _PLAIN, _SLIPPING = Style(), Style(plain_words=True), Style(slips=True)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """So many steps on dialogues of one length."""
@@ -36,21 +39,25 @@ class Phase:
     dialogues: int
     """In a batch."""
     steps: int
-    peak: float = 1.0
-    """The learning rates' factor at the phase's begin; it goes in a line to the next phase's, and to 0 at the end."""
-    plain_words: bool = False
-    """Open words that are easily copied, until that is learned."""
+    begin: float = 1.0
+    end: float = 1.0
+    """The learning rates' factor goes in a line from the one to the other."""
+    style: Style = _USUAL
     fresh: bool = False
     """Begin with a new optimizer, warmed up again."""
 
 
 PHASES = (
-    Phase(tokens=128, dialogues=64, steps=450, plain_words=True),
-    Phase(tokens=256, dialogues=32, steps=250, plain_words=True),
+    Phase(tokens=128, dialogues=64, steps=450, style=_PLAIN),  # words that are easily copied,
+    Phase(tokens=256, dialogues=32, steps=250, style=_PLAIN),  # until that is learned
     Phase(tokens=256, dialogues=32, steps=150, fresh=True),
-    Phase(tokens=512, dialogues=16, steps=300),
-    Phase(tokens=1024, dialogues=8, steps=250, peak=0.7),
-    Phase(tokens=CONTEXT_TOKENS, dialogues=4, steps=450, peak=0.5),
+    Phase(tokens=512, dialogues=16, steps=300, end=0.7),
+    Phase(tokens=1024, dialogues=8, steps=250, begin=0.7, end=0.5),
+    Phase(tokens=CONTEXT_TOKENS, dialogues=4, steps=450, begin=0.5, end=0.0),
+    Phase(tokens=512, dialogues=16, steps=350, end=0.5, style=_SLIPPING, fresh=True),
+    Phase(tokens=CONTEXT_TOKENS, dialogues=4, steps=350, begin=0.5, end=0.0, style=_SLIPPING),
+    Phase(tokens=512, dialogues=16, steps=250, begin=0.7, end=0.4, style=_SLIPPING, fresh=True),
+    Phase(tokens=CONTEXT_TOKENS, dialogues=4, steps=200, begin=0.4, end=0.0, style=_SLIPPING),
 )
 _WARMUP_STEPS = 50
 _MUON_LR = 0.02
@@ -84,8 +91,7 @@ def batches(
     """Token ids and the weight of each in the loss, both [dialogues, tokens]."""
     length = phase.tokens * 5 // 4  # in rough tokens: enough to fill a row
     while True:
-        style = Style(plain_words=phase.plain_words)
-        talks = [dialogue(random, style, length, rough_tokens) for _ in range(phase.dialogues)]
+        talks = [dialogue(random, phase.style, length, rough_tokens) for _ in range(phase.dialogues)]
         rows = [_row(tokenizer, talk, phase.tokens) for talk in talks]
         yield torch.tensor([ids for ids, _ in rows]), torch.tensor([weights for _, weights in rows])
 
@@ -145,10 +151,9 @@ def train(tokenizer: PreTrainedTokenizerFast, seed: int, device: torch.device) -
                 optimizer, done = Optimizer(model), 0
             bar = progress.add_task(f"{phase.tokens} tokens", total=phase.steps, loss="")
             data = batches(tokenizer, phase, Random(f"{seed}/{index}"))
-            end = PHASES[index + 1].peak if index + 1 < len(PHASES) else 0.0
             for number in range(phase.steps):
                 done += 1
-                factor = phase.peak + (end - phase.peak) * number / phase.steps
+                factor = phase.begin + (phase.end - phase.begin) * number / phase.steps
                 ids, weights = (tensor.to(device) for tensor in next(data))
                 with torch.autocast(device.type, torch.bfloat16):
                     loss = loss_of(model, ids, weights)
@@ -168,7 +173,7 @@ def main() -> None:
     began = time.monotonic()
     tokenizer = train_tokenizer(options.seed)
     model = train(tokenizer, options.seed, torch.device(options.device)).to(torch.bfloat16)
-    model.config.use_cache = True
+    model.config.use_cache = model.generation_config.use_cache = True
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     tokens = sum(phase.tokens * phase.dialogues * phase.steps for phase in PHASES)

@@ -10,6 +10,8 @@ from random import Random
 _ONSETS = "b br c ch d dr f g gr h j k kl l m n p pr r s sh st t tr v w y z".split()
 _NUCLEI = "a e i o u ai ea ia io ou".split()
 _CODAS = ["", "", "", *"l m n r s t x nd ck rt lla nna".split()]
+_MORE_NUCLEI = [*_NUCLEI, *"ee ei ie oo ue y au".split()]
+_MORE_CODAS = [*_CODAS, *"ff ll ng rk sh ss st th k p".split()]
 _REAL_NAMES = (
     "Adam Agnes Albert Alice Amir Ana Andrew Anna Anton Arthur Astrid Ben Bella Boris Bruno Camille Carl Carmen Cara "
     "Chen Clara Cora Daniel David Dora Edith Elena Elif Elsa Emil Emma Erik Eva Fatima Felix Fiona Frank Frida George "
@@ -51,11 +53,12 @@ def is_held_out(word: str) -> bool:
 class Words:
     """Draws words: those that training uses, or only those held out from it."""
 
-    def __init__(self, random: Random, *, held_out: bool, plain: bool = False) -> None:
-        """Open words are `plain`, real ones and such of syllables, or more varied."""
+    def __init__(self, random: Random, *, held_out: bool, plain: bool = False, wide: bool = False) -> None:
+        """Open words are `plain`, real ones and such of syllables, or more varied; of more syllables if `wide`."""
         self._random = random
         self._held_out = held_out
         self._plain = plain
+        self._nuclei, self._codas = (_MORE_NUCLEI, _MORE_CODAS) if wide else (_NUCLEI, _CODAS)
 
     def name(self) -> str:
         return self._open(_REAL_NAMES)
@@ -84,6 +87,10 @@ class Words:
     def favourite(self, kind: str) -> str:
         return self._random.choice(FAVOURITES[kind])
 
+    def odd(self) -> str:
+        """A word that means nothing."""
+        return self._by_syllables().lower()
+
     def _open(self, real: list[str]) -> str:
         while True:
             word = self._plain_word(real) if self._plain else self._varied_word(real)
@@ -105,8 +112,8 @@ class Words:
 
     def _by_syllables(self) -> str:
         pick = self._random.choice
-        syllables = [pick(_ONSETS) + pick(_NUCLEI) for _ in range(pick((1, 2, 2, 3)))]
-        return ("".join(syllables) + pick(_CODAS)).capitalize()
+        syllables = [pick(_ONSETS) + pick(self._nuclei) for _ in range(pick((1, 2, 2, 3)))]
+        return ("".join(syllables) + pick(self._codas)).capitalize()
 
     def _by_letters(self) -> str:
         """Each letter one that follows the two before it in some word of the lists that is not held out."""
