@@ -75,9 +75,9 @@ def exact(reply: str, turn: Turn) -> bool:
 
 
 def held_out(count: int, *, seed: int, max_tokens: int) -> list[Dialogue]:
-    """Dialogues with words that training never saw, in phrases that it did, of about `max_tokens` tokens each.
+    """Dialogues with words that training never saw, in phrases that it did, of at most `max_tokens` tokens or so each.
 
-    Each of them ends with a question.
+    Each of them ends with its last question, if it has one.
     """
     style = Style(held_out_words=True)
     return [dialogue(Random(f"{seed}/{index}"), style, max_tokens, rough_tokens) for index in range(count)]
@@ -89,7 +89,7 @@ def rough_tokens(turn: Turn) -> int:
 
 
 def dialogue(random: Random, style: Style, length: int, measure: Measure) -> Dialogue:
-    """One dialogue of at most `length`, and of nearly that, in the unit of `measure`; it ends with a question."""
+    """One dialogue of at most `length`, in the unit of `measure`; it ends with its last question, if it has one."""
     speaker = _Speaker(random, style)
     turns: list[Turn] = []
     rest = length

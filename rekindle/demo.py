@@ -38,22 +38,27 @@ from server.logs import set_up_logs
 from worker.config import WorkerConfig
 
 _BEFORE: Final = (
-    "We are going to plan a long journey together. Please remember all that I tell you about it, from the first word.",
-    "I would like to see the sea in autumn, to sleep in small houses, and to walk for an hour on every morning.",
+    "Hello, I am Ana.",
+    "My sister's dog is called Biscuit.",
+    "By the way, my flight is on Thursday.",
+    "No, it's Friday.",
 )
 _AFTER: Final = (
-    "I am back. Where did we leave off, and what was it that I wanted to do on every morning?",
-    "Thank you. And which season was it?",
+    ("What is my sister's dog called?", "Biscuit"),
+    ("When is my flight?", "Friday"),
+    ("Do you remember my name?", "Ana"),
 )
+"""Questions, and what a reply must have in it."""
 _SESSION: Final = "demo"
-_SAMPLING: Final[dict[str, Any]] = {"max_new_tokens": 48, "ignore_eos": True}
+_SAMPLING: Final[dict[str, Any]] = {"max_new_tokens": 48}
 _STOP_WITHIN_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One reply and what its prompt cost."""
+    """What was said, the reply, and what its prompt cost."""
 
+    said: str
     reply: str
     token_ids: list[int]
     usage: pb.Usage
@@ -77,6 +82,11 @@ class Outcome:
             f"the reply of turn {number} differs from the undisturbed one"
             for number, (turn, other) in enumerate(zip(self.turns, self.undisturbed, strict=True), start=1)
             if (turn.reply, turn.token_ids) != (other.reply, other.token_ids)
+        ]
+        found += [
+            f"the answer to {question!r} is {turn.reply!r}, without {answer!r}"
+            for turn, (question, answer) in zip(self.turns[len(_BEFORE) :], _AFTER, strict=True)
+            if answer not in turn.reply
         ]
         if resumed.redis_tokens == 0:
             found.append("the resumed turn took nothing from Redis")
@@ -127,9 +137,9 @@ async def _run(console: Console, signals: StopSignals) -> Outcome:
         parked = await client.park_session(_SESSION, drop_host=True)
         killed_worker = turns[-1].receipt.worker_id
         await _kill(system, killed_worker)
-        turns += [await _say(client, text) for text in _AFTER]
+        turns += [await _say(client, text) for text, _ in _AFTER]
         await undisturbed.create_session(_SESSION)
-        others = [await _say(undisturbed, text) for text in (*_BEFORE, *_AFTER)]
+        others = [await _say(undisturbed, turn.said) for turn in turns]
         return Outcome(turns, others, parked, killed_worker, time.monotonic() - start)
 
 
@@ -137,7 +147,7 @@ async def _say(client: Client, text: str) -> Turn:
     generation = client.generate([{"role": "user", "content": text}], session_id=_SESSION, **_SAMPLING)
     reply = await generation.read()
     assert generation.finished is not None
-    return Turn(reply, generation.token_ids, generation.finished.usage, generation.finished.receipt)
+    return Turn(text, reply, generation.token_ids, generation.finished.usage, generation.finished.receipt)
 
 
 async def _kill(system: System, worker_id: str) -> None:
@@ -206,7 +216,7 @@ async def _front_end_of(worker_address: str) -> AsyncIterator[Client]:
 def _as_dict(outcome: Outcome) -> dict[str, Any]:
     return {
         "turns": [
-            {"reply": turn.reply, "token_ids": turn.token_ids, "usage": to_dict(turn.usage)}
+            {"said": turn.said, "reply": turn.reply, "token_ids": turn.token_ids, "usage": to_dict(turn.usage)}
             | {"receipt": to_dict(turn.receipt), "undisturbed_token_ids": other.token_ids}
             for turn, other in zip(outcome.turns, outcome.undisturbed, strict=True)
         ],
@@ -219,7 +229,11 @@ def _as_dict(outcome: Outcome) -> dict[str, Any]:
 
 
 def _print(outcome: Outcome, console: Console) -> None:
-    """The receipts as a table, what happened between the turns, and the verdict."""
+    """The conversation, the receipts as a table, what happened between the turns, and the verdict."""
+    for number, turn in enumerate(outcome.turns):
+        if number == len(_BEFORE):
+            console.print("[dim](parked; its worker killed)[/dim]")
+        console.print(f"[bold]{escape(turn.said)}[/bold]\n  {escape(turn.reply)}", highlight=False)
     table = Table(title="What each turn's prompt cost", box=SIMPLE_HEAD, padding=0)
     for heading in ("turn", "worker", "prompt\ntokens", "from\ndevice", "from\nhost", "from\nredis", "computed"):
         table.add_column(heading, justify="right")

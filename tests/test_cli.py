@@ -109,7 +109,7 @@ def test_serve_explains_every_setting_in_groups(rekindle: Run) -> None:
         assert f"─ {group} ─" in said
     for flag in ("--model", "--redis-url", "--device-cache-bytes", "--num-workers", "--worker-metrics-port"):
         assert flag in said
-    assert "A directory or hub id that transformers can load" in said
+    assert "or preset:NAME for a shape with random weights" in said
     assert "[default: redis://127.0.0.1:6379]" in said
 
 

@@ -20,7 +20,7 @@ def test_the_demo_resumes_from_redis_on_the_other_worker_and_leaves_nothing_behi
         said, _ = process.communicate()
         assert process.returncode == 0, (said, (tmp_path / "stderr").read_text())
     shown = json.loads(said)
-    before, resumed = shown["turns"][1]["receipt"], shown["turns"][2]["receipt"]
+    before, resumed = shown["turns"][3]["receipt"], shown["turns"][4]["receipt"]
     assert shown["holds"]
     assert (shown["problems"], shown["killed_worker"]) == ([], before["worker_id"])
     assert resumed["worker_id"] != before["worker_id"]

@@ -74,8 +74,10 @@ def test_a_seed_gives_the_same_dialogues_for_ever() -> None:
 
 
 def test_a_dialogue_fits_its_length_and_ends_with_a_question() -> None:
-    for talk in dialogues(Style(), length=600):
-        assert 300 < sum(rough_tokens(turn) for turn in talk.turns) <= 600
+    talks = dialogues(Style(), length=600)
+    assert sum(rough_tokens(turn) for talk in talks for turn in talk.turns) > 500 * len(talks)
+    for talk in talks:
+        assert 0 < sum(rough_tokens(turn) for turn in talk.turns) <= 600
         assert talk.turns[-1].act in (Act.ASK, Act.ASK_UNKNOWN)
 
 

@@ -4,6 +4,7 @@ was not leaves nothing behind."""
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 import grpc
@@ -239,5 +240,5 @@ async def with_redis(system: System) -> None:
         return parked.redis_tokens > 0 and turn.receipt.redis_tokens == parked.redis_tokens
 
     await eventually(recovered, within_s=15)
-    assert await system.is_serving("redis")
+    await eventually(partial(system.is_serving, "redis"), within_s=15)  # health looks now and then
     assert (await system.client.stats()).redis.available

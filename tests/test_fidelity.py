@@ -231,7 +231,7 @@ def test_an_evaluation_that_is_stopped_leaves_nothing_behind(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_whole_dialogues_come_back_from_redis_as_they_were(tmp_path: Path) -> None:
-    words = ("--model", "preset:tiny", "--dialogues", "2", "--max-tokens", "160", "--max-new-tokens", "12")
+    words = ("--model", "preset:tiny", "--dialogues", "2", "--max-tokens", "240", "--max-new-tokens", "12")
     blocks = ("--block-tokens", "16", "--cache-bytes", str(16 << 20), "--codec", "raw", "lossless", "int8", "--json")
     with command(tmp_path, "eval", "fidelity", *words, *blocks) as process:
         said, _ = process.communicate(timeout=100)
@@ -245,7 +245,7 @@ def test_whole_dialogues_come_back_from_redis_as_they_were(tmp_path: Path) -> No
     assert raw["ratio"] == 1 < lossless["ratio"] < 2 < int8["ratio"]
     assert lossless["same_bits_as_raw"] == 1
     assert raw["drift"]["mean_kl"] < 1e-6 < int8["drift"]["mean_kl"]
-    lengths = [len(dialogue.turns) for dialogue in held_out(2, seed=0, max_tokens=160)]
+    lengths = [len(dialogue.turns) for dialogue in held_out(2, seed=0, max_tokens=240)]
     assert raw["drift"]["turns"] == sum(lengths) - 2 > 4
     assert raw["resumed_turns"] == raw["drift"]["turns"] + 2 * sum(length > 1 for length in lengths)
     assert all(codec["encode_gb_s"] > 0 and codec["decode_gb_s"] > 0 for codec in (raw, lossless, int8))

@@ -14,8 +14,9 @@ class ConfigError(ValueError):
 class WorkerConfig:
     """What one worker runs and how much room it has."""
 
-    model: str = "preset:tiny"
-    """A directory or hub id that transformers can load, or preset:NAME for a shape with random weights."""
+    model: str = "rekindle-recall"
+    """rekindle-recall (which comes along), a directory or hub id that transformers can load, or preset:NAME for a shape
+    with random weights."""
 
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: as the checkpoint says."""
