@@ -125,6 +125,25 @@ def test_scores_far_apart_neither_overflow_nor_vanish(kernel: DecodeKernel) -> N
         torch.testing.assert_close(ours[0, 0, 0], wanted)
 
 
+@pytest.mark.parametrize("block_tokens", [64, 256])
+def test_where_blocks_lie_does_not_change_a_bit(kernel: DecodeKernel, block_tokens: int) -> None:
+    """A restored conversation lies elsewhere than it did: its next token must not depend on that."""
+    num_tokens, num_blocks = 1500, NUM_SLOTS // block_tokens
+    together = Span(0, 1, num_tokens - 1, (Run(0, 0, num_tokens),))
+    blocks = random.Random(0).sample(range(num_tokens // block_tokens + 1, num_blocks), num_tokens // block_tokens + 1)
+    starts = range(0, num_tokens, block_tokens)
+    scattered = [
+        Run(start, block * block_tokens, min(block_tokens, num_tokens - start))
+        for start, block in zip(starts, blocks, strict=True)
+    ]
+    pool = torch.randn(2, 2, 2, NUM_SLOTS, 64)
+    pool[:, :, :, slots_of(scattered)] = pool[:, :, :, :num_tokens]
+    qkv = random_qkv([together], 4, 2, 64, torch.float32)
+    one = attend(CpuAttention(pool, kernel), pool, [together], qkv)
+    other = attend(CpuAttention(pool, kernel), pool, [Span(0, 1, num_tokens - 1, tuple(scattered))], qkv)
+    assert torch.equal(one, other)
+
+
 def test_the_number_of_threads_does_not_change_the_result_by_more_than_rounding(kernel: DecodeKernel) -> None:
     spans = decoding_spans(random.Random(1), [LONGEST, 3, 800])
     pool = poisoned(spans, 2, 64, torch.float32)

@@ -23,7 +23,7 @@
 #define MOST_QUERIES 2
 #endif
 
-#define TILE 128      /* tokens whose keys and values stay in the nearest cache while all queries see them */
+#define TILE 64       /* tokens whose keys and values stay in the nearest cache while all queries see them */
 #define AHEAD 32      /* tokens between what is asked of memory and what is used */
 #define CACHE_LINE 64 /* bytes */
 
@@ -276,8 +276,9 @@ INLINE void attend_piece(const Step *step, int64_t number, int64_t kv_head, cons
     for (; run < last && run->position < piece->end; run++) {
         int64_t begin = run->position > piece->begin ? run->position : piece->begin;
         int64_t end = run->position + run->length < piece->end ? run->position + run->length : piece->end;
-        for (int64_t token = begin; token < end; token += TILE) {
-            int64_t count = end - token < TILE ? end - token : TILE;
+        for (int64_t token = begin, count; token < end; token += count) {
+            count = TILE - token % TILE; /* cut by position: where blocks of TILE tokens or more lie changes no sum */
+            if (count > end - token) count = end - token;
             int64_t first = kv_head * step->kv_head_stride + (run->slot + token - run->position) * step->slot_stride;
             for (int64_t query = 0; query < group; query += MOST_QUERIES) {
                 int64_t few = group - query < MOST_QUERIES ? group - query : MOST_QUERIES;
