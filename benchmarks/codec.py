@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from benchmarks.codec_kv import ModelKV
+from benchmarks.fidelity_figures import RATIOS
 from benchmarks.harness import Bar, at_least, finish, interleaved, medians
-from cache_store.codecs import INT4, INT8, K8V4, LOSSLESS
+from cache_store.codecs import LOSSLESS
 from worker.codecs import open_codecs
 from worker.codecs.codec import Codec
 
-_WANTED = {LOSSLESS.name: 1.3, INT8.name: 2.0, K8V4.name: 2.6, INT4.name: 3.6}
 _MIN_BLOCK_TOKENS = 64
 """Scales weigh too much in smaller blocks for the lossy codecs' bars."""
 
@@ -56,8 +56,8 @@ def _measure(model: str, num_tokens: int, rounds: int, *, quiet: bool) -> tuple[
         if codec.info.lossy:
             for how, side in (("", codec), (" with RoPE left in", rotated[name])):
                 figures[f"{name} keys' error{how}"], figures[f"{name} mean KL{how}"] = kv.cost(side)
-        if name in _WANTED and (not codec.info.lossy or kv.block_tokens >= _MIN_BLOCK_TOKENS):
-            bars.append(at_least(f"{model} {name} ratio", ratio, _WANTED[name]))
+        if name in RATIOS and (not codec.info.lossy or kv.block_tokens >= _MIN_BLOCK_TOKENS):
+            bars.append(at_least(f"{model} {name} ratio", ratio, RATIOS[name]))
         if codec.info is LOSSLESS:
             # One block after the other, on one thread: coding takes 1/speed, a link is spared 1 - 1/ratio of its time.
             for verb, way in (("encode", "store"), ("decode", "restore")):

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.bare_models import random_prompt
+from models.dialogues import held_out
 from worker.codecs.codec import Codec
 from worker.config import WorkerConfig
 from worker.ids import BlockId
@@ -34,9 +35,7 @@ class ModelKV:
         self._tokens = _tokens(model, self.loaded.vocab_size, self._num_tokens + _SAID_TOKENS)
         cache = KVCache(self.loaded.layout, len(self._table), self.loaded.device)
         self._cache, self._runner = cache, ModelRunner(self.loaded, cache)
-        for start in range(0, self._num_tokens, _STEP_TOKENS):
-            end = min(start + _STEP_TOKENS, self._num_tokens)
-            self._runner.run([Chunk(self._tokens[start:end], start, self._table, wants_logits=end == self._num_tokens)])
+        prefill(self._runner, self._tokens[: self._num_tokens], self._table)
         self.blocks = [cache.view(BlockId(block)) for block in range(num_blocks)]
         self._aside = KVCache(self.loaded.layout, 3, self.loaded.device).view(BlockId(1))
         self._said = self._say()
@@ -80,13 +79,25 @@ class ModelKV:
 
 
 def _tokens(model: str, vocab_size: int, num_tokens: int) -> list[int]:
-    if not Path(locate(model)).is_dir():
-        return random_prompt(num_tokens, vocab_size, seed=0)
-    from models.dialogues import held_out  # beside the checkpoints in the repository; an installed copy has neither
+    if Path(locate(model)).is_dir():
+        return dialogue_tokens(model, vocab_size, num_tokens)
+    return random_prompt(num_tokens, vocab_size, seed=0)
 
-    turns = [turn for dialogue in held_out(16, seed=0, max_tokens=num_tokens) for turn in dialogue.turns]
+
+def dialogue_tokens(model: str, vocab_size: int, num_tokens: int) -> list[int]:
+    """Dialogues that the recall model was not trained on, one after the other, in a model's tokens.
+
+    Raises ValueError where they are fewer than `num_tokens`.
+    """
+    turns = [turn for dialogue in held_out(32, seed=0, max_tokens=num_tokens) for turn in dialogue.turns]
     text = "\n".join(f"{turn.user}\n{turn.reply}" for turn in turns)
     tokens = list(load_tokenizer(model, vocab_size).encode(text, is_first=True)[:num_tokens])
     if len(tokens) < num_tokens:
         raise ValueError(f"the dialogues have {len(tokens)} tokens, {num_tokens} are wanted")
     return tokens
+
+
+def prefill(runner: ModelRunner, tokens: Sequence[int], table: list[BlockId]) -> None:
+    """Write the KV of `tokens`, a conversation's first, into the blocks of `table`."""
+    for start in range(0, len(tokens), _STEP_TOKENS):
+        runner.run([Chunk(list(tokens[start : start + _STEP_TOKENS]), start, table, wants_logits=False)])

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.codec_kv import dialogue_tokens, prefill
 from cache_store.codecs import CodecInfo
 from cache_store.layout import KVLayout
-from models.dialogues import held_out
 from worker.ageing import Shrink
 from worker.codecs import open_codecs
 from worker.config import WorkerConfig
@@ -16,10 +16,6 @@ from worker.kv_cache import KVCache
 from worker.model import load_model
 from worker.runner import ModelRunner
 from worker.shrink import Shrinker
-from worker.step import Chunk
-from worker.text import load_tokenizer
-
-_STEP_TOKENS = 256
 
 
 class EncodedKV(NamedTuple):
@@ -41,9 +37,7 @@ def encode_kv(model: str, *, block_tokens: int, blocks: int) -> EncodedKV:
     table = [BlockId(block) for block in range(num_tokens // block_tokens)]
     cache = KVCache(layout, len(table), loaded.device)
     runner = ModelRunner(loaded, cache)
-    tokens = _tokens(model, loaded.vocab_size, num_tokens)
-    for start in range(0, num_tokens, _STEP_TOKENS):
-        runner.run([Chunk(tokens[start : start + _STEP_TOKENS], start, table, wants_logits=False)])
+    prefill(runner, dialogue_tokens(model, loaded.vocab_size, num_tokens), table)
     codecs = open_codecs(layout, loaded.rope, loaded.device)
     buffer = memoryview(bytearray(layout.block_bytes))
     payloads: dict[CodecInfo, list[memoryview]] = {codec.info: [] for codec in codecs.values()}
@@ -54,12 +48,3 @@ def encode_kv(model: str, *, block_tokens: int, blocks: int) -> EncodedKV:
             )
             payloads[codec.info].append(memoryview(bytes(buffer[:num_bytes])))
     return EncodedKV(layout, payloads, Shrinker(layout, open_codecs(layout, loaded.rope, torch.device("cpu"))))
-
-
-def _tokens(model: str, vocab_size: int, num_tokens: int) -> tuple[int, ...]:
-    """Of dialogues that the model was not trained on, one after the other."""
-    turns = [turn for dialogue in held_out(32, seed=0, max_tokens=num_tokens) for turn in dialogue.turns]
-    text = "\n".join(f"{turn.user}\n{turn.reply}" for turn in turns)
-    tokens = load_tokenizer(model, vocab_size).encode(text, is_first=True)[:num_tokens]
-    assert len(tokens) == num_tokens, f"{len(tokens)} tokens of text, {num_tokens} wanted"
-    return tokens
