@@ -26,6 +26,7 @@ class RawCodec:
         self._layout, self._device = layout, device
 
     def encode(self, kv: torch.Tensor, into: memoryview, *, num_tokens: int, first_position: int) -> int:
+        assert not into.readonly, "a copy would be written, and the payload lost"
         payload = self._as_block(into[: self._layout.block_bytes])
         with beside_the_model(self._device):
             for layers, heads in pieces(self._layout, self._device):
@@ -56,6 +57,7 @@ class LosslessCodec:
         self._sign_bit = 8 * layout.itemsize - 1
 
     def encode(self, kv: torch.Tensor, into: memoryview, *, num_tokens: int, first_position: int) -> int:
+        assert not into.readonly, "a copy would be written, and the payload lost"
         top, low = self._planes(num_tokens)
         with beside_the_model(self._device):
             for layers, heads in pieces(self._layout, self._device):
