@@ -156,7 +156,10 @@ class WriteBehind:
     def flush(self, names: Sequence[BlockHash], *, timeout_s: float) -> bool:
         """Wait until none of these blocks is on its way. False if that took longer. Blocks its caller."""
         with self._changed:
-            return self._changed.wait_for(lambda: not any(name in self._pending for name in names), timeout_s)
+            return self._wait_for(names, timeout_s)
+
+    def _wait_for(self, names: Sequence[BlockHash], timeout_s: float) -> bool:
+        return self._changed.wait_for(lambda: not any(name in self._pending for name in names), timeout_s)
 
     def outgrown(self, name: BlockHash) -> None:
         """The conversation has gone on from this unfull block, or the store has it: no need to store it at the end."""
@@ -206,7 +209,7 @@ class WriteBehind:
         """Wait until none of these blocks is on its way, then count them so: whoever deletes them waits in turn, or
         they would be written again behind it."""
         with self._changed:
-            self._changed.wait_for(lambda: not any(name in self._pending for name in names), timeout_s)
+            self._wait_for(names, timeout_s)
             self._pending.update(names)
         try:
             yield
