@@ -63,6 +63,10 @@ class Style:
     slips: bool = False
     """Now and then a word is left out, put in or exchanged, so that no single one is relied upon; and made-up words
     are of more syllables yet."""
+    pieces: tuple[str, ...] = ()
+    """Some of the open words are strung from these."""
+    reaching: bool = False
+    """Half of the questions are about what was told longest ago."""
 
 
 Measure = Callable[[Turn], int]
@@ -121,7 +125,9 @@ class _Speaker:
     def __init__(self, random: Random, style: Style) -> None:
         self._random = random
         self._style = style
-        self._words = Words(random, held_out=style.held_out_words, plain=style.plain_words, wide=style.slips)
+        self._words = Words(
+            random, held_out=style.held_out_words, plain=style.plain_words, wide=style.slips, pieces=style.pieces
+        )
         self._facts: dict[str, _Fact] = {}
         self._number = 0
         self._latest: _Fact | None = None
@@ -172,6 +178,8 @@ class _Speaker:
         facts = list(self._facts.values())
         if self._random.random() < 0.7:  # an answer is a copy of the fact, nearer by: mostly ask for what has none
             facts = [fact for fact in facts if not fact.asked] or facts
+        if self._style.reaching and self._random.random() < 0.5:
+            facts = sorted(facts, key=lambda fact: fact.said_turn)[: -(-len(facts) // 4)]
         fact = self._random.choice(facts)
         said = self._question(fact)
         turn = Turn(said, f"Let me see: {_sentence(fact)}", Act.ASK, fact.value, fact.said_turn, fact.corrected)

@@ -48,6 +48,13 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
 
 
+def name_pieces(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """The tokens that can stand inside a name: small letters alone."""
+    return tuple(
+        sorted(token for token in tokenizer.get_vocab() if token.isascii() and token.isalpha() and token.islower())
+    )
+
+
 def _texts(seed: int) -> Iterator[str]:
     for index in range(_TRAINING_DIALOGUES):
         for turn in dialogue(Random(f"tokenizer/{seed}/{index}"), Style(plain_words=True), 512, rough_tokens).turns:

@@ -6,7 +6,8 @@ Short dialogues first, then longer ones: to find *the* fact among many is learne
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from models.dialogues import Act, Dialogue, Style, dialogue, rough_tokens
 from models.encoding import encode
-from models.tokenizer import VOCAB_SIZE, train_tokenizer
+from models.tokenizer import VOCAB_SIZE, name_pieces, train_tokenizer
 
 CONTEXT_TOKENS = 2048
 """The longest dialogues of the training. The position embeddings reach twice as far, untrained."""
@@ -27,7 +28,8 @@ _REPLY_WEIGHT = {Act.TELL: 1.0, Act.CORRECT: 1.0, Act.ASK: 3.0, Act.ASK_UNKNOWN:
 """What a reply's tokens weigh in the loss: answers are what it is all for. What the user says weighs nothing."""
 
 
-_USUAL, _PLAIN, _SLIPPING = Style(), Style(plain_words=True), Style(slips=True)
+_USUAL, _PLAIN = Style(), Style(plain_words=True)
+_HARD = Style(slips=True, reaching=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,7 @@ class Phase:
     end: float = 1.0
     """The learning rates' factor goes in a line from the one to the other."""
     style: Style = _USUAL
+    """A hard one's words are also strung from the tokenizer's pieces: no token of a name remains untrained."""
     fresh: bool = False
     """Begin with a new optimizer, warmed up again."""
 
@@ -51,13 +54,9 @@ PHASES = (
     Phase(tokens=128, dialogues=64, steps=450, style=_PLAIN),  # words that are easily copied,
     Phase(tokens=256, dialogues=32, steps=250, style=_PLAIN),  # until that is learned
     Phase(tokens=256, dialogues=32, steps=150, fresh=True),
-    Phase(tokens=512, dialogues=16, steps=300, end=0.7),
-    Phase(tokens=1024, dialogues=8, steps=250, begin=0.7, end=0.5),
-    Phase(tokens=CONTEXT_TOKENS, dialogues=4, steps=450, begin=0.5, end=0.0),
-    Phase(tokens=512, dialogues=16, steps=350, end=0.5, style=_SLIPPING, fresh=True),
-    Phase(tokens=CONTEXT_TOKENS, dialogues=4, steps=350, begin=0.5, end=0.0, style=_SLIPPING),
-    Phase(tokens=512, dialogues=16, steps=250, begin=0.7, end=0.4, style=_SLIPPING, fresh=True),
-    Phase(tokens=CONTEXT_TOKENS, dialogues=4, steps=200, begin=0.4, end=0.0, style=_SLIPPING),
+    Phase(tokens=512, dialogues=16, steps=450, style=_HARD),
+    Phase(tokens=1024, dialogues=8, steps=400, end=0.8, style=_HARD),
+    Phase(tokens=CONTEXT_TOKENS, dialogues=4, steps=950, begin=0.8, end=0.0, style=_HARD),
 )
 _WARMUP_STEPS = 50
 _MUON_LR = 0.02
@@ -90,8 +89,9 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Token ids and the weight of each in the loss, both [dialogues, tokens]."""
     length = phase.tokens * 5 // 4  # in rough tokens: enough to fill a row
+    style = replace(phase.style, pieces=name_pieces(tokenizer)) if phase.style.slips else phase.style
     while True:
-        talks = [dialogue(random, phase.style, length, rough_tokens) for _ in range(phase.dialogues)]
+        talks = [dialogue(random, style, length, rough_tokens) for _ in range(phase.dialogues)]
         rows = [_row(tokenizer, talk, phase.tokens) for talk in talks]
         yield torch.tensor([ids for ids, _ in rows]), torch.tensor([weights for _, weights in rows])
 
@@ -137,11 +137,11 @@ class Optimizer:
             optim.zero_grad()
 
 
-def train(tokenizer: PreTrainedTokenizerFast, seed: int, device: torch.device) -> Qwen3ForCausalLM:
-    """All phases, one after the other, on one model, with a progress bar."""
+def train(tokenizer: PreTrainedTokenizerFast, seed: int, device: torch.device) -> Iterator[Qwen3ForCausalLM]:
+    """All phases, one after the other, with a progress bar; the one model as it is after each."""
     model = new_model(tokenizer, seed).to(device)
     layers = model.model
-    model.model = torch.compile(layers, dynamic=False)  # a quarter faster on a CPU
+    compiled = torch.compile(layers, dynamic=False)  # a quarter faster on a CPU
     optimizer = Optimizer(model)
     done = 0
     columns = (*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[loss]}"))
@@ -151,6 +151,7 @@ def train(tokenizer: PreTrainedTokenizerFast, seed: int, device: torch.device) -
                 optimizer, done = Optimizer(model), 0
             bar = progress.add_task(f"{phase.tokens} tokens", total=phase.steps, loss="")
             data = batches(tokenizer, phase, Random(f"{seed}/{index}"))
+            model.model = compiled
             for number in range(phase.steps):
                 done += 1
                 factor = phase.begin + (phase.end - phase.begin) * number / phase.steps
@@ -160,8 +161,16 @@ def train(tokenizer: PreTrainedTokenizerFast, seed: int, device: torch.device) -
                 loss.backward()
                 optimizer.step(factor * min(1.0, done / _WARMUP_STEPS))
                 progress.update(bar, advance=1, loss=f"loss {loss.item():.4f}")
-    model.model = layers
-    return model
+            model.model = layers
+            yield model
+
+
+def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Write the checkpoint in bfloat16; the model itself stays as it is."""
+    rounded = deepcopy(model).to(torch.bfloat16)
+    rounded.config.use_cache = rounded.generation_config.use_cache = True
+    rounded.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def main() -> None:
@@ -172,10 +181,8 @@ def main() -> None:
     options = parser.parse_args()
     began = time.monotonic()
     tokenizer = train_tokenizer(options.seed)
-    model = train(tokenizer, options.seed, torch.device(options.device)).to(torch.bfloat16)
-    model.config.use_cache = model.generation_config.use_cache = True
-    model.save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
+    for model in train(tokenizer, options.seed, torch.device(options.device)):
+        save(model, tokenizer, options.out)  # after each phase: an interrupted training leaves what it came to
     tokens = sum(phase.tokens * phase.dialogues * phase.steps for phase in PHASES)
     print(f"{tokens:,} tokens on {options.device} in {time.monotonic() - began:.0f} s")
 

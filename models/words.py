@@ -5,7 +5,9 @@ Open words are split by a checksum of their own: one in ten is held out, and no 
 
 import zlib
 from collections import defaultdict
+from collections.abc import Sequence
 from random import Random
+from string import ascii_uppercase
 
 _ONSETS = "b br c ch d dr f g gr h j k kl l m n p pr r s sh st t tr v w y z".split()
 _NUCLEI = "a e i o u ai ea ia io ou".split()
@@ -53,11 +55,17 @@ def is_held_out(word: str) -> bool:
 class Words:
     """Draws words: those that training uses, or only those held out from it."""
 
-    def __init__(self, random: Random, *, held_out: bool, plain: bool = False, wide: bool = False) -> None:
-        """Open words are `plain`, real ones and such of syllables, or more varied; of more syllables if `wide`."""
+    def __init__(
+        self, random: Random, *, held_out: bool, plain: bool = False, wide: bool = False, pieces: Sequence[str] = ()
+    ) -> None:
+        """Open words are `plain`, real ones and such of syllables, or more varied; of more syllables if `wide`.
+
+        Some of the varied ones are strung from `pieces`, if there are any, behind any capital letter.
+        """
         self._random = random
         self._held_out = held_out
         self._plain = plain
+        self._pieces = pieces
         self._nuclei, self._codas = (_MORE_NUCLEI, _MORE_CODAS) if wide else (_NUCLEI, _CODAS)
 
     def name(self) -> str:
@@ -101,12 +109,14 @@ class Words:
         return self._random.choice(real) if self._random.random() < 0.35 else self._by_syllables()
 
     def _varied_word(self, real: list[str]) -> str:
-        """A real word, one by letters that follow each other in real ones, or one of syllables."""
+        """A real word, one by letters that follow each other in real ones, one of pieces, or one of syllables."""
         match self._random.randrange(10):
             case 0 | 1 | 2:
                 return self._random.choice(real)
             case 3 | 4:
                 return self._by_letters()
+            case 5 | 6 | 7 if self._pieces:
+                return self._by_pieces()
             case _:
                 return self._by_syllables()
 
@@ -114,6 +124,11 @@ class Words:
         pick = self._random.choice
         syllables = [pick(_ONSETS) + pick(self._nuclei) for _ in range(pick((1, 2, 2, 3)))]
         return ("".join(syllables) + pick(self._codas)).capitalize()
+
+    def _by_pieces(self) -> str:
+        return self._random.choice(ascii_uppercase) + "".join(
+            self._random.choices(self._pieces, k=self._random.randint(1, 4))
+        )
 
     def _by_letters(self) -> str:
         """Each letter one that follows the two before it in some word of the lists that is not held out."""
