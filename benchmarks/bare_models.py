@@ -7,12 +7,12 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from worker.config import WorkerConfig
+from worker.engine.step import Chunk
 from worker.ids import BlockId
-from worker.kv_cache import KVCache
-from worker.model import LoadedModel, load_model
-from worker.presets import preset_config, random_model
-from worker.runner import ModelRunner
-from worker.step import Chunk
+from worker.model.load import LoadedModel, load_model
+from worker.model.presets import preset_config, random_model
+from worker.model.runner import ModelRunner
+from worker.tiers.kv_cache import KVCache
 
 
 def load_both(preset: str) -> tuple[LoadedModel, PreTrainedModel]:

@@ -8,8 +8,8 @@ from benchmarks.codec_kv import ModelKV
 from benchmarks.fidelity_figures import RATIOS
 from benchmarks.harness import Bar, at_least, finish, interleaved, medians
 from cache_store.codecs import LOSSLESS
-from worker.codecs import open_codecs
-from worker.codecs.codec import Codec
+from worker.tiers.codecs import open_codecs
+from worker.tiers.codecs.codec import Codec
 
 _MIN_BLOCK_TOKENS = 64
 """Scales weigh too much in smaller blocks for the lossy codecs' bars."""

@@ -7,15 +7,15 @@ import torch
 
 from benchmarks.bare_models import random_prompt
 from models.dialogues import held_out
-from worker.codecs.codec import Codec
 from worker.config import WorkerConfig
+from worker.engine.step import Chunk
 from worker.ids import BlockId
-from worker.kv_cache import KVCache
-from worker.model import LoadedModel, load_model
-from worker.runner import ModelRunner
-from worker.shipped import locate
-from worker.step import Chunk
+from worker.model.load import LoadedModel, load_model
+from worker.model.runner import ModelRunner
+from worker.model.shipped import locate
 from worker.text import load_tokenizer
+from worker.tiers.codecs.codec import Codec
+from worker.tiers.kv_cache import KVCache
 
 _STEP_TOKENS = 256
 _SAID_TOKENS = 48

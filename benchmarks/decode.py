@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.bare_models import Ours, Theirs, load_both
 from benchmarks.harness import Bar, at_least, finish, interleaved, medians
-from worker.model import LoadedModel
+from worker.model.load import LoadedModel
 
 _WANTED_AT_1024 = {1: 1.2, 8: 2.0, 32: 3.0}
 """Times faster than transformers, by batch."""

@@ -21,7 +21,7 @@ from rekindle.errors import RekindleError
 from rekindle.signals import StopSignals
 from server.logs import set_up_logs
 from worker.config import ConfigError
-from worker.shipped import locate
+from worker.model.shipped import locate
 
 _SUMMARY_HEADS: Final = (
     *("codec", "times\nsmaller", "with\ntails", "encode\nGB/s", "decode\nGB/s", "equal\ntokens", "equal\nreplies"),

@@ -24,7 +24,7 @@ from server.config import ServerConfig
 from server.directory import StaticAddresses
 from worker.app import WorkerApp
 from worker.config import WorkerConfig
-from worker.prefix import wanted_by_history
+from worker.engine.prefix import wanted_by_history
 
 _STOP_WITHIN_S = 10.0
 

@@ -8,14 +8,14 @@ import torch
 from benchmarks.codec_kv import dialogue_tokens, prefill
 from cache_store.codecs import CodecInfo
 from cache_store.layout import KVLayout
-from worker.ageing import Shrink
-from worker.codecs import open_codecs
 from worker.config import WorkerConfig
 from worker.ids import BlockId
-from worker.kv_cache import KVCache
-from worker.model import load_model
-from worker.runner import ModelRunner
-from worker.shrink import Shrinker
+from worker.model.load import load_model
+from worker.model.runner import ModelRunner
+from worker.tiers.ageing import Shrink
+from worker.tiers.codecs import open_codecs
+from worker.tiers.kv_cache import KVCache
+from worker.tiers.shrink import Shrinker
 
 
 class EncodedKV(NamedTuple):

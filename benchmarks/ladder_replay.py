@@ -18,7 +18,7 @@ from cache_store.ids import BlockHash, chain, root_hash
 from cache_store.ladder import Ladder
 from cache_store.open_store import open_block_store
 from cache_store.store import BlockStore, Encoding, Fetch, Fetched, Store
-from worker.ageing import Ager
+from worker.tiers.ageing import Ager
 
 _TIMEOUT_S = 30.0
 _TTL_S = 3600

@@ -6,10 +6,10 @@ from itertools import count
 
 from benchmarks.harness import at_most, finish, interleaved, medians
 from cache_store.embedded_redis import RedisServer
-from worker.build_engine import build_engine
 from worker.calls import Event, Failed, Finished, GenerateCall, Sampling
 from worker.config import WorkerConfig
-from worker.engine import Engine
+from worker.engine.build_engine import build_engine
+from worker.engine.engine import Engine
 
 
 def run(

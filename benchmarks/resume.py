@@ -15,10 +15,10 @@ from benchmarks.raw_socket import RawGets, connect
 from cache_store.embedded_redis import RedisServer
 from protos import rekindle_pb2 as pb
 from rekindle.sync_client import Client
+from worker.engine.step import Chunk
 from worker.ids import BlockId
-from worker.kv_cache import KVCache
-from worker.runner import ModelRunner
-from worker.step import Chunk
+from worker.model.runner import ModelRunner
+from worker.tiers.kv_cache import KVCache
 
 
 def run(

@@ -9,8 +9,8 @@ from benchmarks.harness import at_least, finish, interleaved, medians
 from benchmarks.overhead import prompt, serve
 from cache_store.embedded_redis import RedisServer
 from rekindle.client import Client
-from worker.build_engine import build_engine
 from worker.config import WorkerConfig
+from worker.engine.build_engine import build_engine
 
 
 def run(

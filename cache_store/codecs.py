@@ -1,6 +1,6 @@
 """The table of codecs: what each is called in a frame, what a session may choose, and what it may then be given.
 
-Knows names and numbers. How a codec works is `worker/codecs`, which knows tensors.
+Knows names and numbers. How a codec works is `worker/tiers/codecs`, which knows tensors.
 """
 
 from dataclasses import dataclass

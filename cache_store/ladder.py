@@ -1,6 +1,6 @@
 """The ladder of codecs that a ladder session's blocks go down as they get colder, and how it is written.
 
-Knows names and seconds. Who moves the blocks is `worker/ageing.py`.
+Knows names and seconds. Who moves the blocks is `worker/tiers/ageing.py`.
 """
 
 import itertools

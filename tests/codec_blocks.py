@@ -9,14 +9,14 @@ import torch
 
 from cache_store.layout import KVLayout
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model
-from worker.codecs.codec import Codec
-from worker.codecs.rope import Rope
 from worker.config import WorkerConfig
+from worker.engine.step import Chunk
 from worker.ids import BlockId
-from worker.kv_cache import KVCache
-from worker.model import LoadedModel, load_model
-from worker.runner import ModelRunner
-from worker.step import Chunk
+from worker.model.load import LoadedModel, load_model
+from worker.model.runner import ModelRunner
+from worker.tiers.codecs.codec import Codec
+from worker.tiers.codecs.rope import Rope
+from worker.tiers.kv_cache import KVCache
 
 CPU = torch.device("cpu")
 CUDA = pytest.param(

@@ -7,10 +7,10 @@ from itertools import count
 
 import pytest
 
-from worker.build_engine import build_engine as build_real_engine
 from worker.calls import Event, Failed, Finished, GenerateCall, Receipt, Sampling, Token
 from worker.config import WorkerConfig
-from worker.engine import Engine
+from worker.engine.build_engine import build_engine as build_real_engine
+from worker.engine.engine import Engine
 from worker.ids import BlockId
 
 TENANT = "tests"

@@ -29,8 +29,8 @@ from server.app import Application
 from server.config import ServerConfig
 from server.directory import StaticAddresses
 from server.router import Candidate, choose
-from worker.prefix import wanted_by_history
-from worker.presets import preset_config, random_model
+from worker.engine.prefix import wanted_by_history
+from worker.model.presets import preset_config, random_model
 
 BLOCK_TOKENS = 16
 _WORKER_SETTINGS = {

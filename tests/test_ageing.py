@@ -17,8 +17,8 @@ from cache_store.layout import KVLayout
 from cache_store.open_store import open_block_store
 from cache_store.store import BlockStore, Held, Store
 from tests.redis_servers import RedisCluster
-from worker.ageing import Ager
 from worker.config import ConfigError, WorkerConfig
+from worker.tiers.ageing import Ager
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_tokens=16, dtype="float32")
 FULL = LAYOUT.block_tokens

@@ -14,11 +14,11 @@ from cache_store.layout import KVLayout
 from cache_store.store import Held
 from tests.engines import TENANT, EngineFactory, generate, poison
 from tests.test_ageing import eventually, make_idle
-from worker.codecs import open_codecs
-from worker.engine import Engine
+from worker.engine.engine import Engine
+from worker.engine.prefix import Wanted, wanted_by_history
 from worker.metrics import WorkerMetrics
-from worker.prefix import Wanted, wanted_by_history
-from worker.shrink import Shrinker
+from worker.tiers.codecs import open_codecs
+from worker.tiers.shrink import Shrinker
 
 CPU = torch.device("cpu")
 PROMPT = tuple(range(5, 105))

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from worker.attention import AttentionBackend, AttentionStep, ExactAttention, Run, Span, clip, runs_of, slots_of
-from worker.attention_cpu import CpuAttention
-from worker.attention_cuda import GatherAttention, VarlenAttention, choose_cuda_attention
+from worker.attention.cpu import CpuAttention
+from worker.attention.cuda import GatherAttention, VarlenAttention, choose_cuda_attention
+from worker.attention.paged import AttentionBackend, AttentionStep, ExactAttention, Run, Span, clip, runs_of, slots_of
 
 BLOCK_TOKENS = 16
 NUM_BLOCKS = 120
@@ -129,7 +129,7 @@ def test_a_long_chunk_is_cut_by_its_scores_and_stays_exact(monkeypatch: pytest.M
     pool = poisoned_pool(spans, 2, 8, torch.float32)
     qkv = random_qkv(spans, 4, 2, 8, torch.float32)
     whole = attend(ExactAttention(pool), pool, spans, qkv, softcap=3.0)
-    monkeypatch.setattr("worker.attention._MAX_SCORES", 4 * 345 * 7)
+    monkeypatch.setattr("worker.attention.paged._MAX_SCORES", 4 * 345 * 7)
     torch.testing.assert_close(attend(ExactAttention(pool), pool, spans, qkv, softcap=3.0), whole)
 
 

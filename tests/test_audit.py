@@ -19,16 +19,16 @@ from tests import tiny_models
 from tests.engines import TENANT, EngineFactory, Turn, generate, poison, start
 from tests.systems import System, WorkerProcess, scrape
 from worker import translate
-from worker.audit import Comparison, Recording, bound_of
-from worker.auditor import Auditor
 from worker.calls import AuditReport, Event, Finished, FinishReason, GenerateCall, Receipt, Sampling, Token
-from worker.engine import Engine
+from worker.engine.audit import Comparison, Recording, bound_of
+from worker.engine.auditor import Auditor
+from worker.engine.engine import Engine
+from worker.engine.pool import BlockPool
+from worker.engine.prefix import full_names
+from worker.engine.request import Phase, Request
+from worker.engine.sampler import RowState
+from worker.engine.step import Chunk
 from worker.metrics import WorkerMetrics
-from worker.pool import BlockPool
-from worker.prefix import full_names
-from worker.request import Phase, Request
-from worker.sampler import RowState
-from worker.step import Chunk
 
 PROMPT = tuple(range(5, 105))
 OTHER = tuple(range(300, 400))
@@ -277,7 +277,7 @@ def test_a_wrong_block_is_found_deleted_everywhere_and_then_computed_right(
     build_engine: EngineFactory, own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = CapturingLogger()
-    monkeypatch.setattr("worker.auditor.log", log)
+    monkeypatch.setattr("worker.engine.auditor.log", log)
     engine = build_engine(redis_url=own_redis.url)
     history = parked(engine)
     wrong = names_of(engine, history)[2]
@@ -596,7 +596,7 @@ def test_a_turn_waits_for_its_audit_so_long_and_not_past_its_deadline(
 def test_a_turn_hears_that_it_is_over_though_its_audit_finds_no_room(
     build_engine: EngineFactory, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.auditor._MAX_WAIT_S", 0.2)
+    monkeypatch.setattr("worker.engine.auditor._MAX_WAIT_S", 0.2)
     engine = build_engine(redis_url=redis_url, max_step_tokens=2, max_running=2)
     history = parked(engine)
     start(engine, (), OTHER, max_new_tokens=900)

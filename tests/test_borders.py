@@ -113,7 +113,7 @@ def test_cold_storage_works_without_ray() -> None:
 
 
 def test_the_engine_works_without_ray_and_without_redis() -> None:
-    assert loaded_by("import worker.build_engine") & {"ray", "grpc", "redis"} == set()
+    assert loaded_by("import worker.engine.build_engine") & {"ray", "grpc", "redis"} == set()
 
 
 def test_generated_code_is_what_the_protos_say(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from cache_store.store import Store
 from tests import tiny_models
 from tests.engines import TENANT, EngineFactory, Turn, generate, poison, start
 from worker.calls import MissReason, Token
-from worker.engine import Engine
-from worker.prefix import Wanted, wanted_by_history
+from worker.engine.engine import Engine
+from worker.engine.prefix import Wanted, wanted_by_history
 
 PROMPT = tuple(range(5, 105))
 SECOND = (7, 7, 9, 11, 2)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from cache_store.errors import BlockCorrupt
 from tests.codec_blocks import BITS, CPU, CUDA, DTYPES, decode, encode, filled_cache, layout_of, load_tiny, normal_block
 from tests.tiny_models import ARCHITECTURES
-from worker.codecs import open_codecs
-from worker.codecs.codec import Codec
-from worker.codecs.exact import LosslessCodec, RawCodec
 from worker.ids import BlockId
+from worker.tiers.codecs import open_codecs
+from worker.tiers.codecs.codec import Codec
+from worker.tiers.codecs.exact import LosslessCodec, RawCodec
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -125,8 +125,8 @@ _ALONE = """
 import os, numpy, torch
 torch.set_num_threads(1)
 from cache_store.layout import KVLayout
-from worker.codecs import open_codecs
-from worker.codecs.rope import Rope
+from worker.tiers.codecs import open_codecs
+from worker.tiers.codecs.rope import Rope
 layout = KVLayout(num_layers=4, num_kv_heads=2, head_dim=128, block_tokens=128, dtype="bfloat16")
 kv = torch.randn(layout.block_shape).bfloat16()
 buffer = memoryview(bytearray(layout.block_bytes))

@@ -24,11 +24,11 @@ from tests.codec_blocks import (
     normal_block,
 )
 from tests.tiny_models import ARCHITECTURES
-from worker.codecs import open_codecs
-from worker.codecs.form import SINK_TOKENS
-from worker.codecs.quantized import QuantizedCodec, shrink
-from worker.codecs.rope import Rope
 from worker.ids import BlockId
+from worker.tiers.codecs import open_codecs
+from worker.tiers.codecs.form import SINK_TOKENS
+from worker.tiers.codecs.quantized import QuantizedCodec, shrink
+from worker.tiers.codecs.rope import Rope
 
 LOSSY = (INT8, K8V4, INT4)
 STEPS = {INT8: (0.5, 0.5), K8V4: (0.5, 8.0), INT4: (8.0, 8.0)}

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cache_store.codecs import INT4
 from tests.codec_blocks import CPU, decode, encode, filled_cache, layout_of, llama_rope, load_tiny
 from tests.tiny_models import ARCHITECTURES, tiny_config
-from worker.attention import register_attention
-from worker.codecs.quantized import QuantizedCodec
-from worker.codecs.rope import Rope
-from worker.codecs.rope_of import rope_of
+from worker.attention.paged import register_attention
 from worker.ids import BlockId
-from worker.supported import probe
+from worker.model.supported import probe
+from worker.tiers.codecs.quantized import QuantizedCodec
+from worker.tiers.codecs.rope import Rope
+from worker.tiers.codecs.rope_of import rope_of
 
 _ORIGINAL = {"rope_theta": 10_000.0, "original_max_position_embeddings": 128}
 SCALED: list[dict[str, Any]] = [

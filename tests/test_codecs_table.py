@@ -19,7 +19,7 @@ from cache_store.codecs import (
     named,
 )
 from tests.codec_blocks import CPU, layout_of
-from worker.codecs import open_codecs
+from worker.tiers.codecs import open_codecs
 
 
 def test_ids_are_what_is_written_in_everybodys_redis() -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from protos import rekindle_pb2 as pb
 from rekindle.errors import Busy, NotFound, TooLong
 from tests.systems import BLOCK_TOKENS, System, Truth, WorkerProcess, chat, eventually, running_system
-from worker.presets_tokenizer import byte_tokenizer
+from worker.model.presets_tokenizer import byte_tokenizer
 
 SAID = ("What did the tide bring in?", "And what did it take?", "Who keeps count of it?", "Thanks.")
 

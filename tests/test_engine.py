@@ -14,10 +14,10 @@ from cache_store.open_store import open_block_store
 from cache_store.store import Store
 from tests.engines import TENANT, EngineFactory, Turn, generate, poison, start
 from worker.calls import Finished, FinishReason, MissReason, Sampling, Token
-from worker.engine import Engine
+from worker.engine.engine import Engine
+from worker.engine.sampler import LogitsNotFinite
+from worker.engine.step import Chunk
 from worker.errors import ContextTooLong, DeadlinePassed, Draining, Overloaded
-from worker.sampler import LogitsNotFinite
-from worker.step import Chunk
 
 PROMPT = tuple(range(5, 55))
 SECOND = (7, 7, 9, 11, 2)

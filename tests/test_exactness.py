@@ -8,7 +8,7 @@ import pytest
 
 from tests import tiny_models
 from tests.engines import TENANT, EngineFactory, generate, poison, start
-from worker.engine import Engine
+from worker.engine.engine import Engine
 
 TURNS = 3
 NEW_TOKENS = 14

@@ -4,8 +4,8 @@ from concurrent.futures import Future
 
 import pytest
 
+from worker.engine.inbox import Inbox
 from worker.errors import Draining
-from worker.inbox import Inbox
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 
 from cache_store.layout import KVLayout
 from worker.ids import BlockId
-from worker.kv_cache import KVCache
+from worker.tiers.kv_cache import KVCache
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_tokens=16, dtype="bfloat16")
 DEVICES = [

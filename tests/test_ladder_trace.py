@@ -15,8 +15,8 @@ from benchmarks.ladder_trace import Read, Size, lru_hits, num_distinct, num_read
 from cache_store.codecs import LADDER, LOSSLESS, RAW
 from cache_store.ladder import parse_ladder
 from cache_store.layout import KVLayout
-from worker.codecs import open_codecs
-from worker.shrink import Shrinker
+from worker.tiers.codecs import open_codecs
+from worker.tiers.shrink import Shrinker
 
 
 def plainly(trace: Sequence[Read], rungs: Sequence[Size], capacity_bytes: float) -> Counter[int]:

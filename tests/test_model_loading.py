@@ -15,8 +15,8 @@ from cache_store.layout import choose_block_tokens
 from tests.tiny_models import save_tiny_model, tiny_model
 from worker.config import WorkerConfig
 from worker.errors import ModelRefused
-from worker.fingerprint import checkpoint_content
-from worker.model import LoadedModel, load_model
+from worker.model.fingerprint import checkpoint_content
+from worker.model.load import LoadedModel, load_model
 
 
 def load(model: Path | str, **settings: Any) -> LoadedModel:

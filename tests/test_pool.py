@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from cache_store.ids import BlockHash
+from worker.engine.pool import BlockPool
 from worker.ids import BlockId
-from worker.pool import BlockPool
 
 
 def name(number: int) -> BlockHash:

@@ -14,7 +14,7 @@ from models.encoding import encode, measure
 from models.tokenizer import train_tokenizer
 from models.train_recall import CONTEXT_TOKENS, Optimizer, Phase, batches, loss_of, new_model
 from worker.chat import continue_chat, start_chat
-from worker.shipped import locate
+from worker.model.shipped import locate
 
 DIRECTORY = Path(locate("rekindle-recall"))
 

@@ -9,11 +9,11 @@ import torch
 
 from tests.tiny_models import ARCHITECTURES, VOCAB_SIZE, generate, save_tiny_model, tiny_model
 from worker.config import WorkerConfig
+from worker.engine.step import Chunk
 from worker.ids import BlockId
-from worker.kv_cache import KVCache
-from worker.model import LoadedModel, load_model
-from worker.runner import ModelRunner
-from worker.step import Chunk
+from worker.model.load import LoadedModel, load_model
+from worker.model.runner import ModelRunner
+from worker.tiers.kv_cache import KVCache
 
 NUM_BLOCKS = 40
 BLOCK_TOKENS = 16

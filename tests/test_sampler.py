@@ -10,7 +10,7 @@ from transformers.generation import logits_process as hf
 
 from cache_store.errors import InvalidRequest
 from worker.calls import Sampling
-from worker.sampler import LogitsNotFinite, RowState, Sampler, filtered, uniform
+from worker.engine.sampler import LogitsNotFinite, RowState, Sampler, filtered, uniform
 
 VOCAB = 500
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from worker.errors import ModelRefused
-from worker.shipped import locate
+from worker.model.shipped import locate
 
 
 def test_a_shipped_model_is_found_by_name_and_any_other_is_left_as_it_is() -> None:

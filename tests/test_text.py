@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cache_store.errors import InvalidRequest
 from worker.chat import ChatMessage
-from worker.presets_tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, MIN_VOCAB_SIZE, byte_tokenizer
+from worker.model.presets_tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, MIN_VOCAB_SIZE, byte_tokenizer
 from worker.stop_strings import StopStrings
 from worker.text import TextCodec, load_tokenizer
 

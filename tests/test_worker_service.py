@@ -20,7 +20,7 @@ from tests.fake_engine import FakeEngine
 from worker.calls import Event, Failed, FinishReason, Receipt, Token, TokenLogprobs
 from worker.errors import ContextTooLong, DeadlinePassed, Draining, Overloaded
 from worker.metrics import WorkerMetrics
-from worker.presets_tokenizer import byte_tokenizer
+from worker.model.presets_tokenizer import byte_tokenizer
 from worker.service import WorkerService, start_server
 from worker.text import TextCodec
 

@@ -13,11 +13,11 @@ from cache_store.ids import chain, root_hash
 from cache_store.layout import KVLayout
 from cache_store.memory_store import MemoryBlockStore
 from cache_store.store import Store
-from worker.coder import BlockCoder
 from worker.ids import BlockId
-from worker.kv_cache import KVCache
-from worker.moves import Content, MoveCounter
-from worker.write_behind import WriteBehind
+from worker.tiers.coder import BlockCoder
+from worker.tiers.kv_cache import KVCache
+from worker.tiers.moves import Content, MoveCounter
+from worker.tiers.write_behind import WriteBehind
 
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_tokens=16, dtype="float32")
 BLOCK = Content(chain(root_hash(b"model", "tests"), range(16)), 16, 0, RAW.name)

@@ -75,7 +75,7 @@ class WorkerApp:
 
 def _build(config: WorkerConfig) -> tuple[EngineLike, "TextCodec"]:
     # Here, because they bring torch and transformers with them.
-    from worker.build_engine import build_engine
+    from worker.engine.build_engine import build_engine
     from worker.text import load_tokenizer
 
     engine = build_engine(config)

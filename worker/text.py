@@ -6,8 +6,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from worker.chat import ChatMessage, continue_chat, start_chat
-from worker.presets_tokenizer import byte_tokenizer
-from worker.shipped import locate
+from worker.model.presets_tokenizer import byte_tokenizer
+from worker.model.shipped import locate
 
 _BROKEN = "\ufffd"
 _MAX_PENDING = 32

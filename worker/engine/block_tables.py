@@ -1,0 +1,227 @@
+"""The blocks that requests hold: found or taken for what they run on, named when they are full, offloaded, let go.
+
+It knows nothing of turns: who runs, waits or gives way is decided by the scheduler. Used by the engine's thread alone.
+What other threads finish comes back through `post`.
+"""
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from cache_store.ids import BlockHash
+from cache_store.store import Encoding
+from worker.calls import MissReason
+from worker.engine.pool import BlockPool
+from worker.engine.prefix import Wanted, tail_of, wanted_by_prompt
+from worker.engine.request import Request
+from worker.ids import BlockId
+from worker.tiers.moves import Content, Tier, content_of
+from worker.tiers.restore import Outcome, Restore, Restored, Restorer
+from worker.tiers.write_behind import Offload, WriteBehind
+
+
+@dataclass(slots=True)
+class Lookup:
+    """The blocks that could spare a request its prefill, and by index what became of them."""
+
+    wanted: list[Wanted]
+    found: dict[int, Tier | MissReason] = field(default_factory=dict)
+    restored: dict[int, Encoding] = field(default_factory=dict)
+    """Those that a tier below the device had, as what payload."""
+
+    @property
+    def restored_bytes(self) -> int:
+        return sum(encoding.num_bytes for encoding in self.restored.values())
+
+
+class BlockTables:
+    def __init__(
+        self,
+        pool: BlockPool,
+        write_behind: WriteBehind,
+        restorer: Restorer,
+        *,
+        block_tokens: int,
+        restore_timeout_s: float,
+        copy_tokens: Callable[[BlockId, BlockId, int], None],
+        make_room: Callable[[], bool],
+        post: Callable[[Callable[[], None]], None],
+    ) -> None:
+        """`copy_tokens` copies a block's first tokens into another; `make_room` frees blocks, or says that it can't."""
+        self.distrusted: set[BlockHash] = set()
+        """Contents that were found wrong and are on their way out of every tier: not restored, not offloaded."""
+        self._pool = pool
+        self._write_behind = write_behind
+        self._restorer = restorer
+        self._block_tokens = block_tokens
+        self._restore_timeout_s = restore_timeout_s
+        self._copy_tokens = copy_tokens
+        self._make_room = make_room
+        self._post = post
+
+    # In
+
+    def open(self, request: Request) -> Lookup | None:
+        """Give a request all blocks for its tokens up to `num_target`, those that the device has among them.
+
+        None where there are too few: then it holds none.
+        """
+        size = self._block_tokens
+        wanted = self._wanted(request)
+        on_device = {want.index: block for want in wanted if (block := self._pool.find(want.name)) is not None}
+        self._pool.acquire(on_device.values())
+        shared = {
+            want.index: on_device[want.index] for want in wanted if want.offers == size and want.index in on_device
+        }
+        fresh = self._take(
+            request.num_blocks - len(shared),
+            after=next(reversed(shared.values()), None),
+            room=request.num_blocks_at_most - len(shared),
+        )
+        if fresh is None:
+            self._pool.release(list(on_device.values()))
+            return None
+        rest = iter(fresh)
+        request.table = [shared[index] if index in shared else next(rest) for index in range(request.num_blocks)]
+        request.relies_on = frozenset(want.name for want in wanted)
+        for want in wanted:
+            if want.content_tokens < size:
+                self._write_behind.outgrown(want.name)
+            if want.index not in on_device:
+                self._pool.need(want.name)
+            elif want.index not in shared:
+                self._copy_on_write(on_device[want.index], request.table[want.index], want.offers)
+        return Lookup(wanted, dict.fromkeys(on_device, Tier.DEVICE))
+
+    def _wanted(self, request: Request) -> list[Wanted]:
+        size = self._block_tokens
+        full = request.num_target // size
+        if full:
+            request.name_of(full - 1)
+        tokens = request.tokens[: request.num_target]
+        return wanted_by_prompt(request.root, request.names[:full], tokens, len(request.call.history), size)
+
+    def _copy_on_write(self, source: BlockId, target: BlockId, num_tokens: int) -> None:
+        """Copy what was found into a request's own block, as it goes on writing behind these tokens."""
+        self._copy_tokens(source, target, num_tokens)
+        if self._pool.is_lossy(source):
+            self._pool.mark_lossy(target)
+        self._pool.release([source])
+
+    def restore(self, request: Request, lookup: Lookup, landed: Callable[[], None]) -> None:
+        """Ask the tiers below for what the device has not. `landed` is called once nobody writes the request's blocks
+        any more: now, if there is nobody to ask."""
+        missing = [want for want in lookup.wanted if want.index not in lookup.found]
+        asked = [want for want in missing if want.name not in self.distrusted and self._restorer.may_have(want.name)]
+        lookup.found.update({want.index: MissReason.ABSENT for want in missing})
+        if not asked:
+            landed()
+            return
+
+        def done(outcomes: list[Outcome]) -> None:
+            for want, outcome in zip(asked, outcomes, strict=True):
+                if isinstance(outcome, Restored):
+                    lookup.found[want.index], lookup.restored[want.index] = outcome
+                else:
+                    lookup.found[want.index] = outcome
+            self._post(landed)
+
+        deadline_s = time.monotonic() + self._restore_timeout_s
+        if request.call.deadline_s is not None:
+            deadline_s = min(deadline_s, request.call.deadline_s)
+        self._restorer.restore(
+            [
+                Restore(content_of(want, self._block_tokens, request.call.codec), request.table[want.index])
+                for want in asked
+            ],
+            done,
+            deadline_s=deadline_s,
+            cancelled=lambda: request.cancelled,
+        )
+
+    def publish_restored(self, request: Request, lookup: Lookup) -> None:
+        """Make findable on the device what came from below."""
+        for index, encoding in lookup.restored.items():
+            if encoding.codec.lossy:
+                self._pool.mark_lossy(request.table[index])
+        for want in lookup.wanted:
+            if want.index in lookup.restored:
+                request.restored.add(want.name)
+                if want.offers == self._block_tokens:
+                    self._pool.name(request.table[want.index], want.name)
+
+    # On
+
+    def grow(self, request: Request) -> bool:
+        """Give a request the blocks for its tokens so far. False where there are too few."""
+        missing = -(-len(request.tokens) // self._block_tokens) - len(request.table)
+        if missing <= 0:
+            return True
+        fresh = self._take(missing, after=request.table[-1])
+        if fresh is None:
+            return False
+        request.table += fresh
+        return True
+
+    def _take(self, count: int, *, after: BlockId | None, room: int = 0) -> list[BlockId] | None:
+        """As the pool's, making room where it has too few."""
+        fresh = self._pool.take(count, after=after, room=room)
+        if fresh is None and self._make_room():
+            fresh = self._pool.take(count, after=after, room=room)
+        return fresh
+
+    def seal(self, request: Request, index: int) -> None:
+        """A request's block is full: others may find it, and it goes down the tiers."""
+        name = request.name_of(index)
+        if self._pool.name(request.table[index], name) and name not in self.distrusted:
+            self._offload(request, index, name, self._block_tokens, to_store=True)
+
+    def keep_tail(self, request: Request, num_kv: int) -> None:
+        """Make the unfull last block findable by the next turn, on the device and in the host tier."""
+        size = self._block_tokens
+        full = num_kv // size
+        if full:
+            request.name_of(full - 1)
+        tail = tail_of(request.root, request.names, request.tokens, num_kv, size)
+        if tail is None or tail.name in self.distrusted or self._pool.find(tail.name) is not None:
+            return
+        block = request.table[tail.index]
+        if not self._pool.is_named(block):  # it is when tokens behind a stop string filled it
+            self._pool.name(block, tail.name)
+        self._offload(request, tail.index, tail.name, tail.content_tokens, to_store=False)
+
+    def _offload(self, request: Request, index: int, name: BlockHash, num_tokens: int, *, to_store: bool) -> None:
+        block = request.table[index]
+        if self._pool.is_lossy(block):  # encoded from it, it would be encoded twice
+            return
+        self._pool.acquire([block])
+        release = [block]
+        self._write_behind.offload(
+            Offload(
+                block=block,
+                content=Content(name, num_tokens, index * self._block_tokens, request.call.codec),
+                ttl_s=request.call.block_ttl_s,
+                to_store=to_store,
+                done=lambda: self._post(lambda: self._pool.release(release)),
+            )
+        )
+
+    # Out
+
+    def close(self, request: Request) -> None:
+        """Let go of a request's blocks. What is named stays cached as long as there is room."""
+        self._pool.release(request.table)
+        request.table = []
+
+    def distrust(self, names: Collection[BlockHash]) -> None:
+        """Forget contents on the device. Nothing restores or offloads them until `trust`."""
+        self.distrusted.update(names)
+        self._pool.drop(names)
+
+    def trust(self, names: Collection[BlockHash]) -> None:
+        """No tier has the wrong contents any more."""
+        self.distrusted.difference_update(names)
+
+    def forget_restored(self, request: Request) -> None:
+        """Drop from the host tier what was distrusted while it was on its way there."""
+        self._write_behind.host.drop(request.relies_on)

@@ -1,0 +1,71 @@
+"""From settings to a running engine: which part is told of which. Nothing is decided here."""
+
+import random
+
+from worker.config import WorkerConfig
+from worker.engine.auditor import Auditor
+from worker.engine.block_tables import BlockTables
+from worker.engine.engine import Engine
+from worker.engine.histories import Histories
+from worker.engine.inbox import Inbox
+from worker.engine.pool import BlockPool
+from worker.engine.sampler import Sampler
+from worker.engine.scheduler import Scheduler
+from worker.engine.stepper import Stepper
+from worker.model.load import LoadedModel, load_model
+from worker.model.runner import ModelRunner
+from worker.tiers.open_tiers import Tiers, open_tiers
+
+
+def build_engine(config: WorkerConfig) -> Engine:
+    """Load the model, take all memory, connect the tiers, and start. Raises ModelRefused, InvalidRequest."""
+    loaded = load_model(config)
+    engine = _wire(config, loaded, open_tiers(config, loaded))
+    engine.start()
+    return engine
+
+
+def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
+    block_tokens = loaded.layout.block_tokens
+    inbox = Inbox()
+    pool = BlockPool(tiers.device.num_blocks)
+    sampler = Sampler(loaded.vocab_size, loaded.device)
+    auditor = Auditor(
+        pool,
+        rate=config.audit_rate,
+        draw=random.Random().random,
+        block_tokens=block_tokens,
+        dtype=loaded.layout.dtype,
+        discard=lambda names: inbox.ask(lambda future: histories.discard(names, future)),  # asked later than made
+    )
+    tables = BlockTables(
+        pool,
+        tiers.write_behind,
+        tiers.restorer,
+        block_tokens=block_tokens,
+        restore_timeout_s=config.restore_timeout_s,
+        copy_tokens=tiers.device.copy_tokens,
+        make_room=auditor.give_way,
+        post=inbox.post,
+    )
+    scheduler = Scheduler(tables, auditor, block_tokens=block_tokens, max_running=config.max_running)
+    stepper = Stepper(
+        scheduler,
+        ModelRunner(loaded, tiers.device),
+        sampler,
+        auditor,
+        max_step_tokens=config.max_step_tokens,
+        max_prefill_tokens=config.max_prefill_tokens,
+    )
+    histories = Histories(
+        pool,
+        tables,
+        scheduler,
+        tiers.write_behind,
+        tiers.restorer,
+        block_tokens=block_tokens,
+        fingerprint=loaded.fingerprint,
+        restore_timeout_s=config.restore_timeout_s,
+        post=inbox.post,
+    )
+    return Engine(config, loaded, tiers, inbox, pool, sampler, auditor, scheduler, stepper, histories)

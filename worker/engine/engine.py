@@ -1,0 +1,252 @@
+"""The engine: one thread that steps as long as there is work, and does what other threads ask of it between two steps.
+
+All state is that thread's. Other threads put what they want into its inbox. It knows neither gRPC nor Ray, and works
+without Redis.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from cache_store.codecs import RAW, fidelity_of
+from cache_store.ids import root_hash
+from worker.calls import (
+    AgeingStats,
+    DropReport,
+    EngineStats,
+    Event,
+    FinishReason,
+    GenerateCall,
+    Located,
+    ParkReport,
+    TierUse,
+    WarmReport,
+)
+from worker.config import WorkerConfig
+from worker.engine.auditor import Auditor
+from worker.engine.histories import Histories
+from worker.engine.inbox import Inbox
+from worker.engine.pool import BlockPool
+from worker.engine.request import Request
+from worker.engine.sampler import Sampler
+from worker.engine.scheduler import Scheduler
+from worker.engine.stepper import Stepper
+from worker.errors import ContextTooLong, Draining, Overloaded
+from worker.model.load import LoadedModel
+from worker.tiers.open_tiers import Tiers
+
+DEFAULT_NEW_TOKENS = 256
+
+
+class Engine:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        loaded: LoadedModel,
+        tiers: Tiers,
+        inbox: Inbox,
+        pool: BlockPool,
+        sampler: Sampler,
+        auditor: Auditor,
+        scheduler: Scheduler,
+        stepper: Stepper,
+        histories: Histories,
+    ) -> None:
+        self.layout = loaded.layout
+        self.fingerprint = loaded.fingerprint
+        self.max_context_tokens = loaded.max_context_tokens
+        self.eos_token_ids = loaded.eos_token_ids
+        self.vocab_size = loaded.vocab_size
+        self._config = config
+        self._tiers = tiers
+        self._inbox = inbox
+        self._pool = pool
+        self._sampler = sampler
+        self._auditor = auditor
+        self._scheduler = scheduler
+        self._stepper = stepper
+        self._histories = histories
+        self._requests: dict[str, Request] = {}
+        self._accepting = threading.Semaphore(config.max_waiting + config.max_running)
+        self._draining = False
+        self._seconds_a_request = 1.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        if self._tiers.ager is not None:
+            self._tiers.ager.start()
+
+    # Asked from any thread
+
+    def submit(self, call: GenerateCall, listener: Callable[[Event], None]) -> None:
+        """Queue a turn. `listener` hears its tokens and its end, on the engine's thread, and must return at once.
+
+        Raises ContextTooLong, Overloaded, Draining: then nothing was queued.
+        """
+        max_new_tokens = self._max_new_tokens(call)
+        if self._draining:
+            raise Draining("this worker is leaving")
+        if not self._accepting.acquire(blocking=False):
+            waiting = len(self._scheduler.waiting)
+            retry_after_s = self._seconds_a_request * (waiting + 1) / self._config.max_running
+            raise Overloaded(f"{waiting} requests are waiting, {self._config.max_waiting} may", retry_after_s)
+        request = Request(
+            call,
+            listener,
+            root=root_hash(self.fingerprint, call.tenant, fidelity_of(call.codec)),
+            block_tokens=self.layout.block_tokens,
+            max_new_tokens=max_new_tokens,
+            row=self._sampler.start(call.sampling, [*call.history, *call.input]),
+        )
+        self._inbox.post(lambda: self._accept(request))
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request within one step; its listener hears nothing more. Harmless when it is over."""
+
+        def drop() -> None:
+            self._with_request(request_id, self._scheduler.cancel)
+            self._auditor.cancel(request_id)
+
+        self._inbox.post(drop)
+
+    def finish(self, request_id: str, num_kept: int) -> None:
+        """End a request as STOP, its reply being the first `num_kept` tokens generated. Harmless when it is over."""
+
+        def end(request: Request) -> None:
+            if not request.cancelled:
+                self._scheduler.finish(request, FinishReason.STOP, num_kept=num_kept)
+
+        self._inbox.post(lambda: self._with_request(request_id, end))
+
+    def park(
+        self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, drop_host: bool, ttl_s: int
+    ) -> Future[ParkReport]:
+        return self._inbox.ask(lambda future: self._histories.park(tenant, tokens, codec, drop_host, ttl_s, future))
+
+    def warm(self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name) -> Future[WarmReport]:
+        return self._inbox.ask(lambda future: self._histories.warm(tenant, tokens, codec, future))
+
+    def flush(self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name) -> Future[None]:
+        return self._inbox.ask(lambda future: self._histories.flush(tenant, tokens, codec, future))
+
+    def locate(self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, with_redis: bool) -> Future[Located]:
+        return self._inbox.ask(lambda future: self._histories.locate(tenant, tokens, codec, with_redis, future))
+
+    def drop(
+        self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, with_redis: bool
+    ) -> Future[DropReport]:
+        return self._inbox.ask(lambda future: self._histories.drop(tenant, tokens, codec, with_redis, future))
+
+    def retain(self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, ttl_s: int) -> Future[int]:
+        return self._inbox.ask(lambda future: self._histories.retain(tenant, tokens, codec, ttl_s, future))
+
+    def stats(self) -> EngineStats:
+        """Counters and levels; safe from any thread (each figure is read at once, all of them nearly)."""
+        scheduler, block_bytes = self._scheduler, self.layout.block_bytes
+        used = self._pool.stats()
+        host = self._tiers.host.use()
+        held = used.used + used.cached
+        sources = scheduler.tokens_by_source
+        return EngineStats(
+            device_tokens=sources["device"],
+            host_tokens=sources["host"],
+            redis_tokens=sources["redis"],
+            computed_tokens=sources["computed"],
+            device=TierUse(held, self._pool.num_blocks, held * block_bytes, self._pool.num_blocks * block_bytes),
+            host=TierUse(host.blocks, host.capacity, host.blocks * block_bytes, host.capacity * block_bytes),
+            stores_dropped=self._tiers.write_behind.stores_dropped,
+            evicted_then_needed=self._pool.evicted_then_needed,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            device_blocks=used._asdict(),
+            moved=self._tiers.moves.read(),
+            audits=dict(self._auditor.counts),
+            ageing=self._tiers.ager.stats() if self._tiers.ager is not None else AgeingStats(),
+            prefill_s_saved=self._stepper.prefill_s_saved,
+        )
+
+    def check(self) -> None:
+        """Prove that blocks balance; when no request is left, that none is used. For idle moments and tests."""
+        settled = self._tiers.write_behind.settled(timeout_s=30)
+        self._inbox.do(lambda: self._check(settled)).result(timeout=60)
+
+    def drain(self, within_s: float) -> None:
+        """Take no new work, wait for what runs, and store what is not in Redis yet: the next worker finds it all.
+
+        What still runs after `within_s` fails with Draining.
+        """
+        self._draining = True
+        deadline = time.monotonic() + within_s
+        self._inbox.do(lambda: None).result()  # whatever was submitted before is in by now
+        while (self._requests or self._auditor.is_awaited) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._inbox.do(self._fail_all).result()
+        self._tiers.write_behind.store_tails()
+
+    def close(self, *, flush_s: float = 5.0) -> None:
+        """Stop: fail what runs, write out what is queued for Redis within `flush_s`, and let go of everything."""
+        if self._inbox.closed:
+            return
+        self._draining = True
+        self._inbox.post(self._fail_all)
+        self._histories.close()
+        self._tiers.close(flush_s=flush_s)
+        self._inbox.close()
+        self._thread.join()
+
+    # On the engine's thread
+
+    def _run(self) -> None:
+        while not self._inbox.closed:
+            now_s = time.monotonic()
+            self._scheduler.expire(now_s)
+            self._auditor.expire(now_s)
+            self._scheduler.admit()
+            stepped = self._stepper.step()
+            # With nothing to run, wait for work, but not past anybody's deadline by much.
+            is_timed = bool(self._requests) or self._auditor.is_awaited
+            self._inbox.read(wait=not stepped, timeout_s=0.05 if is_timed else None)
+
+    def _accept(self, request: Request) -> None:
+        self._requests[request.call.request_id] = request
+        request.on_over = lambda: self._forget(request)
+        self._scheduler.add(request)
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.call.request_id]
+        self._seconds_a_request += 0.1 * (time.monotonic() - request.arrived_s - self._seconds_a_request)
+        self._accepting.release()
+
+    def _with_request(self, request_id: str, act: Callable[[Request], None]) -> None:
+        request = self._requests.get(request_id)
+        if request is not None:
+            act(request)
+
+    def _fail_all(self) -> None:
+        for request in list(self._requests.values()):
+            self._scheduler.fail(request, Draining("this worker is leaving"))
+        self._auditor.drop_all()
+
+    def _check(self, settled: bool) -> None:
+        self._pool.check()
+        self._tiers.host.check()
+        self._scheduler.check()
+        if not self._requests and settled:
+            used = self._pool.stats().used
+            assert used == 0, f"{used} blocks are used by nobody"
+
+    def _max_new_tokens(self, call: GenerateCall) -> int:
+        """How many tokens the reply may have. Raises ContextTooLong, with the numbers."""
+        prompt = len(call.history) + len(call.input)
+        assert prompt, "an empty prompt"
+        limit = min(self.max_context_tokens, self._pool.num_blocks * self.layout.block_tokens)
+        room = limit - prompt
+        wanted = call.max_new_tokens if call.max_new_tokens is not None else max(1, min(DEFAULT_NEW_TOKENS, room))
+        if wanted > room:
+            raise ContextTooLong(
+                f"{prompt} prompt tokens ({len(call.history)} of history, {len(call.input)} new) and {wanted} new ones "
+                f"are {prompt + wanted}, {limit} fit"
+            )
+        return wanted

@@ -1,0 +1,239 @@
+"""What is asked of a conversation between its turns: park, warm, flush, locate, drop, retain.
+
+`codec` is the session's: what is kept in another fidelity has other names. Every call comes in on the engine's thread,
+leaves the waiting to a thread of its own, and answers through a future.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from cache_store.codecs import fidelity_of
+from cache_store.errors import StoreUnavailable
+from cache_store.ids import BlockHash, root_hash
+from cache_store.store import BlockStore
+from worker.calls import DropReport, Located, MissReason, ParkReport, WarmReport
+from worker.engine.block_tables import BlockTables
+from worker.engine.pool import BlockPool
+from worker.engine.prefix import Wanted, full_names, wanted_by_history
+from worker.engine.scheduler import Scheduler
+from worker.ids import BlockId
+from worker.tiers.moves import content_of
+from worker.tiers.restore import Outcome, Restore, Restored, Restorer
+from worker.tiers.write_behind import WriteBehind
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_FLUSH_S = 30.0
+
+
+class Histories:
+    def __init__(
+        self,
+        pool: BlockPool,
+        tables: BlockTables,
+        scheduler: Scheduler,
+        write_behind: WriteBehind,
+        restorer: Restorer,
+        *,
+        block_tokens: int,
+        fingerprint: bytes,
+        restore_timeout_s: float,
+        post: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._pool = pool
+        self._tables = tables
+        self._scheduler = scheduler
+        self._write_behind = write_behind
+        self._restorer = restorer
+        self._block_tokens = block_tokens
+        self._fingerprint = fingerprint
+        self._restore_timeout_s = restore_timeout_s
+        self._post = post
+        self._num_discards = 0
+        self._threads = ThreadPoolExecutor(4, "histories")
+
+    def park(
+        self, tenant: str, tokens: Sequence[int], codec: str, drop_host: bool, ttl_s: int, future: Future[ParkReport]
+    ) -> None:
+        """Have it all in the store, then leave the device (and the host tier). Drops nothing if the store fails."""
+        self._store()
+        wanted = self._wanted(tenant, tokens, codec)
+        found = [(want, self._pool.find(want.name)) for want in wanted]
+        held = [block for _, block in found if block is not None]
+        self._pool.acquire(held)
+        blocks = [(content_of(want, self._block_tokens, codec), self._encodable(block)) for want, block in found]
+
+        def parked(result: tuple[set[BlockHash], int]) -> None:
+            present, num_bytes = result
+            names = [want.name for want in wanted if want.name in present]
+            self._pool.release(held)
+            future.set_result(
+                ParkReport(
+                    redis_tokens=_tokens(wanted, [want.name in present for want in wanted]),
+                    device_blocks_dropped=self._pool.drop(names),
+                    host_blocks_dropped=self._write_behind.host.drop(names) if drop_host else 0,
+                    bytes_stored=num_bytes,
+                )
+            )
+
+        self._later(
+            lambda: self._write_behind.park(blocks, ttl_s=ttl_s), future, parked, lambda: self._pool.release(held)
+        )
+
+    def warm(self, tenant: str, tokens: Sequence[int], codec: str, future: Future[WarmReport]) -> None:
+        """Restore what the device lacks, as far as blocks are free, and leave it cached."""
+        wanted = self._wanted(tenant, tokens, codec)
+        held = [block for want in wanted if (block := self._pool.find(want.name)) is not None]
+        self._pool.acquire(held)
+        missing = [want for want in wanted if self._pool.find(want.name) is None and self._may_restore(want.name)]
+        targets = self._pool.take(min(len(missing), self._pool.available)) or []
+        missing = missing[: len(targets)]
+        num_discards = self._num_discards
+
+        def landed(outcomes: list[Outcome]) -> None:
+            if num_discards != self._num_discards:  # what was on its way may be what was found wrong meanwhile
+                self._write_behind.host.drop(want.name for want in missing)
+                outcomes = [MissReason.ABSENT] * len(missing)
+            for want, target, outcome in zip(missing, targets, outcomes, strict=True):
+                if isinstance(outcome, Restored):
+                    if outcome.encoding.codec.lossy:
+                        self._pool.mark_lossy(target)
+                    self._pool.name(target, want.name)
+            restored = sum(w.offers for w, o in zip(missing, outcomes, strict=True) if isinstance(o, Restored))
+            self._pool.release([*held, *targets])
+            on_device = _tokens(wanted, [self._pool.find(want.name) is not None for want in wanted])
+            future.set_result(WarmReport(device_tokens=on_device, restored_tokens=restored))
+
+        self._restorer.restore(
+            [
+                Restore(content_of(want, self._block_tokens, codec), target)
+                for want, target in zip(missing, targets, strict=True)
+            ],
+            lambda outcomes: self._post(lambda: landed(outcomes)),
+            deadline_s=time.monotonic() + self._restore_timeout_s,
+            cancelled=lambda: False,
+        )
+
+    def flush(self, tenant: str, tokens: Sequence[int], codec: str, future: Future[None]) -> None:
+        names = self._names(tenant, tokens, codec)
+        self._later(
+            lambda: self._write_behind.flush(names, timeout_s=_FLUSH_S), future, lambda _: future.set_result(None)
+        )
+
+    def locate(self, tenant: str, tokens: Sequence[int], codec: str, with_redis: bool, future: Future[Located]) -> None:
+        wanted = self._wanted(tenant, tokens, codec)
+        device = _tokens(wanted, [self._pool.find(want.name) is not None for want in wanted])
+        host = _tokens(wanted, [self._write_behind.host.contains(want.name) for want in wanted])
+        if not with_redis or self._write_behind.store is None:
+            future.set_result(Located(device, host, 0))
+            return
+        store, names = self._store(), [want.name for want in wanted]
+        self._later(
+            lambda: store.which(names),
+            future,
+            lambda there: future.set_result(Located(device, host, _tokens(wanted, there))),
+        )
+
+    def drop(
+        self, tenant: str, tokens: Sequence[int], codec: str, with_redis: bool, future: Future[DropReport]
+    ) -> None:
+        """Forget a history here. What is on its way to the store arrives first, or it would come back later."""
+        names = self._names(tenant, tokens, codec)
+
+        def delete() -> tuple[int, int]:
+            self._write_behind.flush(names, timeout_s=_FLUSH_S)
+            host = self._write_behind.host.drop(names)
+            return host, self._store().delete(names) if with_redis and self._write_behind.store is not None else 0
+
+        device = self._pool.drop(names)
+        self._later(delete, future, lambda counts: future.set_result(DropReport(device, *counts)))
+
+    def discard(self, names: Sequence[BlockHash], future: Future[None]) -> None:
+        """Forget contents that were found wrong, and what was computed on them: at once here, then in the store.
+
+        Other workers' copies stay until they are evicted. Raises StoreUnavailable where the store could not be asked:
+        it is not asked again, its copies stay, and this worker distrusts the names for as long as it lives.
+        """
+        self._num_discards += 1
+        wrong = list(self._scheduler.distrust(names))
+        host, store = self._write_behind.host, self._write_behind.store
+        host.drop(wrong)
+
+        def delete() -> None:
+            self._write_behind.flush(wrong, timeout_s=_FLUSH_S)
+            host.drop(wrong)  # what was on its way there
+            if store is not None:
+                store.delete(wrong)
+
+        def gone(_: None) -> None:
+            self._tables.trust(wrong)
+            future.set_result(None)
+
+        self._later(delete, future, gone)
+
+    def retain(self, tenant: str, tokens: Sequence[int], codec: str, ttl_s: int, future: Future[int]) -> None:
+        names, store = self._names(tenant, tokens, codec), self._store()
+
+        def retain() -> int:
+            self._write_behind.flush(names, timeout_s=_FLUSH_S)
+            return store.retain(names, ttl_s=ttl_s)
+
+        self._later(retain, future, future.set_result)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
+
+    def _root(self, tenant: str, codec: str) -> BlockHash:
+        return root_hash(self._fingerprint, tenant, fidelity_of(codec))
+
+    def _wanted(self, tenant: str, tokens: Sequence[int], codec: str) -> list[Wanted]:
+        return wanted_by_history(self._root(tenant, codec), tokens, self._block_tokens)
+
+    def _names(self, tenant: str, tokens: Sequence[int], codec: str) -> list[BlockHash]:
+        """Of every block that holds any of these tokens and no others: a last block that a later turn filled up too."""
+        names = [want.name for want in self._wanted(tenant, tokens, codec)]
+        full = full_names(self._root(tenant, codec), tokens, self._block_tokens)
+        return list(dict.fromkeys([*names, *full]))
+
+    def _may_restore(self, name: BlockHash) -> bool:
+        return name not in self._tables.distrusted and self._restorer.may_have(name)
+
+    def _encodable(self, block: BlockId | None) -> BlockId | None:
+        """The block, unless what it holds came from a lossy payload: that is not encoded again."""
+        return None if block is None or self._pool.is_lossy(block) else block
+
+    def _store(self) -> BlockStore:
+        if self._write_behind.store is None:
+            raise StoreUnavailable("this worker has no shared tier (redis_url is empty)")
+        return self._write_behind.store
+
+    def _later(
+        self,
+        wait: Callable[[], T],
+        future: Future[R],
+        then: Callable[[T], None],
+        otherwise: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run `wait` on a thread, then `then` with its result on the engine's; or `otherwise`, and fail the future."""
+
+        def run() -> None:
+            try:
+                result = wait()
+            except Exception as error:
+                self._post(partial(fail, error))
+            else:
+                self._post(lambda: then(result))
+
+        def fail(error: Exception) -> None:
+            otherwise()
+            future.set_exception(error)
+
+        self._threads.submit(run)
+
+
+def _tokens(wanted: Sequence[Wanted], there: Sequence[bool]) -> int:
+    return sum(want.offers for want, is_there in zip(wanted, there, strict=True) if is_there)

@@ -1,0 +1,164 @@
+"""One request inside the engine: its tokens and blocks, what is still to be computed, and what it has cost."""
+
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+from itertools import pairwise
+
+from cache_store.ids import BlockHash, chain
+from worker.calls import Event, GenerateCall, MissReason, Receipt
+from worker.engine.audit import Recording
+from worker.engine.plan import Span, subtract
+from worker.engine.prefix import Wanted
+from worker.engine.sampler import RowState
+from worker.ids import BlockId
+from worker.tiers.moves import Tier
+
+
+class Phase(Enum):
+    """WAITING, RESTORING, PREFILL, DECODE, OVER, in this order; preemption leads from DECODE back to WAITING."""
+
+    WAITING = auto()
+    RESTORING = auto()
+    PREFILL = auto()
+    DECODE = auto()
+    OVER = auto()
+
+
+class Request:
+    """Used by the engine's thread alone."""
+
+    def __init__(
+        self,
+        call: GenerateCall,
+        listener: Callable[[Event], None],
+        *,
+        root: BlockHash,
+        block_tokens: int,
+        max_new_tokens: int,
+        row: RowState,
+    ) -> None:
+        self.call = call
+        self.listener = listener
+        self.root = root
+        self.row = row
+        self.max_new_tokens = max_new_tokens
+        self.phase = Phase.WAITING
+        self.tokens: list[int] = [*call.history, *call.input]
+        self.num_prompt = len(self.tokens)
+        self.num_target = self.num_prompt
+        """Prefill computes up to here: the prompt, and after a preemption what was generated too."""
+        self.names: list[BlockHash] = []
+        self.table: list[BlockId] = []
+        self.gaps: list[Span] = []
+        self.receipt: Receipt | None = None
+        self.relies_on: frozenset[BlockHash] = frozenset()
+        """The blocks it asked for: what it did not find, it computed itself."""
+        self.restored: set[BlockHash] = set()
+        """Those that came from the host tier or the store."""
+        self.recording: Recording | None = None
+        """Of a turn that will be audited."""
+        self.distrusted = False
+        """A block that is being restored for it was found wrong meanwhile."""
+        self.cancelled = False
+        self.on_over: Callable[[], None] = lambda: None
+        """Called once, when the request has left the engine."""
+        self.arrived_s = time.monotonic()
+        self.admitted_s = self.restored_s = self.first_token_s = 0.0
+        self._block_tokens = block_tokens
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that positions [0, num_target) take."""
+        return -(-self.num_target // self._block_tokens)
+
+    @property
+    def num_blocks_at_most(self) -> int:
+        return -(-(self.num_prompt + self.max_new_tokens) // self._block_tokens)
+
+    def name_of(self, index: int) -> BlockHash:
+        """The name of the `index`-th full block of the tokens so far."""
+        size = self._block_tokens
+        while len(self.names) <= index:
+            start = len(self.names) * size
+            assert start + size <= len(self.tokens), f"block {index} is not full"
+            parent = self.names[-1] if self.names else self.root
+            self.names.append(chain(parent, self.tokens[start : start + size]))
+        return self.names[index]
+
+    def ran(self, spans: Sequence[Span]) -> list[int]:
+        """Note that spans of the gaps were computed. Returns the blocks that became full by it."""
+        self.gaps = subtract(self.gaps, spans)
+        size = self._block_tokens
+        touched = {index for span in spans for index in range(span.start // size, -(-span.end // size))}
+        open_blocks = {index for gap in self.gaps for index in range(gap.start // size, -(-gap.end // size))}
+        return sorted(index for index in touched - open_blocks if (index + 1) * size <= self.num_target)
+
+    def account(self, wanted: Sequence[Wanted], found: dict[int, Tier | MissReason], restored_bytes: int) -> None:
+        """Turn what was found for each wanted block into the gaps to compute and, the first time, the receipt."""
+        covered = [
+            (Span(want.index * self._block_tokens, want.index * self._block_tokens + want.offers), tier)
+            for want in wanted
+            if isinstance(tier := found[want.index], Tier)
+        ]
+        self.gaps = complement([span for span, _ in covered], self.num_target)
+        if self.receipt is not None:
+            return
+        tokens = dict.fromkeys(Tier, 0)
+        for span, tier in covered:
+            tokens[tier] += span.tokens
+        self.receipt = Receipt(
+            device_tokens=tokens[Tier.DEVICE],
+            host_tokens=tokens[Tier.HOST],
+            redis_tokens=tokens[Tier.REDIS],
+            computed_tokens=sum(gap.tokens for gap in self.gaps),
+            misses=self._misses(found),
+            restored_bytes=restored_bytes,
+            queue_ms=(self.admitted_s - self.arrived_s) * 1e3,
+            restore_ms=(self.restored_s - self.admitted_s) * 1e3,
+        )
+        self.receipt.check(self.num_prompt)
+
+    def _misses(self, found: dict[int, Tier | MissReason]) -> dict[MissReason, int]:
+        size, num_history = self._block_tokens, len(self.call.history)
+        misses: dict[MissReason, int] = {}
+        for gap in self.gaps:
+            cuts = {gap.start, gap.end, num_history - 1, num_history}
+            cuts.update(range(-(-gap.start // size) * size, gap.end, size))
+            edges = sorted(cut for cut in cuts if gap.start <= cut <= gap.end)
+            for start, end in pairwise(edges):
+                reason = why_missed(found.get(start // size, MissReason.ABSENT), start, num_history)
+                misses[reason] = misses.get(reason, 0) + end - start
+        return misses
+
+
+def why_missed(found: Tier | MissReason, position: int, num_history: int) -> MissReason:
+    """Say why a position had to be computed, given what became of its block.
+
+    Past a session's history everything is new. The history's last token was sampled and never run, so it has no KV
+    anywhere, and in a block that was found what is left over is the part that the block does not reach.
+    """
+    if num_history and position >= num_history:
+        return MissReason.NEW
+    if isinstance(found, Tier) or (num_history and position == num_history - 1):
+        return MissReason.TAIL
+    if not num_history and found is MissReason.ABSENT:
+        return MissReason.NEW
+    return found
+
+
+def complement(covered: Sequence[Span], end: int) -> list[Span]:
+    """The gaps between sorted spans, up to `end`."""
+    gaps: list[Span] = []
+    at = 0
+    for span in covered:
+        if span.start > at:
+            gaps.append(Span(at, span.start))
+        at = max(at, span.end)
+    if at < end:
+        gaps.append(Span(at, end))
+    return gaps

@@ -1,0 +1,153 @@
+"""One step over the batch: plan, run, sample, publish. Used by the engine's thread alone."""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import structlog
+import torch
+
+from worker.calls import FinishReason, Token
+from worker.engine.auditor import Auditor
+from worker.engine.plan import Span, plan_step
+from worker.engine.request import Phase, Request
+from worker.engine.sampler import LogitsNotFinite, Sampler
+from worker.engine.scheduler import Scheduler
+from worker.engine.step import Chunk
+
+log = structlog.get_logger(__name__)
+
+_AUDITS_SHARE = 4
+"""Audits get one part in so many of a step, at the most."""
+
+
+class Runner(Protocol):
+    """A worker.model.runner.ModelRunner."""
+
+    def run(self, chunks: Sequence[Chunk]) -> torch.Tensor: ...
+
+
+class Stepper:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        sampler: Sampler,
+        auditor: Auditor,
+        *,
+        max_step_tokens: int,
+        max_prefill_tokens: int,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._sampler = sampler
+        self._auditor = auditor
+        self._max_step_tokens = max_step_tokens
+        self._max_prefill_tokens = max_prefill_tokens
+        self._prefilled_tokens = 0
+        self._prefill_s = 0.0
+
+    def step(self) -> bool:
+        """Run one step over the batch. False if there was nothing to run."""
+        scheduler = self._scheduler
+        scheduler.grow()
+        work, num_prefilled = self._plan()
+        num_decoding = sum(request.phase is Phase.DECODE for request, _ in work)
+        chunks = [
+            Chunk(request.tokens[span.start : span.end], span.start, request.table, span.end == len(request.tokens))
+            for request, spans in work
+            for span in spans
+        ]
+        audit_chunks = self._auditor.plan(self._room_for_audits(num_decoding, num_prefilled))
+        if not chunks and not audit_chunks:
+            return False
+        began = time.perf_counter()
+        try:
+            logits, audit_chunks = self._run(chunks, audit_chunks)
+            choosing = [request for request, spans in work if spans[-1].end == len(request.tokens)]
+            tokens = self._sample(logits[: len(choosing)], choosing)
+        except Exception as error:  # an accelerator out of memory, say: the step is lost, the engine is not
+            log.error("a step failed", requests=len(work), exc_info=error)
+            for request, _ in work:
+                scheduler.fail(request, error)
+            self._auditor.give_way()
+            return True
+        for request, spans in work:
+            if request.phase is not Phase.OVER:
+                scheduler.computed(request, spans)
+        for request, token in tokens:
+            self._publish(request, token)
+        if audit_chunks:
+            self._compare(audit_chunks, logits[len(choosing) :])
+        if num_prefilled:  # else an audit may have had its part in the time
+            self._prefilled_tokens += num_prefilled
+            self._prefill_s += (time.perf_counter() - began) * num_prefilled / (num_prefilled + num_decoding)
+        return True
+
+    def _run(self, chunks: list[Chunk], audit_chunks: list[Chunk]) -> tuple[torch.Tensor, list[Chunk]]:
+        """Run both. Where that fails, the audit is lost, and the turns run once more without it: a chunk that is run
+        again writes what it wrote. Returns the logits, and those of the audit's chunks that were run."""
+        try:
+            return self._runner.run([*chunks, *audit_chunks]), audit_chunks
+        except Exception as error:
+            if not chunks or not audit_chunks:
+                raise
+            log.error("a step with an audit failed", exc_info=error)
+        self._auditor.give_way()
+        return self._runner.run(chunks), []  # only here, where the error holds no memory of the accelerator's
+
+    def _compare(self, chunks: Sequence[Chunk], logits: torch.Tensor) -> None:
+        """Tell the auditor what came of its chunks. Where it fails, the audit is lost; the turns have their tokens."""
+        try:
+            self._auditor.ran(chunks, logits)
+        except Exception as error:  # the accelerator may have no room for the comparison
+            log.error("an audit failed", exc_info=error)
+            self._auditor.give_way()
+
+    def _plan(self) -> tuple[list[tuple[Request, list[Span]]], int]:
+        """What each request runs in this step, and how many tokens of prompts that is."""
+        decoding = [request for request in self._scheduler.running if request.phase is Phase.DECODE]
+        prompts = [request for request in self._scheduler.running if request.phase is Phase.PREFILL]
+        room = self._max_step_tokens if decoding else self._max_prefill_tokens
+        planned = plan_step(len(decoding), [request.gaps for request in prompts], room)
+        work = [(request, [Span(len(request.tokens) - 1, len(request.tokens))]) for request in decoding]
+        work += [(request, spans) for request, spans in zip(prompts, planned, strict=True) if spans]
+        return work, sum(span.tokens for spans in planned for span in spans)
+
+    def _room_for_audits(self, num_decoding: int, num_prefilled: int) -> int:
+        """None beside a prompt, whose first token somebody waits for; else few, so that whoever comes waits little."""
+        if num_prefilled:
+            return 0
+        return min(-(-self._max_step_tokens // _AUDITS_SHARE), self._max_step_tokens - num_decoding)
+
+    @property
+    def prefill_s_saved(self) -> float:
+        """Seconds that computing what came from the tiers would have taken, at the speed of what was computed."""
+        sources = self._scheduler.tokens_by_source
+        restored = sources["device"] + sources["host"] + sources["redis"]
+        return restored * self._prefill_s / self._prefilled_tokens if self._prefilled_tokens else 0.0
+
+    def _sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[tuple[Request, Token]]:
+        """The next token of each request ([n, vocab] logits). A request whose logits are not finite fails, alone."""
+        try:
+            tokens = self._sampler.sample(logits, [request.row for request in requests])
+        except LogitsNotFinite as error:
+            for row in error.rows:
+                self._scheduler.fail(requests[row], error)
+            rest = [row for row in range(len(requests)) if row not in error.rows]
+            return self._sample(logits[rest], [requests[row] for row in rest])
+        self._auditor.watch(requests, logits)
+        return list(zip(requests, tokens, strict=True))
+
+    def _publish(self, request: Request, token: Token) -> None:
+        if not request.num_generated:
+            request.first_token_s = time.monotonic()
+        request.tokens.append(token.token_id)
+        request.row.append(token.token_id)
+        request.listener(token)
+        if token.token_id in request.call.stop_token_ids:
+            self._scheduler.finish(request, FinishReason.STOP)
+        elif token.token_id in request.call.eos_token_ids:
+            self._scheduler.finish(request, FinishReason.EOS)
+        elif request.num_generated >= request.max_new_tokens:
+            self._scheduler.finish(request, FinishReason.LENGTH)

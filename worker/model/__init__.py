@@ -1,0 +1,1 @@
+"""The model: found, refused or loaded, named, and run."""

@@ -1,0 +1,85 @@
+"""Run one step of the model: many sequences' tokens in one row, their KV in the block pool, logits out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from worker.attention.cpu import CpuAttention
+from worker.attention.cuda import choose_cuda_attention
+from worker.attention.decode_kernel import load_decode_kernel
+from worker.attention.paged import AttentionBackend, AttentionStep, ExactAttention, Span, clip, runs_of, slots_of
+from worker.engine.step import Chunk
+from worker.model.load import LoadedModel
+from worker.tiers.kv_cache import KVCache
+
+
+class ModelRunner:
+    """Runs chunks of sequences whose KV lies in `kv_cache`. Used by one thread."""
+
+    def __init__(self, loaded: LoadedModel, kv_cache: KVCache, backend: AttentionBackend[Any] | None = None) -> None:
+        """`backend` is chosen by model and device, unless given. Build it before KV that matters is in the cache."""
+        assert kv_cache.layout == loaded.layout
+        self._loaded, self._kv_cache = loaded, kv_cache
+        self._backend = backend or _choose_backend(loaded, kv_cache)
+
+    def run(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Run the tokens of all chunks and write their KV.
+
+        Returns float32 logits [chunks with wants_logits, vocab] on the device, in the chunks' order. Without any, it
+        returns when the KV is written; else whoever reads the logits has waited for it.
+        """
+        assert chunks, "a step has work"
+        spans = self._spans(chunks)
+        rows = [
+            span.row + span.num_queries - 1 for span, chunk in zip(spans, chunks, strict=True) if chunk.wants_logits
+        ]
+        ids, positions, slots, wanted = self._to_device(
+            np.concatenate([np.asarray(chunk.token_ids, dtype=np.int64) for chunk in chunks]),
+            np.concatenate([np.arange(span.start, span.end) for span in spans]),
+            np.concatenate([slots_of(clip(span.runs, span.start, span.end)) for span in spans]),
+            np.asarray(rows, dtype=np.int64),
+        )
+        with torch.inference_mode():
+            output = self._loaded.model(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=wanted,
+                step=AttentionStep(self._backend, self._kv_cache.data, spans, slots),
+            )
+        if not rows and self._loaded.device.type == "cuda":
+            torch.cuda.current_stream(self._loaded.device).synchronize()
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+    def _spans(self, chunks: Sequence[Chunk]) -> list[Span]:
+        spans, row = [], 0
+        for chunk in chunks:
+            num_tokens = len(chunk.token_ids)
+            assert num_tokens > 0
+            end = chunk.start + num_tokens
+            runs = runs_of(chunk.block_table, end, self._kv_cache.layout.block_tokens)
+            spans.append(Span(row, num_tokens, chunk.start, runs))
+            row += num_tokens
+        return spans
+
+    def _to_device(self, *arrays: np.ndarray[Any, np.dtype[np.int64]]) -> Sequence[torch.Tensor]:
+        """All in one transfer."""
+        joined = torch.from_numpy(np.concatenate(arrays))
+        if self._loaded.device.type == "cuda":
+            joined = joined.pin_memory().to(self._loaded.device, non_blocking=True)
+        parts: Sequence[torch.Tensor] = joined.split([len(array) for array in arrays])
+        return parts
+
+
+def _choose_backend(loaded: LoadedModel, kv_cache: KVCache) -> AttentionBackend[Any]:
+    attends = loaded.attends
+    if attends.capped:
+        return ExactAttention(kv_cache.data)
+    if loaded.device.type == "cuda":
+        return choose_cuda_attention(
+            kv_cache.data, kv_cache.layout.block_tokens, attends.num_heads, sorted(set(attends.windows), key=str)
+        )
+    return CpuAttention(kv_cache.data, load_decode_kernel())

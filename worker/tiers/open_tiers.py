@@ -1,0 +1,94 @@
+"""A worker's tiers, from its device to the shared store, and what moves blocks between them: opened and closed as one.
+
+Which blocks move is not known here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from cache_store.host_tier import HostTier
+from cache_store.ladder import Ladder, parse_ladder
+from cache_store.open_store import open_block_store
+from cache_store.store import BlockStore
+from worker.config import WorkerConfig
+from worker.model.load import LoadedModel
+from worker.tiers.ageing import Ager
+from worker.tiers.codecs import open_codecs
+from worker.tiers.coder import BlockCoder
+from worker.tiers.kv_cache import KVCache
+from worker.tiers.moves import MoveCounter
+from worker.tiers.restore import Restorer
+from worker.tiers.shrink import Shrinker
+from worker.tiers.write_behind import WriteBehind
+
+_MIN_HOST_BLOCKS = 8
+"""Restores land in host buffers first, so even a worker without a host tier has a few."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiers:
+    device: KVCache
+    host: HostTier
+    store: BlockStore | None
+    """None: this worker has no shared tier."""
+    write_behind: WriteBehind
+    restorer: Restorer
+    moves: MoveCounter
+    ager: Ager | None
+    """None where no block can age."""
+
+    def close(self, *, flush_s: float) -> None:
+        """Write out what is queued for the store within `flush_s`, and let go of everything."""
+        self.write_behind.close(flush_s=flush_s)
+        self.restorer.close()
+        if self.ager is not None:
+            self.ager.close()
+        if self.store is not None:
+            self.store.close()
+
+
+def open_tiers(config: WorkerConfig, loaded: LoadedModel) -> Tiers:
+    """Take all memory and connect the store; nothing ages until the ager is started. Raises InvalidRequest."""
+    layout, ladder = loaded.layout, parse_ladder(config.codec_ladder)
+    device = KVCache(layout, loaded.num_device_blocks(config.device_cache_bytes), loaded.device)
+    host = HostTier(
+        capacity_bytes=max(config.host_cache_bytes, _MIN_HOST_BLOCKS * layout.block_bytes),
+        block_bytes=layout.block_bytes,
+    )
+    store = open_block_store(
+        config.redis_url,
+        layout,
+        loaded.fingerprint,
+        timeout_s=config.redis_timeout_s,
+        refresh_ttl_s=config.block_ttl_s,
+    )
+    coder = BlockCoder(device, open_codecs(layout, loaded.rope, loaded.device), first_rung=ladder.first.name)
+    moves = MoveCounter(layout.block_bytes)
+    write_behind = WriteBehind(
+        coder,
+        host,
+        store,
+        moves,
+        max_pinned_blocks=max(1, device.num_blocks // 8),
+        max_queued_stores=max(1, config.store_queue_bytes // layout.block_bytes),
+        enabled=config.host_cache_bytes > 0 or store is not None,
+    )
+    return Tiers(
+        device=device,
+        host=host,
+        store=store,
+        write_behind=write_behind,
+        restorer=Restorer(coder, host, store, moves),
+        moves=moves,
+        ager=_open_ager(store, ladder, loaded),
+    )
+
+
+def _open_ager(store: BlockStore | None, ladder: Ladder, loaded: LoadedModel) -> Ager | None:
+    """None where no block can age: nothing keeps it, or there is nothing to move it to."""
+    shelf = store.ageing() if store is not None else None
+    if shelf is None or len(ladder.rungs) == 1:
+        return None
+    codecs = open_codecs(loaded.layout, loaded.rope, torch.device("cpu"))  # where the store's bytes come to
+    return Ager(shelf, ladder, Shrinker(loaded.layout, codecs), block_tokens=loaded.layout.block_tokens)
