@@ -9,6 +9,7 @@ import mmap
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ class SlotState(Enum):
 class Slot:
     """One block's place in the slab. Its fields are the tier's to change."""
 
-    __slots__ = ("block", "buffer", "encoding", "num_tokens", "pins", "state")
+    __slots__ = ("arrival", "block", "buffer", "encoding", "num_tokens", "pins", "state")
 
     def __init__(self, buffer: memoryview) -> None:
         self.buffer = buffer
@@ -39,6 +40,8 @@ class Slot:
         self.encoding = Encoding(RAW, 0)
         """Of what is published."""
         self.pins = 0
+        self.arrival: Future[bool] | None = None
+        """Of a reserved slot that somebody waits for."""
 
     @property
     def payload(self) -> memoryview:
@@ -97,15 +100,34 @@ class HostTier:
         """The slot is filled, with what `encoding` says: from now on it is found."""
         assert 0 < encoding.num_bytes <= len(slot.buffer), f"{encoding.num_bytes} bytes in a slot of {len(slot.buffer)}"
         with self._lock:
-            self._unreserve(slot)
+            arrival = self._unreserve(slot)
             slot.state, slot.encoding = SlotState.PUBLISHED, encoding
             self._published[slot.block] = slot
+        if arrival is not None:
+            arrival.set_result(True)
 
     def abort(self, slot: Slot) -> None:
         """The slot will not be filled."""
         with self._lock:
-            self._unreserve(slot)
+            arrival = self._unreserve(slot)
             self._release(slot)
+        if arrival is not None:
+            arrival.set_result(False)
+
+    def awaited(self, block: BlockHash) -> Future[bool] | None:
+        """What a reserved block will come to: True once it is published, False when it was aborted.
+
+        None when it is not on its way: it is here, or nobody is bringing it. All who ask share one future, which
+        can't be cancelled; what is added as its callback runs on the thread that publishes or aborts, outside the lock.
+        """
+        with self._lock:
+            slot = self._reserved.get(block)
+            if slot is None:
+                return None
+            if slot.arrival is None:
+                slot.arrival = Future()
+                slot.arrival.set_running_or_notify_cancel()  # from here on `cancel` does nothing
+            return slot.arrival
 
     def pin(self, block: BlockHash) -> Slot | None:
         """Find a block and keep it here until `unpin`; None when it is not here. Counts as use."""
@@ -162,6 +184,7 @@ class HostTier:
             for table, state in ((self._reserved, SlotState.RESERVED), (self._published, SlotState.PUBLISHED)):
                 assert all(slot.state is state and slot.block == block for block, slot in table.items())
             assert all(not slot.pins for slot in self._slots if slot.state is not SlotState.PUBLISHED)
+            assert all(slot.arrival is None for slot in self._slots if slot.state is not SlotState.RESERVED)
 
     def _evicted(self) -> Slot | None:
         slot = next((slot for slot in self._published.values() if not slot.pins), None)
@@ -171,9 +194,12 @@ class HostTier:
                 self._on_evict(slot.block)
         return slot
 
-    def _unreserve(self, slot: Slot) -> None:
+    def _unreserve(self, slot: Slot) -> Future[bool] | None:
+        """Take a slot out of the reserved; whoever waits for it is to be told, outside the lock."""
         assert slot.state is SlotState.RESERVED, f"the slot is {slot.state.name}, not reserved"
         del self._reserved[slot.block]
+        arrival, slot.arrival = slot.arrival, None
+        return arrival
 
     def _release(self, slot: Slot) -> None:
         slot.state, slot.block, slot.num_tokens = SlotState.FREE, BlockHash(b""), 0

@@ -70,6 +70,35 @@ def test_an_aborted_slot_is_free_again() -> None:
     keep(tier, 2)
 
 
+def test_whoever_waits_for_a_block_hears_that_it_came_or_will_not() -> None:
+    tier = tier_of(2)
+    assert tier.awaited(name(1)) is None, "nobody brings it"
+    came = tier.reserve(name(1), 1)
+    given_up = tier.reserve(name(2), 2)
+    assert came is not None
+    assert given_up is not None
+    first, second, other = tier.awaited(name(1)), tier.awaited(name(1)), tier.awaited(name(2))
+    assert first is second
+    assert first is not None
+    assert other is not None
+    assert not first.cancel(), "another waits for it too"
+    assert not first.done()
+    seen_when_told: list[bool] = []
+    first.add_done_callback(lambda _: seen_when_told.append(tier.contains(name(1))))
+    tier.publish(came, WHOLE)
+    tier.abort(given_up)
+    assert seen_when_told == [True]
+    assert first.result(timeout=0) is True
+    assert other.result(timeout=0) is False
+    assert tier.awaited(name(1)) is None, "it is here"
+    assert tier.awaited(name(2)) is None
+    tier.check()
+    again = tier.reserve(name(3), 3)
+    assert again is not None
+    assert tier.awaited(name(3)) is not other
+    tier.abort(again)
+
+
 def test_the_least_recently_used_block_goes_first() -> None:
     evicted: list[BlockHash] = []
     tier = tier_of(3, evicted)
