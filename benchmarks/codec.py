@@ -1,16 +1,19 @@
 """The codecs on KV that models computed: how much smaller, how fast, what is lost, and whether undoing RoPE helps."""
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from benchmarks.codec_kv import ModelKV
+from benchmarks.codec_kv import ModelKV, is_checkpoint
 from benchmarks.fidelity_figures import RATIOS
 from benchmarks.harness import Bar, at_least, finish, interleaved, medians
 from cache_store.codecs import LOSSLESS
 from worker.tiers.codecs import open_codecs
 from worker.tiers.codecs.codec import Codec
 
+_CHATS = 8
+"""Over which a checkpoint's loss is averaged."""
 _MIN_BLOCK_TOKENS = 64
 """Scales weigh too much in smaller blocks for the lossy codecs' bars."""
 
@@ -43,6 +46,7 @@ def _measure(model: str, num_tokens: int, rounds: int, *, quiet: bool) -> tuple[
     raw_bytes = len(kv.blocks) * loaded.layout.block_bytes
     payloads = {name: kv.encode(codec) for name, codec in codecs.items()}
     speeds = medians(interleaved(_sides(kv, codecs, payloads, raw_bytes), rounds=rounds, quiet=quiet, title=model))
+    chats = [kv, *(ModelKV(model, num_tokens, seed=seed) for seed in range(1, _CHATS if is_checkpoint(model) else 1))]
     figures: dict[str, float | int] = {
         "block tokens": kv.block_tokens,
         "block bytes": loaded.layout.block_bytes,
@@ -55,7 +59,9 @@ def _measure(model: str, num_tokens: int, rounds: int, *, quiet: bool) -> tuple[
         figures |= {f"{name} {verb} GB/s": speeds[f"{verb} {name}"] for verb in ("encode", "decode")}
         if codec.info.lossy:
             for how, side in (("", codec), (" with RoPE left in", rotated[name])):
-                figures[f"{name} keys' error{how}"], figures[f"{name} mean KL{how}"] = kv.cost(side)
+                errors, divergences = zip(*(chat.cost(side) for chat in chats), strict=True)
+                figures[f"{name} keys' error{how}"] = statistics.mean(errors)
+                figures[f"{name} mean KL{how}"] = statistics.mean(divergences)
         if name in RATIOS and (not codec.info.lossy or kv.block_tokens >= _MIN_BLOCK_TOKENS):
             bars.append(at_least(f"{model} {name} ratio", ratio, RATIOS[name]))
         if codec.info is LOSSLESS:

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.bare_models import random_prompt
 from models.dialogues import held_out
+from worker.chat import ChatMessage
 from worker.config import WorkerConfig
 from worker.engine.step import Chunk
 from worker.ids import BlockId
@@ -18,21 +19,21 @@ from worker.tiers.codecs.codec import Codec
 from worker.tiers.kv_cache import KVCache
 
 _STEP_TOKENS = 256
-_SAID_TOKENS = 48
+_SAID_TOKENS = 256
 """How many tokens after the blocks are compared."""
 
 
 class ModelKV:
     """The full blocks of one conversation, from its first token on."""
 
-    def __init__(self, model: str, num_tokens: int) -> None:
+    def __init__(self, model: str, num_tokens: int, *, seed: int = 0) -> None:
         """Of the project's dialogues where `model` is a checkpoint, of random tokens where it is a preset."""
         self.loaded: LoadedModel = load_model(WorkerConfig(model=model))
         self.block_tokens = self.loaded.layout.block_tokens
         self._num_tokens = num_tokens // self.block_tokens * self.block_tokens
         num_blocks = self._num_tokens // self.block_tokens
         self._table = [BlockId(block) for block in range(num_blocks + -(-_SAID_TOKENS // self.block_tokens))]
-        self._tokens = _tokens(model, self.loaded.vocab_size, self._num_tokens + _SAID_TOKENS)
+        self._tokens = _tokens(model, self.loaded.vocab_size, self._num_tokens + _SAID_TOKENS, seed)
         cache = KVCache(self.loaded.layout, len(self._table), self.loaded.device)
         self._cache, self._runner = cache, ModelRunner(self.loaded, cache)
         prefill(self._runner, self._tokens[: self._num_tokens], self._table)
@@ -78,23 +79,27 @@ class ModelKV:
         return self._runner.run(chunks).log_softmax(-1)
 
 
-def _tokens(model: str, vocab_size: int, num_tokens: int) -> list[int]:
-    if Path(locate(model)).is_dir():
-        return dialogue_tokens(model, vocab_size, num_tokens)
-    return random_prompt(num_tokens, vocab_size, seed=0)
+def is_checkpoint(model: str) -> bool:
+    return Path(locate(model)).is_dir()
 
 
-def dialogue_tokens(model: str, vocab_size: int, num_tokens: int) -> list[int]:
-    """Dialogues that the recall model was not trained on, one after the other, in a model's tokens.
+def _tokens(model: str, vocab_size: int, num_tokens: int, seed: int) -> list[int]:
+    if is_checkpoint(model):
+        return dialogue_tokens(model, vocab_size, num_tokens, seed=seed)
+    return random_prompt(num_tokens, vocab_size, seed)
 
-    Raises ValueError where they are fewer than `num_tokens`.
-    """
-    turns = [turn for dialogue in held_out(32, seed=0, max_tokens=num_tokens) for turn in dialogue.turns]
-    text = "\n".join(f"{turn.user}\n{turn.reply}" for turn in turns)
-    tokens = list(load_tokenizer(model, vocab_size).encode(text, is_first=True)[:num_tokens])
-    if len(tokens) < num_tokens:
-        raise ValueError(f"the dialogues have {len(tokens)} tokens, {num_tokens} are wanted")
-    return tokens
+
+def dialogue_tokens(model: str, vocab_size: int, num_tokens: int, *, seed: int = 0) -> list[int]:
+    """A chat of dialogues that no training has seen, one after the other, as the server would send it."""
+    turns = [turn for dialogue in held_out(32, seed=seed, max_tokens=num_tokens) for turn in dialogue.turns]
+    messages = [
+        ChatMessage(role=role, content=text)
+        for turn in turns
+        for role, text in (("user", turn.user), ("assistant", turn.reply))
+    ]
+    tokens = list(load_tokenizer(model, vocab_size).encode_chat(messages, ()))
+    assert len(tokens) >= num_tokens, f"the dialogues have {len(tokens)} tokens, {num_tokens} are wanted"
+    return tokens[:num_tokens]
 
 
 def prefill(runner: ModelRunner, tokens: Sequence[int], table: list[BlockId]) -> None:

@@ -59,6 +59,27 @@ def test_training_never_says_a_held_out_word_and_held_out_dialogues_say_no_other
         assert {is_held_out(word) for word in drawn} == {held}
 
 
+def test_words_of_pieces_begin_with_any_letter_and_are_of_training_too() -> None:
+    words = Words(Random(1), held_out=False, pieces=("qx", "zw"))
+    drawn = [words.name() for _ in range(2000)]
+    strung = {word for word in drawn if word[1:].replace("qx", "").replace("zw", "") == ""}
+    assert len({word[0] for word in strung}) == 26
+    assert not any(is_held_out(word) for word in drawn)
+
+
+def test_reaching_questions_are_about_what_was_told_longer_ago() -> None:
+    def mean_turns_back(style: Style) -> float:
+        back = [
+            number - turn.said_turn
+            for talk in dialogues(style)
+            for number, turn in enumerate(talk.turns)
+            if turn.said_turn is not None
+        ]
+        return sum(back) / len(back)
+
+    assert mean_turns_back(Style(reaching=True)) > 1.3 * mean_turns_back(Style())
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_held_out_phrases_are_apart_from_those_of_training(kind: object) -> None:
     for phrases in (kind.tells, kind.asks, kind.clauses):  # type: ignore[attr-defined]
