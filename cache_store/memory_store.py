@@ -32,7 +32,7 @@ class MemoryBlockStore:
         start_s = time.monotonic()
         outcomes, num_bytes = [], 0
         for index, fetch in enumerate(wanted):
-            found = Fetched.LATE if time.monotonic() > deadline_s else self._fetch(fetch)
+            found = self._fetch(fetch, deadline_s)
             if isinstance(found, Encoding):
                 num_bytes += found.num_bytes
                 outcomes.append(Fetched.HIT)
@@ -97,8 +97,12 @@ class MemoryBlockStore:
         with self._lock:
             self._blocks.clear()
 
-    def _fetch(self, fetch: Fetch) -> Encoding | Fetched:
+    def _fetch(self, fetch: Fetch, deadline_s: float) -> Encoding | Fetched:
         """How to read what is in the fetch's buffer now, or why nothing is."""
+        if fetch.wanted is not None and not fetch.wanted():
+            return Fetched.SKIPPED
+        if time.monotonic() > deadline_s:
+            return Fetched.LATE
         with self._lock:
             kept = self._alive(fetch.block)
             if kept is None:

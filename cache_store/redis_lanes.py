@@ -5,6 +5,7 @@ Knows wires, nodes and redirections. Knows nothing of blocks: what is sent and h
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +28,9 @@ class Batch(Protocol):
     in_flight: int
     """Requests sent before the first of them is answered."""
 
-    def request(self, index: int) -> Sequence[Buffer]: ...
+    def request(self, index: int) -> Sequence[Buffer] | None:
+        """What to send now. None: nothing, and nothing will be received for this index."""
+        ...
 
     def receive(self, index: int, wire: Wire) -> ErrorReply | None:
         """Read the whole reply."""
@@ -116,7 +119,7 @@ class Lanes:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="rekindle-store")
 
     def run(self, keys: Sequence[bytes], batch: Batch, *, deadline_s: float) -> list[Refused]:
-        """Run the whole batch; return what was not done, and why. Each index is received once, or refused once."""
+        """Run the whole batch; return what was not done, and why. Each index is received, refused or left out once."""
         if not keys:
             return []
         try:
@@ -202,26 +205,30 @@ class Lanes:
 
     def _on_node(self, node: str, share: Sequence[int], batch: Batch, deadline_s: float, asking: bool) -> list[Refused]:
         refused: list[Refused] = []
-        sent = done = 0
-        last = len(share)
+        waiting, sent = deque(share), deque[int]()
         try:
             with self._lane(node).wire(deadline_s) as wire:
-                while done < last:
-                    while sent < last and sent - done < batch.in_flight:
-                        wire.send([_ASKING, *batch.request(share[sent])] if asking else batch.request(share[sent]))
-                        sent += 1
+                while waiting or sent:
+                    while waiting and len(sent) < batch.in_flight:
+                        index = waiting.popleft()
+                        request = batch.request(index)
+                        if request is not None:
+                            sent.append(index)
+                            wire.send([_ASKING, *request] if asking else request)
+                    if not sent:
+                        break
                     if asking:
                         wire.reply()
-                    answer = batch.receive(share[done], wire)
+                    answer = batch.receive(sent[0], wire)
+                    index = sent.popleft()
                     if answer is not None:
                         error = refusal(answer.text)
-                        refused.append(Refused(share[done], error))
-                        if isinstance(error, StoreFull):
-                            last = sent  # what is on its way is answered; the rest would only be refused
-                    done += 1
-                refused += [Refused(index, refused[-1].error) for index in share[last:]]
+                        refused.append(Refused(index, error))
+                        if isinstance(error, StoreFull):  # what is on its way is answered; the rest would be refused
+                            refused += [Refused(index, error) for index in waiting]
+                            waiting.clear()
         except StoreUnavailable as error:
-            refused += [Refused(index, error) for index in share[done:]]
+            refused += [Refused(index, error) for index in (*sent, *waiting)]
         return refused
 
 

@@ -171,7 +171,11 @@ class _Get:
         self._outcomes[index] = outcome
         self._landed(index, outcome, self._encodings.get(index))
 
-    def request(self, index: int) -> Sequence[Buffer]:
+    def request(self, index: int) -> Sequence[Buffer] | None:
+        wanted = self._wanted[index].wanted
+        if wanted is not None and not wanted():
+            self.land(index, Fetched.SKIPPED)
+            return None
         return [command(b"GET", self._keys[index])]
 
     def receive(self, index: int, wire: Wire) -> ErrorReply | None:

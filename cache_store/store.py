@@ -10,7 +10,7 @@ from cache_store.ids import BlockHash
 
 
 class Fetched(Enum):
-    """How the fetch of one block ended. All but HIT are misses, and the block is computed."""
+    """How the fetch of one block ended. All but HIT are misses: what is needed of them is computed."""
 
     HIT = auto()
     ABSENT = auto()
@@ -18,6 +18,8 @@ class Fetched(Enum):
     FOREIGN = auto()
     LATE = auto()
     UNAVAILABLE = auto()
+    SKIPPED = auto()
+    """Nobody wanted it any more when its turn came: it was not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class Fetch:
     """Index in the conversation of the block's first token."""
     fidelity: str = EXACT
     """Part of the name: what the payload may have lost, and so which codecs are believed."""
+    wanted: Callable[[], bool] | None = None
+    """Asked right before the block is asked for, on any of the store's threads: where it says no, nothing is sent."""
 
 
 class Encoding(NamedTuple):

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import redis
@@ -207,6 +208,51 @@ def test_a_block_of_other_length_in_tokens_is_not_the_block(store: BlockStore) -
     assert fetch(store, wanted(1, num_tokens=8)) == [Fetched.CORRUPT]
     store.put(stored(1, num_tokens=7))
     assert fetch(store, wanted(1, num_tokens=7)) == [Fetched.HIT]
+
+
+def test_a_block_that_nobody_wants_when_its_turn_comes_is_not_asked_for(store: BlockStore) -> None:
+    store.put(stored(*range(12)))
+    kept = set(range(12)) - {0, 3, 4, 5, 11}
+    fetches = [
+        replace(asked, wanted=partial(kept.__contains__, number)) for number, asked in enumerate(wanted(*range(12)))
+    ]
+    outcomes = fetch(store, fetches)
+    assert [number for number, outcome in enumerate(outcomes) if outcome is Fetched.SKIPPED] == [0, 3, 4, 5, 11]
+    for number, (asked, outcome) in enumerate(zip(fetches, outcomes, strict=True)):
+        if number in kept:
+            assert outcome is Fetched.HIT
+            assert asked.into == payload(number)
+        else:
+            assert set(asked.into.tobytes()) == {0xA5}
+    assert store.stats().blocks_got == 7
+    assert fetch(store, wanted(0, 11)) == [Fetched.HIT] * 2, "the connections are as good as before"
+
+
+def test_what_is_wanted_is_asked_as_late_as_can_be(store: BlockStore) -> None:
+    """One who computes from the front while blocks arrive stops the reading in mid-way."""
+    store.put(stored(*range(12)))
+    landed: dict[int, Fetched] = {}
+    fetches = [replace(asked, wanted=lambda: len(landed) < 5) for asked in wanted(*range(12))]
+
+    def land(index: int, outcome: Fetched, encoding: Encoding | None) -> None:
+        landed[index] = outcome
+
+    store.get(fetches, land, deadline_s=time.monotonic() + 10)
+    assert len(landed) == 12
+    skipped = sum(outcome is Fetched.SKIPPED for outcome in landed.values())
+    assert skipped >= 12 - 5 - 9, "no more than what was on its way from each of three nodes"
+    assert all(outcome in (Fetched.HIT, Fetched.SKIPPED) for outcome in landed.values())
+
+
+def test_a_stalled_server_is_not_waited_for_where_nothing_is_wanted(
+    own_redis: RedisServer, own_store: BlockStore
+) -> None:
+    own_store.put(stored(1, 2))
+    own_redis.pause()
+    unwanted = [replace(asked, wanted=lambda: False) for asked in wanted(1, 2)]
+    assert fetch(own_store, unwanted) == [Fetched.SKIPPED] * 2
+    own_redis.resume()
+    assert fetch(own_store, wanted(1, 2)) == [Fetched.HIT] * 2
 
 
 def test_a_deadline_already_passed_makes_every_block_late(store: BlockStore) -> None:
