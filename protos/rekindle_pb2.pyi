@@ -305,16 +305,18 @@ class CreateSessionRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., ttl_s: _Optional[int] = ..., pinned: _Optional[bool] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class GetSessionRequest(_message.Message):
-    __slots__ = ("session_id", "with_token_ids", "with_text", "with_residency")
+    __slots__ = ("session_id", "with_token_ids", "with_text", "with_residency", "user_is_typing")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     WITH_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     WITH_TEXT_FIELD_NUMBER: _ClassVar[int]
     WITH_RESIDENCY_FIELD_NUMBER: _ClassVar[int]
+    USER_IS_TYPING_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     with_token_ids: bool
     with_text: bool
     with_residency: bool
-    def __init__(self, session_id: _Optional[str] = ..., with_token_ids: _Optional[bool] = ..., with_text: _Optional[bool] = ..., with_residency: _Optional[bool] = ...) -> None: ...
+    user_is_typing: bool
+    def __init__(self, session_id: _Optional[str] = ..., with_token_ids: _Optional[bool] = ..., with_text: _Optional[bool] = ..., with_residency: _Optional[bool] = ..., user_is_typing: _Optional[bool] = ...) -> None: ...
 
 class ListSessionsRequest(_message.Message):
     __slots__ = ("page_size", "page_token")

@@ -34,7 +34,7 @@ class Chat:
     def run(self, session_id: str, read_line: Callable[[], str]) -> None:
         """Talk until /quit or the end of the input. A session that is not there yet is created."""
         try:
-            self._show_session(self._client.get_session(session_id) if session_id else self._create())
+            self._show_session(self._reopened(session_id) if session_id else self._create())
         except NotFound:
             self._show_session(self._create(session_id))
         while True:
@@ -88,6 +88,9 @@ class Chat:
 
     def _new(self, _: str) -> None:
         self._show_session(self._create())
+
+    def _reopened(self, session_id: str) -> Any:
+        return self._client.get_session(session_id, user_is_typing=True)  # whoever comes back will say something
 
     def _create(self, session_id: str = "") -> Any:
         return self._client.create_session(session_id, codec=self._codec)

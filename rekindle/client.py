@@ -130,11 +130,19 @@ class Client:
         with_token_ids: bool = False,
         with_text: bool = False,
         with_residency: bool = False,
+        user_is_typing: bool = False,
         timeout_s: float | None = None,
     ) -> pb.Session:
-        """Read a session; its tokens, its text and where its KV lies cost more and come if asked for."""
+        """Read a session; its tokens, its text and where its KV lies cost more and come if asked for.
+
+        With `user_is_typing` the server begins to restore it ahead of its next turn, and answers without waiting.
+        """
         request = pb.GetSessionRequest(
-            session_id=session_id, with_token_ids=with_token_ids, with_text=with_text, with_residency=with_residency
+            session_id=session_id,
+            with_token_ids=with_token_ids,
+            with_text=with_text,
+            with_residency=with_residency,
+            user_is_typing=user_is_typing,
         )
         return await self._call(self._sessions.GetSession, request, timeout_s)
 

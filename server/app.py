@@ -44,6 +44,16 @@ class Application:
         self.directory = directory
         self.metrics = metrics
         self._calls = Calls(metrics)
+        self._turns = Turns(records, directory, metrics, config)
+        self._sessions = SessionKeeper(
+            records,
+            directory,
+            self._turns,
+            metrics,
+            lease_s=config.lease_s,
+            default_ttl_s=config.session_ttl_s,
+            default_codec=config.codec,
+        )
         self._health = Health(records, directory, metrics, poll_s=config.worker_poll_s)
         self._server: grpc.aio.Server | None = None
         self.address = ""
@@ -98,6 +108,7 @@ class Application:
             await self._server.stop(grace=None)
             await self._calls.drain(_UNWIND_S)  # cancelled calls still release their sessions
             self._server = None
+        await self._sessions.aclose()
         await self._health.aclose()
         await self.directory.aclose()
         await self._records.aclose()
@@ -113,17 +124,8 @@ class Application:
                 ("grpc.so_reuseport", 0),  # a second server on one port is a mistake, not a share of its calls
             ),
         )
-        turns = Turns(self._records, self.directory, self.metrics, config)
-        keeper = SessionKeeper(
-            self._records,
-            self.directory,
-            turns,
-            lease_s=config.lease_s,
-            default_ttl_s=config.session_ttl_s,
-            default_codec=config.codec,
-        )
-        pb_grpc.add_InferenceServicer_to_server(InferenceService(turns), server)  # type: ignore[no-untyped-call]
-        pb_grpc.add_SessionsServicer_to_server(SessionsService(keeper), server)  # type: ignore[no-untyped-call]
+        pb_grpc.add_InferenceServicer_to_server(InferenceService(self._turns), server)  # type: ignore[no-untyped-call]
+        pb_grpc.add_SessionsServicer_to_server(SessionsService(self._sessions), server)  # type: ignore[no-untyped-call]
         cache = CacheService(self._records, self.directory)
         pb_grpc.add_CacheServicer_to_server(cache, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)

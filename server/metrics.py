@@ -35,6 +35,7 @@ class FrontMetrics:
         self._completion_tokens = self._counter("completion_tokens", "Generated tokens of finished turns.")
         self._misses = self._counter("miss_tokens", "Prompt tokens that had to be computed, by reason.", "reason")
         self._retries = self._counter("turn_retries", "Turns started again on another worker, before a first delta.")
+        self._prefetches = self._counter("prefetches", "Hints that a user is typing, by what came of them.", "outcome")
         self._workers = Gauge("rekindle_front_workers", "Workers known, by state.", ["state"], registry=self.registry)
         self._server: Any = None
         self._thread: Thread | None = None
@@ -62,6 +63,10 @@ class FrontMetrics:
 
     def turn_retried(self) -> None:
         self._retries.inc()
+
+    def prefetched(self, outcome: str) -> None:
+        """restored, hot (nothing was missing), joined (one was running), refused (too many were) or failed."""
+        self._prefetches.labels(outcome).inc()
 
     def workers_seen(self, *, accepting: int, draining: int, down: int) -> None:
         self._workers.labels("accepting").set(accepting)

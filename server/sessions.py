@@ -15,6 +15,8 @@ from protos import rekindle_worker_pb2 as wpb
 from server.directory import Worker, WorkerDirectory
 from server.errors import NoWorker, WorkerLost
 from server.lease import Lease
+from server.metrics import FrontMetrics
+from server.prefetch import Prefetcher
 from server.turns import Turns, history_of
 
 _Answer = TypeVar("_Answer")
@@ -29,6 +31,7 @@ class SessionKeeper:
         records: RecordStore,
         directory: WorkerDirectory,
         turns: Turns,
+        metrics: FrontMetrics,
         *,
         lease_s: float,
         default_ttl_s: int,
@@ -37,6 +40,7 @@ class SessionKeeper:
         self._records = records
         self._directory = directory
         self._turns = turns
+        self._prefetcher = Prefetcher(self._restore, metrics)
         self._lease_s = lease_s
         self._default_ttl_s = default_ttl_s
         self._default_codec = default_codec
@@ -61,6 +65,10 @@ class SessionKeeper:
 
     async def get(self, tenant: str, session_id: str) -> SessionRecord:
         return await self._records.get(tenant, session_id)
+
+    def prefetch(self, record: SessionRecord) -> None:
+        """Begin to restore a session behind its reader. It is not locked: its turn may come at any moment."""
+        self._prefetcher.start(record)
 
     async def page(self, tenant: str, *, page_size: int, page_token: str) -> Page:
         return await self._records.list(tenant, page_size=page_size, page_token=page_token)
@@ -129,7 +137,7 @@ class SessionKeeper:
 
     async def park(self, tenant: str, session_id: str, *, drop_host: bool) -> pb.ParkSessionResponse:
         """Offload wholly from every worker that holds some. Raises NoWorker, and what the worker raises."""
-        async with self._locked(tenant, session_id) as lease:
+        async with self._locked(tenant, session_id) as lease, self._prefetcher.held_off(tenant, session_id):
             record = lease.record
             if not record.token_ids:
                 return pb.ParkSessionResponse()
@@ -150,15 +158,14 @@ class SessionKeeper:
     async def warm(self, tenant: str, session_id: str) -> pb.WarmSessionResponse:
         """Restore onto the worker that the next turn would go to. Raises NoWorker."""
         async with self._locked(tenant, session_id) as lease:
-            request = wpb.WarmRequest(history=history_of(lease.record))
-            worker, warmed = await self._ask_one(lease.record, lambda worker: worker.client.warm(request))
+            worker, warmed = await self._warm(lease.record)
         return pb.WarmSessionResponse(
             worker_id=worker.worker_id, device_tokens=warmed.device_tokens, restored_tokens=warmed.restored_tokens
         )
 
     async def delete(self, tenant: str, session_id: str) -> pb.DeleteSessionResponse:
         """Blocks first, then the record: what was begun can be repeated. Raises NoWorker where blocks might stay."""
-        async with self._locked(tenant, session_id) as lease:
+        async with self._locked(tenant, session_id) as lease, self._prefetcher.held_off(tenant, session_id):
             dropped = await self._drop(lease.record) if lease.record.token_ids else []
             was = await lease.delete()
         return pb.DeleteSessionResponse(
@@ -167,6 +174,18 @@ class SessionKeeper:
             host_blocks=sum(reply.host_blocks for reply in dropped),
             redis_blocks=sum(reply.redis_blocks for reply in dropped),
         )
+
+    async def aclose(self) -> None:
+        """Stop what was begun behind the callers."""
+        await self._prefetcher.aclose()
+
+    async def _warm(self, record: SessionRecord) -> tuple[Worker, wpb.WarmReply]:
+        request = wpb.WarmRequest(history=history_of(record))
+        return await self._ask_one(record, lambda worker: worker.client.warm(request))
+
+    async def _restore(self, record: SessionRecord) -> int:
+        _, warmed = await self._warm(record)
+        return warmed.restored_tokens
 
     async def _drop(self, record: SessionRecord) -> list[wpb.DropReply]:
         living = self._living()

@@ -34,6 +34,8 @@ class SessionsService(SessionsServicer):
 
     async def GetSession(self, request: pb.GetSessionRequest, context: _Context) -> pb.Session:
         record = await self._keeper.get(tenant_of(context), check_session_id(request.session_id))
+        if request.user_is_typing:
+            self._keeper.prefetch(record)
         session = session_of(record)
         if request.with_token_ids:
             session.token_ids.extend(record.token_ids)

@@ -51,6 +51,8 @@ class FakeWorker(WorkerServicer):
         self.pause_s = 0.0
         """Before each delta."""
         self.hold_flush_s = 0.0
+        self.may_warm = asyncio.Event()
+        self.may_warm.set()
         self.stop_after: int | None = None
         """End the stream, as a worker with a bug would, after this many deltas."""
         self.miscount = 0
@@ -124,6 +126,7 @@ class FakeWorker(WorkerServicer):
 
     async def Warm(self, request: wpb.WarmRequest, context: Any) -> wpb.WarmReply:
         await self._asked("warm", request.history, context)
+        await self.may_warm.wait()
         history = tuple(request.history.token_ids)
         restored = len(history) - _held(self.device, history)
         self.device.add(history)

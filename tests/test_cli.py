@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from protos import rekindle_pb2 as pb
 from rekindle import cli, serve
 from rekindle.chat import Chat
 from rekindle.settings import Settings
@@ -239,6 +241,16 @@ def test_chat_forks_parks_and_starts_anew(address: str) -> None:
         said, new = chat(address, "/new", session_id=fork)
         assert new != fork
         assert client.get_session(new).num_tokens == 0
+
+
+def test_a_conversation_opened_again_in_the_chat_is_restored_ahead_of_what_is_said(address: str) -> None:
+    _, session_id = chat(address, "one", "/park", session_id="back")
+    chat(address, session_id=session_id)
+    give_up = time.monotonic() + 5
+    with Client(address) as client:
+        while pb.TIER_DEVICE not in [at.tier for at in client.get_session(session_id, with_residency=True).residency]:
+            assert time.monotonic() < give_up, "it stayed where it was"
+            time.sleep(0.01)
 
 
 def test_chat_creates_conversations_in_the_codec_that_was_asked_for(rekindle: Run, address: str) -> None:

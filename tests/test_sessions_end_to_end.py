@@ -106,6 +106,22 @@ async def test_warming_brings_a_parked_session_back_ahead_of_its_turn(system: Sy
     assert truth.confirms(await with_tokens(system, session_id))
 
 
+async def test_a_user_who_types_finds_the_session_warm(system: System, truth: Truth) -> None:
+    session_id = await new_session(system, "I will think about what to say next.")
+    kv = (await system.client.get_session(session_id)).num_tokens - 1
+    await system.client.park_session(session_id, drop_host=True)
+    await system.client.get_session(session_id, user_is_typing=True)
+
+    async def on_device() -> bool:
+        places = await held(system, session_id)
+        return kv in [tokens for (tier, _), tokens in places.items() if tier == pb.TIER_DEVICE]
+
+    await eventually(on_device)
+    turn = await system.say(chat("Now I know."), session_id)
+    assert turn.receipt.device_tokens == kv
+    assert truth.confirms(await with_tokens(system, session_id))
+
+
 async def test_a_pinned_sessions_blocks_stay_for_ever_and_an_unpinned_ones_do_not(
     system: System, redis_url: str
 ) -> None:
