@@ -69,7 +69,7 @@ class Framer:
             fidelity_kind(store.fidelity),
             num_bytes,
             fingerprint,
-            xxhash.xxh3_64_intdigest(store.payload),
+            xxhash.xxh3_64_intdigest(store.payload) if store.checksum is None else store.checksum,
             store.first_position,
         )
         return fields + _CHECKSUM.pack(_header_checksum(store.block, fields))

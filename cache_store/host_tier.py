@@ -13,6 +13,8 @@ from concurrent.futures import Future
 from enum import Enum, auto
 from typing import NamedTuple
 
+import xxhash
+
 from cache_store.codecs import RAW
 from cache_store.ids import BlockHash
 from cache_store.store import Encoding
@@ -99,6 +101,8 @@ class HostTier:
     def publish(self, slot: Slot, encoding: Encoding) -> None:
         """The slot is filled, with what `encoding` says: from now on it is found."""
         assert 0 < encoding.num_bytes <= len(slot.buffer), f"{encoding.num_bytes} bytes in a slot of {len(slot.buffer)}"
+        if encoding.checksum is None:  # here, once, with the bytes still in the processor's caches
+            encoding = encoding._replace(checksum=xxhash.xxh3_64_intdigest(slot.buffer[: encoding.num_bytes]))
         with self._lock:
             arrival = self._unreserve(slot)
             slot.state, slot.encoding = SlotState.PUBLISHED, encoding

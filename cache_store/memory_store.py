@@ -117,7 +117,7 @@ class MemoryBlockStore:
                 longer = max(kept.dies_at_s, self._now() + self._refresh_ttl_s)
                 self._blocks[fetch.block] = kept._replace(dies_at_s=longer)
         fetch.into.cast("B")[: store.payload.nbytes] = store.payload
-        return Encoding(store.codec, store.payload.nbytes)
+        return Encoding(store.codec, store.payload.nbytes, store.checksum)
 
     def _dies_at_s(self, ttl_s: int) -> float | None:
         return self._now() + ttl_s if ttl_s else None

@@ -210,7 +210,7 @@ class _Get:
             wire.read_into(fetch.into.cast("B")[:left], checksum.update)
             left = 0
             check_payload(checksum.intdigest(), frame.checksum)
-            found = Encoding(frame.codec, frame.num_bytes)
+            found = Encoding(frame.codec, frame.num_bytes, frame.checksum)
         except BlockCorrupt:
             found = Fetched.CORRUPT
         except BlockForeign:
@@ -221,7 +221,7 @@ class _Get:
 
 
 class _Put:
-    """A batch of SETs; a block's checksum is computed while the server takes the one before it."""
+    """A batch of SETs; a block's checksum, where it has none yet, is computed while the server takes the one before."""
 
     in_flight = _IN_FLIGHT
 

@@ -43,6 +43,8 @@ class Encoding(NamedTuple):
 
     codec: CodecInfo
     num_bytes: int
+    checksum: int | None = None
+    """The payload's xxh3_64, where somebody has computed it already: it is kept with the payload from then on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class Store:
     codec: CodecInfo = RAW
     first_position: int = 0
     fidelity: str = EXACT
+    checksum: int | None = None
+    """The payload's xxh3_64; None has it computed."""
 
 
 Landed = Callable[[int, Fetched, Encoding | None], None]

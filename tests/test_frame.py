@@ -44,6 +44,12 @@ def test_header_takes_sixty_four_bytes_and_promises_the_payloads_checksum() -> N
     check_payload(xxhash.xxh3_64_intdigest(PAYLOAD), judge(header).checksum)
 
 
+def test_a_checksum_that_is_known_is_taken_as_it_is() -> None:
+    known = xxhash.xxh3_64_intdigest(PAYLOAD)
+    assert header_of(checksum=known) == header_of()
+    assert judge(header_of(checksum=known ^ 1)).checksum == known ^ 1
+
+
 def test_a_partial_block_carries_the_whole_payload() -> None:
     partial, full = (judge(header_of(num_tokens=tokens), num_tokens=tokens) for tokens in (1, 16))
     assert partial.checksum == full.checksum

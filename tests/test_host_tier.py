@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import xxhash
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -58,6 +59,15 @@ def test_a_payload_smaller_than_its_slot_is_found_as_it_was_written() -> None:
     assert found is not None
     assert found.encoding.codec is INT8
     assert found.payload.tobytes() == b"small"
+
+
+def test_a_payloads_checksum_is_kept_with_it_computed_here_or_before() -> None:
+    tier = tier_of(2)
+    assert keep(tier, 1).encoding.checksum == xxhash.xxh3_64_intdigest(bytes([1]) * BLOCK_BYTES)
+    slot = tier.reserve(name(2), 2)
+    assert slot is not None
+    tier.publish(slot, Encoding(INT8, 5, checksum=17))
+    assert slot.encoding.checksum == 17
 
 
 def test_an_aborted_slot_is_free_again() -> None:

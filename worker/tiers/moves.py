@@ -72,7 +72,7 @@ class MoveCounter:
         """Count blocks that moved together; of the time each codec has the share that it has of the bytes."""
         all_bytes = sum(encoding.num_bytes for encoding in encodings)
         with self._lock:
-            for codec, num_bytes in encodings:
+            for codec, num_bytes, _ in encodings:
                 key = (source, target, codec)
                 was = self._moved.get(key) or Moved(source.name.lower(), target.name.lower(), codec.name)
                 self._moved[key] = replace(

@@ -284,4 +284,5 @@ def _stored(slot: Slot, content: Content, ttl_s: int) -> Store:
         codec=slot.encoding.codec,
         first_position=content.first_position,
         fidelity=content.fidelity,
+        checksum=slot.encoding.checksum,
     )
