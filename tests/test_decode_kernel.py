@@ -125,12 +125,12 @@ def test_scores_far_apart_neither_overflow_nor_vanish(kernel: DecodeKernel) -> N
         torch.testing.assert_close(ours[0, 0, 0], wanted)
 
 
-@pytest.mark.parametrize("block_tokens", [64, 256])
+@pytest.mark.parametrize("block_tokens", [1, 16, 64, 256])
 def test_where_blocks_lie_does_not_change_a_bit(kernel: DecodeKernel, block_tokens: int) -> None:
     """A restored conversation lies elsewhere than it did: its next token must not depend on that."""
     num_tokens, num_blocks = 1500, NUM_SLOTS // block_tokens
     together = Span(0, 1, num_tokens - 1, (Run(0, 0, num_tokens),))
-    blocks = random.Random(0).sample(range(num_tokens // block_tokens + 1, num_blocks), num_tokens // block_tokens + 1)
+    blocks = random.Random(0).sample(range(num_tokens // block_tokens + 1, num_blocks), -(-num_tokens // block_tokens))
     starts = range(0, num_tokens, block_tokens)
     scattered = [
         Run(start, block * block_tokens, min(block_tokens, num_tokens - start))
@@ -144,7 +144,7 @@ def test_where_blocks_lie_does_not_change_a_bit(kernel: DecodeKernel, block_toke
     assert torch.equal(one, other)
 
 
-def test_the_number_of_threads_does_not_change_the_result_by_more_than_rounding(kernel: DecodeKernel) -> None:
+def test_neither_the_number_of_threads_nor_the_batch_changes_a_bit(kernel: DecodeKernel) -> None:
     spans = decoding_spans(random.Random(1), [LONGEST, 3, 800])
     pool = poisoned(spans, 2, 64, torch.float32)
     qkv = random_qkv(spans, 4, 2, 64, torch.float32)
@@ -156,8 +156,15 @@ def test_the_number_of_threads_does_not_change_the_result_by_more_than_rounding(
             results.append(attend(CpuAttention(pool, kernel), pool, spans, qkv))
     finally:
         torch.set_num_threads(threads)
-    for result in results[1:]:
-        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
+    for span in spans:
+        own = tuple(part[:, :, span.row : span.row + 1] for part in qkv)
+        alone = Span(0, 1, span.start, span.runs)
+        for window in (None, 100):
+            together = attend(CpuAttention(pool, kernel), pool, spans, qkv, window=window)
+            by_itself = attend(CpuAttention(pool, kernel), pool, [alone], own, window=window)
+            assert torch.equal(by_itself[0, 0], together[0, span.row])
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float16, 32), (torch.float32, 24)])

@@ -65,8 +65,7 @@ class CpuAttention:
             return CpuPlan(None, [self._plan_span(span, window) for span in spans])
         decoding = [span for span in spans if span.num_queries == 1]
         chunks = [self._plan_span(span, window) for span in spans if span.num_queries > 1]
-        kv_heads = self._keys[0].shape[1]
-        return CpuPlan(self._kernel.plan(decoding, window, kv_heads) if decoding else None, chunks)
+        return CpuPlan(self._kernel.plan(decoding, window) if decoding else None, chunks)
 
     def _plan_span(self, span: Span, window: int | None) -> CpuSpan:
         if span.num_queries == 1:

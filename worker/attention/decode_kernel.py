@@ -1,18 +1,13 @@
-"""Our own decode kernel for the CPU: built by the system's compiler at first use, kept in a cache, called by ctypes.
+"""Our own decode kernel for the CPU, called by ctypes.
 
 native/decode_attention.c says what it does. Where it can't be had (no compiler, another OpenMP than torch's, a wrong
 result), `load_decode_kernel` says why in the log and gives None: torch's own kernels do the work then.
 """
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -21,22 +16,16 @@ import structlog
 import torch
 
 from worker.attention.paged import Run, Span, exact_attention
+from worker.native.build import NativeUnavailable, load_native
 
 _log = structlog.get_logger(__name__)
 
-_SOURCE: Final = Path(__file__).parent.parent / "native" / "decode_attention.c"
-_FLAGS: Final = ("-O3", "-march=native", "-fopenmp", "-fPIC")
-_BUILD_TIMEOUT_S: Final = 60.0
 _DTYPES: Final = (torch.float32, torch.bfloat16)
 _LANES: Final = 16
 """The kernel takes head dimensions of whole vectors only."""
-_ITEMS_PER_THREAD: Final = 16
-"""Long sequences are cut until each thread has about as many items of work: the last to finish is then not late."""
-_MIN_PIECE_TOKENS: Final = 256
-
-
-class _Unavailable(Exception):
-    """There is no kernel to be had here."""
+_PIECE_TOKENS: Final = 512
+"""A piece of a sequence, one key head of which is one item of work: PIECE_TOKENS in the source. Cut by position alone,
+so that a row's result depends neither on the batch it is in nor on the number of threads."""
 
 
 class _Step(ctypes.Structure):
@@ -80,20 +69,17 @@ class DecodeKernel:
         """Whether it can attend over KVCache.data of this dtype and head dimension."""
         return pool.dtype in _DTYPES and pool.shape[-1] % _LANES == 0
 
-    def plan(self, spans: Sequence[Span], window: int | None, kv_heads: int) -> DecodePlan:
+    def plan(self, spans: Sequence[Span], window: int | None) -> DecodePlan:
         """What all layers with this window share. The spans have one query each."""
         visible = [span.visible(window) for span in spans]
         begins = [runs[0].position for runs in visible]
-        num_tokens = sum(span.end - begin for span, begin in zip(spans, begins, strict=True))
-        items = torch.get_num_threads() * _ITEMS_PER_THREAD
-        piece_tokens = max(_MIN_PIECE_TOKENS, -(-num_tokens * kv_heads // items))
         sequences: list[tuple[int, ...]] = []
         pieces: list[tuple[int, ...]] = []
         first_run = 0
         for number, (span, runs, begin) in enumerate(zip(spans, visible, begins, strict=True)):
-            cuts = range(begin, span.end, piece_tokens)
-            sequences.append((span.row, first_run, len(runs), len(pieces), len(cuts)))
-            pieces += [(number, cut, min(cut + piece_tokens, span.end)) for cut in cuts]
+            cuts = [begin, *range(begin - begin % _PIECE_TOKENS + _PIECE_TOKENS, span.end, _PIECE_TOKENS), span.end]
+            sequences.append((span.row, first_run, len(runs), len(pieces), len(cuts) - 1))
+            pieces += [(number, *ends) for ends in pairwise(cuts)]
             first_run += len(runs)
         joined = [run for runs in visible for run in runs]
         return DecodePlan(np.array(joined, np.int64), np.array(sequences, np.int64), np.array(pieces, np.int64))
@@ -138,60 +124,14 @@ class DecodeKernel:
 
 
 def load_decode_kernel() -> DecodeKernel | None:
-    """Build the kernel, unless the cache has it, load and try it. None if that can't be done; the log says why."""
+    """Load the kernel and try it. None if there is none to be had; the log says why."""
     try:
-        openmp = _openmp_of_torch()
-        library = _library(openmp)
-        kernel = DecodeKernel(ctypes.CDLL(str(library)).decode_attention)
-        if _openmp_of_torch() != openmp:  # two teams that wait spinning would starve each other
-            raise _Unavailable("it brought another OpenMP runtime than torch's")
+        kernel = DecodeKernel(load_native().decode_attention)
         _check(kernel)
-    except (_Unavailable, OSError, subprocess.SubprocessError) as error:
+    except (NativeUnavailable, AttributeError) as error:
         _log.warning("decode_kernel_unavailable", reason=str(error), instead="torch's flash attention")
         return None
-    _log.info("decode_kernel_loaded", library=str(library))
     return kernel
-
-
-def _openmp_of_torch() -> Path:
-    """The OpenMP runtime in this process."""
-    mapped = {line.split(maxsplit=5)[5].strip() for line in _lines("/proc/self/maps") if "/" in line}
-    runtimes = [path for path in mapped if any(name in Path(path).name for name in ("libgomp", "libomp", "libiomp"))]
-    if len(runtimes) != 1 or "libgomp" not in Path(runtimes[0]).name:
-        raise _Unavailable(f"needs one GNU OpenMP runtime in the process, found {runtimes or 'none'}")
-    return Path(runtimes[0])
-
-
-def _library(openmp: Path) -> Path:
-    """The kernel for this source and machine, from the cache or built. Processes may race: the last one's stays."""
-    cpu = sorted({line for line in _lines("/proc/cpuinfo") if line.startswith(("model name", "flags"))})
-    what = "\0".join((_SOURCE.read_text(), *_FLAGS, *cpu, str(openmp)))
-    digest = hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rekindle"
-    library = cache / f"{digest}.so"
-    if library.exists():
-        return library
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise _Unavailable("no C compiler (cc or gcc) on the PATH")
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        compiled, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
-        _run(compiler, *_FLAGS, "-c", _SOURCE, "-o", compiled)
-        # Without -fopenmp, which would bring the compiler's own runtime instead of torch's.
-        _run(compiler, "-shared", "-Wl,-z,defs", compiled, openmp, "-lm", "-o", linked)
-        linked.replace(library)
-    return library
-
-
-def _run(*command: str | Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
-    if done.returncode:
-        raise _Unavailable(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines()
 
 
 def _check(kernel: DecodeKernel) -> None:
@@ -203,7 +143,7 @@ def _check(kernel: DecodeKernel) -> None:
         keys, values = torch.randn(2, 2, 750, 32, generator=generator).to(dtype)
         query = torch.randn(4, 2, 32, generator=generator).to(dtype)
         output = torch.full((2, 4, 32), float("nan"), dtype=dtype)
-        kernel.attend(kernel.plan(spans, None, 2), query, keys, values, output, 0.2)
+        kernel.attend(kernel.plan(spans, None), query, keys, values, output, 0.2)
         for span in spans:
             slots = torch.cat([torch.arange(run.slot, run.slot + run.length) for run in span.runs])
             wanted = exact_attention(
@@ -217,4 +157,4 @@ def _check(kernel: DecodeKernel) -> None:
                 softcap=None,
             )
             if not torch.allclose(output[span.row], wanted[0], rtol=tolerance, atol=tolerance):
-                raise _Unavailable(f"the compiled kernel gives wrong results in {dtype}")
+                raise NativeUnavailable(f"the compiled kernel gives wrong results in {dtype}")

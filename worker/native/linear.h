@@ -1,0 +1,36 @@
+/* Linear layers in bfloat16, weights in panels. The layout of the struct is repeated in linear_cpu.py.
+ *
+ * A panel holds the weights of 16 outputs: [in / 2][16][2], so that one vector (a row of a tile, too) is two
+ * neighbouring inputs' weights for all 16 of them. Sums are float32, and each output's are taken in an order that
+ * depends on nothing but the number of inputs: a row's result is the same alone and in any batch.
+ */
+#pragma once
+#include <stdint.h>
+
+#define PANEL 16
+#define MOST_ROWS 32 /* that see a panel at once */
+#define DEPTH 32     /* inputs come in multiples of this */
+
+typedef struct {
+    const uint16_t *panels; /* [ceil(out / PANEL)] of them, one after the other; outputs beyond the last weigh nothing */
+    const uint16_t *bias;   /* [out], or NULL */
+    int64_t in, out;
+} Linear;
+
+/* sums[side][row] = input[row] . panel, for 0 < rows <= MOST_ROWS rows and the panels left and right. */
+void multiply(const uint16_t *input, int64_t stride, int64_t rows, const uint16_t *left, const uint16_t *right,
+              int64_t in, float sums[2][MOST_ROWS][PANEL]);
+
+/* Called by every thread of a team, as those below; returns when all is written.
+ * output[row] = linear(input[row]), plus `residual[row]` unless that is NULL, which may be the output itself. Strides
+ * are in elements. */
+void linear_in_team(const Linear *linear, const uint16_t *input, int64_t stride, int64_t rows,
+                    const uint16_t *residual, uint16_t *output, int64_t output_stride);
+
+/* The same for several layers of one input; their outputs stand one behind the other in a row of `output`. */
+void linears_in_team(const Linear *linears, int64_t num_linears, const uint16_t *input, int64_t stride, int64_t rows,
+                     uint16_t *output, int64_t output_stride);
+
+/* output[row] = silu(gate(input[row])) * up(input[row]) */
+void gated_in_team(const Linear *gate, const Linear *up, const uint16_t *input, int64_t stride, int64_t rows,
+                   uint16_t *output, int64_t output_stride);

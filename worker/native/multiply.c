@@ -1,0 +1,124 @@
+/* Rows of bfloat16 times two panels of weights: the one inner loop of all linear layers.
+ *
+ * With AMX by tiles of 16 rows and 32 inputs; else by vectors, which multiply pairs where the CPU has AVX512-BF16 and
+ * widen them to float32 where it has not. Weights are read once for all rows, in the order they lie.
+ */
+#include "linear.h"
+#include "vectors.h"
+
+#define AHEAD 4096 /* bytes between what is asked of memory and what is used, of each panel */
+#define STEP (DEPTH * PANEL) /* elements of a panel that one step takes: a tile */
+
+INLINE void ask_for(const uint16_t *panel) {
+    for (int64_t line = 0; line < STEP * 2; line += CACHE_LINE)
+        __builtin_prefetch((const char *)panel + AHEAD + line);
+}
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} Tiles;
+
+/* The tiles, by number: the compiler writes them into the instructions' names. */
+#define LEFT 0
+#define RIGHT 1
+#define LOWER_LEFT 2
+#define LOWER_RIGHT 3
+#define UPPER_INPUT 4
+#define LOWER_INPUT 5
+#define LEFT_PANEL 6
+#define RIGHT_PANEL 7
+
+void multiply(const uint16_t *input, int64_t stride, int64_t rows, const uint16_t *left, const uint16_t *right,
+              int64_t in, float sums[2][MOST_ROWS][PANEL]) {
+    const int upper = rows < PANEL ? rows : PANEL, lower = rows - upper;
+    const uint16_t *below = input + PANEL * stride;
+    Tiles tiles = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) tiles.row_bytes[tile] = CACHE_LINE, tiles.rows[tile] = PANEL;
+    tiles.rows[LEFT] = tiles.rows[RIGHT] = tiles.rows[UPPER_INPUT] = upper;
+    if (lower) tiles.rows[LOWER_LEFT] = tiles.rows[LOWER_RIGHT] = tiles.rows[LOWER_INPUT] = lower;
+    _tile_loadconfig(&tiles); /* and all tiles are 0 */
+    for (int64_t i = 0; i < in; i += DEPTH, left += STEP, right += STEP) {
+        ask_for(left);
+        ask_for(right);
+        _tile_loadd(LEFT_PANEL, left, CACHE_LINE);
+        _tile_loadd(RIGHT_PANEL, right, CACHE_LINE);
+        _tile_loadd(UPPER_INPUT, input + i, stride * 2);
+        _tile_dpbf16ps(LEFT, UPPER_INPUT, LEFT_PANEL);
+        _tile_dpbf16ps(RIGHT, UPPER_INPUT, RIGHT_PANEL);
+        if (!lower) continue;
+        _tile_loadd(LOWER_INPUT, below + i, stride * 2);
+        _tile_dpbf16ps(LOWER_LEFT, LOWER_INPUT, LEFT_PANEL);
+        _tile_dpbf16ps(LOWER_RIGHT, LOWER_INPUT, RIGHT_PANEL);
+    }
+    _tile_stored(LEFT, sums[0], CACHE_LINE);
+    _tile_stored(RIGHT, sums[1], CACHE_LINE);
+    if (lower) {
+        _tile_stored(LOWER_LEFT, sums[0][PANEL], CACHE_LINE);
+        _tile_stored(LOWER_RIGHT, sums[1][PANEL], CACHE_LINE);
+    }
+    _tile_release();
+}
+
+#else
+
+typedef float Sums __attribute__((vector_size(PANEL * 4)));
+typedef uint32_t Pairs __attribute__((vector_size(PANEL * 4)));
+
+#ifdef __AVX512F__
+#define FEW 8 /* rows whose sums stay in registers */
+#else
+#define FEW 2
+#endif
+
+/* sums + the pair of inputs times the pairs of weights */
+INLINE Sums add_pairs(Sums sums, uint32_t inputs, Pairs weights) {
+#ifdef __AVX512BF16__
+    return (Sums)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(inputs), (__m512bh)weights);
+#else
+    const uint32_t words[2] = {inputs << 16, inputs & 0xffff0000u};
+    float one, other;
+    memcpy(&one, &words[0], sizeof one);
+    memcpy(&other, &words[1], sizeof other);
+    sums += one * (Sums)(weights << 16);
+    return sums + other * (Sums)(weights & 0xffff0000u);
+#endif
+}
+
+INLINE void multiply_few(const uint16_t *input, int64_t stride, int rows, const uint16_t *left, const uint16_t *right,
+                         int64_t in, float first[][PANEL], float second[][PANEL]) {
+    Sums sums[2][FEW] = {0};
+    for (int64_t i = 0; i < in; i += 2, left += 2 * PANEL, right += 2 * PANEL) {
+        Pairs weights[2];
+        memcpy(&weights[0], left, sizeof(Pairs));
+        memcpy(&weights[1], right, sizeof(Pairs));
+        __builtin_prefetch((const char *)left + AHEAD);
+        __builtin_prefetch((const char *)right + AHEAD);
+        for (int row = 0; row < rows; row++) {
+            uint32_t inputs;
+            memcpy(&inputs, input + row * stride + i, sizeof inputs);
+            for (int side = 0; side < 2; side++) sums[side][row] = add_pairs(sums[side][row], inputs, weights[side]);
+        }
+    }
+    memcpy(first, sums[0], rows * sizeof(Sums));
+    memcpy(second, sums[1], rows * sizeof(Sums));
+}
+
+void multiply(const uint16_t *input, int64_t stride, int64_t rows, const uint16_t *left, const uint16_t *right,
+              int64_t in, float sums[2][MOST_ROWS][PANEL]) {
+    for (int64_t row = 0; row < rows;) {
+        const uint16_t *from = input + row * stride;
+#define ROWS(few)                                                                             \
+    multiply_few(from, stride, few, left, right, in, &sums[0][row], &sums[1][row]), row += few
+        if (rows - row >= 8 && FEW >= 8) ROWS(8);
+        else if (rows - row >= 4 && FEW >= 4) ROWS(4);
+        else if (rows - row >= 2) ROWS(2);
+        else ROWS(1);
+#undef ROWS
+    }
+}
+
+#endif
