@@ -1,0 +1,197 @@
+"""Which worker to give a prompt to: who holds how much of it, what the rest would cost there, and who is busy.
+
+Built from plain events that workers publish; knows no network and no clock. One index for each model's fingerprint:
+names of another model's blocks never match. What it says may be late or wrong: that costs a miss, never a token.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from server.block_holders import BlockHolders, Segment, Tier
+
+_Seconds = npt.NDArray[np.float64]
+
+_MAX_LOOKUPS = 64
+_WORK_WEIGHT = 2.0
+"""What a second of work counts in seconds of queue: it keeps those waiting who come behind. At 1, a fleet under load
+computes again elsewhere what it should have queued for, and all wait longer (`rekindle bench scale`)."""
+_SAME_S = 1e-3
+"""Workers whose cost differs by less are equally good."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksChanged:
+    """What came to one of a worker's tiers, and what left it; no block does both."""
+
+    worker_id: str
+    number: int
+    """Counts a worker's events, without gaps."""
+    tier: Tier
+    stored: Sequence[bytes] = ()
+    removed: Sequence[bytes] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that a worker has. Its next event is `number` + 1; those up to `number` are in it."""
+
+    worker_id: str
+    number: int
+    device: Sequence[bytes] = ()
+    host: Sequence[bytes] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerCosts:
+    """What a worker last measured of itself."""
+
+    queue_s: float
+    """Work in front of a new turn."""
+    token_s: float
+    """To compute a token."""
+    host_byte_s: float
+    """To restore a byte from its host tier."""
+    shared_byte_s: float = math.inf
+    """To restore one from the tier that all workers share. Infinite where there is none."""
+
+
+class Choice(NamedTuple):
+    worker_id: str
+    expected_s: float
+    """Queue, restore and compute, to the end of the prompt."""
+    device_blocks: int
+    host_blocks: int
+    """On its host tier alone."""
+
+
+class RoutingIndex:
+    """Used by one thread."""
+
+    def __init__(self, *, block_tokens: int, block_bytes: int, sticky_s: float = 0.05) -> None:
+        """A session stays where it was unless another worker is cheaper by more than `sticky_s`: what its last turn
+        stored may not be known here yet."""
+        self._block_tokens, self._block_bytes, self._sticky_s = block_tokens, block_bytes, sticky_s
+        self._holders = BlockHolders()
+        self._slots: dict[str, int] = {}
+        self._workers: list[str] = []  # by slot
+        self._next_number: dict[str, int] = {}  # of workers whose blocks are known without a gap
+        self._queue_s, self._missing_s, self._host_saves_s = (np.zeros(0) for _ in range(3))
+
+    @property
+    def num_blocks(self) -> int:
+        return self._holders.num_blocks
+
+    def changed(self, event: BlocksChanged) -> bool:
+        """Take up an event. False: some are missing, and the worker's `Snapshot` is needed; until then its blocks are
+        known as well as they can be. An event that came before is passed over."""
+        expected = self._next_number.get(event.worker_id)
+        if expected is not None and event.number < expected:
+            return True
+        slot = self._slot_of(event.worker_id)
+        self._holders.add(slot, event.tier, event.stored)
+        self._holders.remove(slot, event.tier, event.removed)
+        if event.number != expected:
+            self._next_number.pop(event.worker_id, None)
+            return False
+        self._next_number[event.worker_id] = event.number + 1
+        return True
+
+    def resync(self, snapshot: Snapshot) -> None:
+        """Forget what was known of a worker's blocks and begin anew."""
+        old = self._slots.pop(snapshot.worker_id, None)
+        slot = self._slot_of(snapshot.worker_id)  # a new one: the old one's blocks are swept out in time
+        if old is not None:
+            for numbers in (self._queue_s, self._missing_s, self._host_saves_s):
+                numbers[slot] = numbers[old]
+            self._retire(old)
+        self._holders.add(slot, Tier.DEVICE, snapshot.device)
+        self._holders.add(slot, Tier.HOST, snapshot.host)
+        self._next_number[snapshot.worker_id] = snapshot.number + 1
+
+    def leave(self, worker_id: str) -> None:
+        """The worker is gone, and all that it had."""
+        self._next_number.pop(worker_id, None)
+        if worker_id in self._slots:
+            self._retire(self._slots.pop(worker_id))
+
+    def report(self, worker_id: str, costs: WorkerCosts) -> None:
+        """What is asked of the worker from now on costs this. Before its first report it is not chosen."""
+        slot = self._slot_of(worker_id)
+        missing_s = min(costs.token_s * self._block_tokens, costs.shared_byte_s * self._block_bytes)
+        self._queue_s[slot] = costs.queue_s
+        self._missing_s[slot] = missing_s
+        self._host_saves_s[slot] = max(0.0, missing_s - costs.host_byte_s * self._block_bytes)
+
+    def choose(self, chain: Sequence[bytes], *, key: str, last_worker_id: str = "") -> Choice | None:
+        """The worker where a prompt of these blocks costs least, queue and work, or None where none has reported.
+
+        Among equally good ones the least busy, then always the same one for the same `key`.
+        """
+        if not self._workers:
+            return None
+        on_device, on_host = self._held(self._holders.segments(chain, _MAX_LOOKUPS))
+        work_s = (len(chain) - on_device) * self._missing_s - on_host * self._host_saves_s
+        slot = self._cheapest(self._queue_s + _WORK_WEIGHT * work_s, key, self._slots.get(last_worker_id))
+        if slot is None:
+            return None
+        expected_s = float(self._queue_s[slot] + work_s[slot])
+        return Choice(self._workers[slot], expected_s, int(on_device[slot]), int(on_host[slot]))
+
+    def held(self, chain: Sequence[bytes]) -> Mapping[str, tuple[int, int]]:
+        """How many of the blocks each worker has on its device, and on its host tier alone; those that have any."""
+        on_device, on_host = self._held(self._holders.segments(chain, 2 * len(chain) + 2))
+        counts = {worker_id: (int(on_device[slot]), int(on_host[slot])) for worker_id, slot in self._slots.items()}
+        return {worker_id: count for worker_id, count in counts.items() if any(count)}
+
+    def sweep(self) -> bool:
+        """Do a millisecond of tidying up. True if more is to be done."""
+        return self._holders.sweep()
+
+    def _held(self, segments: Sequence[Segment]) -> npt.NDArray[np.float32]:
+        """[2, slots]: blocks on each one's device, and on its host tier alone."""
+        slots = len(self._workers)
+        known = [segment for segment in segments if segment.held]
+        if not known:
+            return np.zeros((2, slots), np.float32)
+        width = -(-2 * slots // 8)
+        devices = int.from_bytes(b"\x55" * width)
+        nearest = (held & ~((held & devices) << 1) for _, held in known)
+        packed = b"".join(held.to_bytes(width, "little") for held in nearest)
+        bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little").reshape(len(known), 8 * width)
+        counts = np.array([num_blocks for num_blocks, _ in known], np.float32) @ bits.astype(np.float32)
+        return counts[: 2 * slots].reshape(slots, 2).T
+
+    def _cheapest(self, costs_s: _Seconds, key: str, last: int | None) -> int | None:
+        least_s = costs_s.min()
+        if least_s == math.inf:
+            return None
+        if last is not None and costs_s[last] <= least_s + self._sticky_s:
+            return last
+        good = np.flatnonzero(costs_s <= least_s + _SAME_S)
+        if len(good) > 1:
+            queue_s = self._queue_s[good]
+            good = good[queue_s == queue_s.min()]
+        return int(good[zlib.crc32(key.encode()) % len(good)])
+
+    def _slot_of(self, worker_id: str) -> int:
+        slot = self._slots.get(worker_id)
+        if slot is None:
+            slot = self._slots[worker_id] = self._holders.take_slot()
+            if slot == len(self._workers):
+                self._workers.append(worker_id)
+                self._queue_s = np.append(self._queue_s, math.inf)
+                self._missing_s, self._host_saves_s = (
+                    np.append(numbers, 0.0) for numbers in (self._missing_s, self._host_saves_s)
+                )
+            self._workers[slot] = worker_id
+        return slot
+
+    def _retire(self, slot: int) -> None:
+        self._queue_s[slot] = math.inf
+        self._holders.retire(slot)
