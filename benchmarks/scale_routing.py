@@ -185,7 +185,7 @@ def sticky_by_load(workers: Sequence[Worker]) -> Route:
 
 
 def measure_routing(turns: Sequence[Turn], machines: Machines, *, seed: int) -> dict[str, dict[str, float]]:
-    """Each way's figures on the same turns; and what one worker as large and fast as all hits: about the most there is."""
+    """Each way's figures on the same turns, and what one worker hits that is as large and fast as all."""
     figures = {}
     for way in WAYS:
         workers = [Worker(f"worker-{number}", machines) for number in range(machines.num_workers)]
