@@ -1,7 +1,8 @@
 """Blocks into and out of Redis, from and to real tensors: our store, a bare socket (the limit) and redis-py.
 
-All speak to the same server and overwrite values that are there. TTLs are not refreshed after a get: that happens
-behind the caller, and would only disturb the side that is measured next.
+All speak to the same server and overwrite values that are there. A payload's checksum is known before it is put, as
+the host tier keeps it. TTLs are not refreshed after a get: that happens behind the caller, and would only disturb the
+side that is measured next. With `--lmcache`, LMCache's C++ client beside ours, if it is installed.
 """
 
 import itertools
@@ -15,6 +16,7 @@ import torch
 import xxhash
 
 from benchmarks.harness import at_least, finish, interleaved, medians
+from benchmarks.lmcache_redis import LMCacheRedis, LMCacheUnavailable
 from benchmarks.raw_socket import IN_FLIGHT, RawGets, connect, receive
 from cache_store.embedded_redis import RedisServer
 from cache_store.frame import HEADER_BYTES, Framer, check_payload
@@ -31,8 +33,25 @@ Buffers = Sequence[memoryview]
 Side = Callable[[], None]
 
 
-def run(*, block_bytes: int = 1_835_008, blocks: int = 64, rounds: int = 7, as_json: bool = False) -> int:
-    """Measure GB/s; return 0 when every bar holds. `block_bytes` is a multiple of 4096."""
+def run(
+    *,
+    block_bytes: int = 1_835_008,
+    blocks: int = 64,
+    rounds: int = 7,
+    lmcache: bool = False,
+    lmcache_threads: int = 4,
+    as_json: bool = False,
+) -> int:
+    """Measure GB/s; return 0 when every bar holds.
+
+    Args:
+        block_bytes: Of one block, a multiple of 4096.
+        blocks: In one batch.
+        rounds: Counted rounds.
+        lmcache: Beside LMCache's C++ client (`pip install --no-deps lmcache`), over TCP: it knows no unix sockets.
+        lmcache_threads: Of that client, a connection each.
+        as_json: Print one JSON object.
+    """
     layout = KVLayout(
         num_layers=block_bytes // 4096, num_kv_heads=1, head_dim=32, block_tokens=_TOKENS, dtype="float32"
     )
@@ -55,6 +74,9 @@ def run(*, block_bytes: int = 1_835_008, blocks: int = 64, rounds: int = 7, as_j
             for name, side in (("raw", raw), ("rekindle", ours), ("redis-py", theirs), ("bare redis-py", bare)):
                 sides[f"{transport} put {name}"] = side.put
                 sides[f"{transport} get {name}"] = side.get
+        lmcache_says = (
+            _add_lmcache(stack, server, sides, outgoing, incoming, lmcache_threads) if lmcache else "not asked"
+        )
         timed = {name: _gb_per_s(side, blocks * block_bytes) for name, side in sides.items()}
         speeds = medians(interleaved(timed, rounds=rounds, quiet=as_json, title="store"))
         target.fill_(torch.nan)
@@ -62,13 +84,19 @@ def run(*, block_bytes: int = 1_835_008, blocks: int = 64, rounds: int = 7, as_j
         if not torch.equal(source, target):
             raise RuntimeError("the blocks that came back are not those that were stored")
     bars = [
-        at_least(f"{transport} get against a raw socket", _ratio(speeds, f"{transport} get", "raw"), 0.8)
-        for transport in ("unix", "tcp")
-    ] + [
-        at_least(f"{transport} {verb} against redis-py", _ratio(speeds, f"{transport} {verb}", "redis-py"), 1.5)
+        at_least(f"{transport} {verb} against {what}", _ratio(speeds, f"{transport} {verb}", side), least)
+        for side, what, least in (("raw", "a raw socket", 0.9), ("redis-py", "redis-py", 1.5))
         for transport, verb in itertools.product(("unix", "tcp"), ("put", "get"))
     ]
-    figures = {"block_bytes": block_bytes, "blocks": blocks} | {f"{name} GB/s": gb for name, gb in speeds.items()}
+    if "tcp put lmcache" in speeds:
+        bars += [
+            at_least(f"{transport} {verb} against LMCache over TCP", ratio, 1)
+            for transport, verb in itertools.product(("unix", "tcp"), ("put", "get"))
+            for ratio in [speeds[f"{transport} {verb} rekindle"] / speeds[f"tcp {verb} lmcache"]]
+        ]
+    figures = {"block_bytes": block_bytes, "blocks": blocks, "lmcache": lmcache_says} | {
+        f"{name} GB/s": gb for name, gb in speeds.items()
+    }
     return finish("store", figures, bars, as_json=as_json)
 
 
@@ -76,7 +104,7 @@ class _Ours:
     def __init__(self, store: BlockStore, outgoing: Buffers, incoming: Buffers) -> None:
         pairs = list(zip(_names(len(outgoing)), outgoing, incoming, strict=True))
         self._store = store
-        self._stores = [Store(name, _TOKENS, payload, _TTL_S) for name, payload, _ in pairs]
+        self._stores = [_stored(name, payload) for name, payload, _ in pairs]
         self._fetches = [Fetch(name, _TOKENS, into) for name, _, into in pairs]
 
     def put(self) -> None:
@@ -119,7 +147,7 @@ class _RedisPy:
     def __init__(self, client: redis.Redis, framer: Framer, outgoing: Buffers, incoming: Buffers) -> None:
         self._client, self._framer = client, framer
         triples = list(zip(_names(len(outgoing)), outgoing, incoming, strict=True))
-        self._stores = [Store(name, _TOKENS, payload, _TTL_S) for name, payload, _ in triples]
+        self._stores = [_stored(name, payload) for name, payload, _ in triples]
         self._fetches = [Fetch(name, _TOKENS, into) for name, _, into in triples]
 
     def put(self) -> None:
@@ -151,6 +179,29 @@ class _RedisPyBare:
             value = self._client.get(f"bare:{number}")
             assert isinstance(value, bytes)
             into[:] = value
+
+
+def _add_lmcache(
+    stack: ExitStack,
+    server: RedisServer,
+    sides: dict[str, Side],
+    outgoing: Buffers,
+    incoming: Buffers,
+    threads: int,
+) -> str:
+    """Add LMCache's client to the sides, or say why not."""
+    try:
+        client = stack.enter_context(LMCacheRedis("127.0.0.1", server.port, threads=threads))
+    except LMCacheUnavailable as error:
+        return str(error)
+    keys = [f"lmcache:{number:04d}" for number in range(len(outgoing))]
+    sides["tcp put lmcache"] = lambda: client.put(keys, outgoing)
+    sides["tcp get lmcache"] = lambda: client.get(keys, incoming)
+    return f"{threads} threads"
+
+
+def _stored(name: BlockHash, payload: memoryview) -> Store:
+    return Store(name, _TOKENS, payload, _TTL_S, checksum=xxhash.xxh3_64_intdigest(payload))
 
 
 def _names(blocks: int) -> list[BlockHash]:
