@@ -42,12 +42,16 @@ class Frame(NamedTuple):
     """The payload's xxh3_64."""
 
 
+def model_digest(fingerprint: bytes) -> bytes:
+    """16 bytes of a fingerprint: what tells a model's blocks from others where they are kept."""
+    return hashlib.blake2b(fingerprint, digest_size=16).digest()
+
+
 class Framer:
     """Writes and judges the headers of one model's blocks."""
 
     def __init__(self, layout: KVLayout, fingerprint: bytes) -> None:
-        self.model = hashlib.blake2b(fingerprint, digest_size=16).digest()
-        """Of the fingerprint: what tells this model's blocks from others in a header."""
+        self.model = model_digest(fingerprint)
         self._block_bytes = layout.block_bytes
         shape = (layout.num_layers, layout.num_kv_heads, layout.head_dim, layout.block_tokens)
         self._model = (_DTYPES[layout.dtype], *shape, self.model)

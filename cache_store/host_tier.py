@@ -1,23 +1,28 @@
-"""KV blocks in this machine's memory: one slab, allocated and touched at start, cut into slots, evicted by LRU.
+"""KV blocks in this machine's memory: the slots of one slab, evicted by LRU.
 
 A slot is free, reserved (being filled; found by nobody) or published (found by its name; pinned or not). A payload that
-its codec made smaller fills the front of its slot: slots are all of one size, so that any block fits into any. Knows
-bytes. Knows no tensors and no store: whoever fills a slot has its buffer.
+its codec made smaller fills the front of its slot: slots are all of one size, so that any block fits into any. What a
+slab holds from an earlier life is published from the start, and each payload's checksum verified before its first use.
+Knows bytes. Knows no tensors and no store: whoever fills a slot has its buffer.
 """
 
-import mmap
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from enum import Enum, auto
+from pathlib import Path
 from typing import NamedTuple
 
+import structlog
 import xxhash
 
 from cache_store.codecs import RAW
+from cache_store.host_slab import Record, Slab
 from cache_store.ids import BlockHash
 from cache_store.store import Encoding
+
+log = structlog.get_logger(__name__)
 
 
 class SlotState(Enum):
@@ -31,9 +36,10 @@ class SlotState(Enum):
 class Slot:
     """One block's place in the slab. Its fields are the tier's to change."""
 
-    __slots__ = ("arrival", "block", "buffer", "encoding", "num_tokens", "pins", "state")
+    __slots__ = ("arrival", "block", "buffer", "encoding", "is_proven", "num_tokens", "number", "pins", "state")
 
-    def __init__(self, buffer: memoryview) -> None:
+    def __init__(self, number: int, buffer: memoryview) -> None:
+        self.number = number
         self.buffer = buffer
         """`block_bytes` bytes, page by page in memory already."""
         self.state = SlotState.FREE
@@ -42,6 +48,8 @@ class Slot:
         self.encoding = Encoding(RAW, 0)
         """Of what is published."""
         self.pins = 0
+        self.is_proven = True
+        """False of what an earlier life left, until its checksum has been verified."""
         self.arrival: Future[bool] | None = None
         """Of a reserved slot that somebody waits for."""
 
@@ -49,6 +57,10 @@ class Slot:
     def payload(self) -> memoryview:
         """What was published: immutable."""
         return self.buffer[: self.encoding.num_bytes]
+
+    @property
+    def record(self) -> Record:
+        return Record(self.block, self.num_tokens, self.encoding)
 
 
 class HostUse(NamedTuple):
@@ -60,28 +72,42 @@ class HostUse(NamedTuple):
 class HostTier:
     """A bounded LRU of blocks. Any thread may call; no call waits for more than the lock."""
 
-    def __init__(
-        self, *, capacity_bytes: int, block_bytes: int, on_evict: Callable[[BlockHash], None] | None = None
-    ) -> None:
-        """As many slots as fit `capacity_bytes` (0: none). `on_evict` runs under the lock: it must not call back."""
-        assert block_bytes > 0
-        assert capacity_bytes >= 0
-        num_slots = capacity_bytes // block_bytes
-        slab = mmap.mmap(-1, max(num_slots * block_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._slab = memoryview(slab)[: num_slots * block_bytes]
-        for page in range(0, len(self._slab), mmap.PAGESIZE):
-            self._slab[page] = 0  # a page's first touch is some 20 times slower than the next: not in a turn's way
-        self._slots = [Slot(self._slab[at : at + block_bytes]) for at in range(0, len(self._slab), block_bytes)]
-        self._free = self._slots[::-1]  # taken from the end: low addresses first
+    def __init__(self, slab: Slab, *, on_evict: Callable[[BlockHash], None] | None = None) -> None:
+        """The tier owns the slab from here on. `on_evict` runs under the lock: it must not call back."""
+        self._slab = slab
+        self._slots = [Slot(number, slab.slot(number)) for number in range(slab.num_slots)]
         self._reserved: dict[BlockHash, Slot] = {}
         self._published: OrderedDict[BlockHash, Slot] = OrderedDict()  # least recently used first
         self._on_evict = on_evict
         self._lock = threading.Lock()
+        self._tick = 0
+        self.adopted = self._adopt()
+        """Blocks found at the start."""
+        self.corrupt = 0
+        """Of these, the ones whose payload was wrong when it was first wanted."""
+        self._free = [slot for slot in reversed(self._slots) if slot.state is SlotState.FREE]  # low addresses go first
+
+    def _adopt(self) -> int:
+        for number, (block, num_tokens, encoding), tick in self._slab.found():
+            if block in self._published:  # an assertion's matter in one life; between two, anything may have happened
+                self._slab.erase(number)
+                continue
+            slot = self._slots[number]
+            slot.state, slot.block, slot.num_tokens, slot.encoding = SlotState.PUBLISHED, block, num_tokens, encoding
+            slot.is_proven = False
+            self._published[block] = slot
+            self._tick = tick
+        return len(self._published)
 
     @property
     def slab(self) -> memoryview:
-        """All of it, for whoever pins it for the device."""
-        return self._slab
+        """All slots, for whoever pins them for the device."""
+        return self._slab.slots
+
+    @property
+    def path(self) -> Path | None:
+        """Where the slab lies; None where it is private memory."""
+        return self._slab.path
 
     def reserve(self, block: BlockHash, num_tokens: int) -> Slot | None:
         """A slot to fill, then to `publish` or `abort`; evicts the least recently used block that nobody has pinned.
@@ -105,8 +131,9 @@ class HostTier:
             encoding = encoding._replace(checksum=xxhash.xxh3_64_intdigest(slot.buffer[: encoding.num_bytes]))
         with self._lock:
             arrival = self._unreserve(slot)
-            slot.state, slot.encoding = SlotState.PUBLISHED, encoding
+            slot.state, slot.encoding, slot.is_proven = SlotState.PUBLISHED, encoding, True
             self._published[slot.block] = slot
+            self._slab.write(slot.number, slot.record, self._next_tick())
         if arrival is not None:
             arrival.set_result(True)
 
@@ -134,13 +161,31 @@ class HostTier:
             return slot.arrival
 
     def pin(self, block: BlockHash) -> Slot | None:
-        """Find a block and keep it here until `unpin`; None when it is not here. Counts as use."""
+        """Find a block and keep it here until `unpin`; None when it is not here. Counts as use.
+
+        The first use of what an earlier life left reads all of it, outside the lock: if it is wrong it is not here.
+        """
         with self._lock:
             slot = self._published.get(block)
-            if slot is not None:
-                slot.pins += 1
-                self._published.move_to_end(block)
-            return slot
+            if slot is None:
+                return None
+            slot.pins += 1
+            self._published.move_to_end(block)
+            self._slab.use(slot.number, self._next_tick())
+        return slot if slot.is_proven or self._prove(slot) else None
+
+    def _prove(self, slot: Slot) -> bool:
+        """Verify a pinned payload's checksum. False when it is wrong: then it is found no more, and the pin is gone."""
+        slot.is_proven = xxhash.xxh3_64_intdigest(slot.payload) == slot.encoding.checksum
+        if slot.is_proven:
+            return True
+        with self._lock:
+            if self._published.get(slot.block) is slot:  # of several who found it wrong, the first
+                self._forget(slot.block)
+                self.corrupt += 1
+                log.warning("a block in host memory is corrupt", block=slot.block.hex())
+        self.unpin(slot)
+        return False
 
     def unpin(self, slot: Slot) -> None:
         """Take back one `pin`. A block dropped meanwhile is gone with its last pin."""
@@ -156,9 +201,9 @@ class HostTier:
         dropped = 0
         with self._lock:
             for block in blocks:
-                slot = self._published.pop(block, None)
-                if slot is not None:
+                if block in self._published:
                     dropped += 1
+                    slot = self._forget(block)
                     if not slot.pins:
                         self._release(slot)
         return dropped
@@ -171,8 +216,17 @@ class HostTier:
         with self._lock:
             return HostUse(len(self._slots) - len(self._free), len(self._slots))
 
+    def close(self) -> None:
+        """Leave the slab to the next life. The tier is empty from here on, and no slot may be used."""
+        with self._lock:
+            assert not any(slot.pins for slot in self._slots), "closed while somebody reads"
+            assert not self._reserved, "closed while somebody writes"
+            self._published.clear()
+            self._free, self._slots = [], []
+            self._slab.close()
+
     def check(self) -> None:
-        """Prove that every slot is in exactly one state, and every table agrees with it."""
+        """Prove that every slot is in exactly one state, and every table, and the slab's records, agree with it."""
         with self._lock:
             states = Counter(slot.state for slot in self._slots)
             leaving = [
@@ -188,15 +242,28 @@ class HostTier:
             for table, state in ((self._reserved, SlotState.RESERVED), (self._published, SlotState.PUBLISHED)):
                 assert all(slot.state is state and slot.block == block for block, slot in table.items())
             assert all(not slot.pins for slot in self._slots if slot.state is not SlotState.PUBLISHED)
+            assert {slot.number: slot.record for slot in self._published.values()} == {
+                found.number: found.record for found in self._slab.found() if self._slots
+            }
             assert all(slot.arrival is None for slot in self._slots if slot.state is not SlotState.RESERVED)
 
     def _evicted(self) -> Slot | None:
         slot = next((slot for slot in self._published.values() if not slot.pins), None)
         if slot is not None:
-            del self._published[slot.block]
+            self._forget(slot.block)
             if self._on_evict is not None:
                 self._on_evict(slot.block)
         return slot
+
+    def _forget(self, block: BlockHash) -> Slot:
+        """Find a published block no more, in this life or the next."""
+        slot = self._published.pop(block)
+        self._slab.erase(slot.number)
+        return slot
+
+    def _next_tick(self) -> int:
+        self._tick += 1
+        return self._tick
 
     def _unreserve(self, slot: Slot) -> Future[bool] | None:
         """Take a slot out of the reserved; whoever waits for it is to be told, outside the lock."""

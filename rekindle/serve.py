@@ -9,12 +9,14 @@ from rich.console import Console
 
 from cache_store.embedded_redis import RedisServer
 from cache_store.errors import ServingError
+from cache_store.host_claim import deployment_folder
 from rekindle.settings import Settings
 from rekindle.signals import StopSignals, whole
 from server.app import Application
 from server.logs import set_up_logs
 from server.ray_cluster import RayCluster
 from worker.actor import WorkerActor
+from worker.config import AUTO
 
 
 def serve(settings: Settings) -> None:
@@ -52,6 +54,7 @@ async def running_system(settings: Settings, console: Console, signals: StopSign
     """
     async with AsyncExitStack() as stack:
         settings = stack.enter_context(_with_redis(settings))
+        settings = stack.enter_context(_with_host_folder(settings))
         system, patience_s = settings.system, 0.0  # a worker that is not up yet has nothing to lose
 
         async def stop_workers() -> None:
@@ -91,3 +94,13 @@ def _with_redis(settings: Settings) -> Iterator[Settings]:
             server=replace(settings.server, redis_url=redis.url),
             worker=replace(settings.worker, redis_url=redis.url),
         )
+
+
+@contextmanager
+def _with_host_folder(settings: Settings) -> Iterator[Settings]:
+    """Give the workers of a Ray of our own a folder of shared memory, if they may have one; it goes when they have."""
+    if settings.worker.host_cache_dir != AUTO or settings.system.ray_address:
+        yield settings
+        return
+    with deployment_folder() as folder:
+        yield replace(settings, worker=replace(settings.worker, host_cache_dir=str(folder or "")))

@@ -90,7 +90,15 @@ _SHARED = frozenset({"redis_url", "redis_timeout_s", "block_ttl_s"})
 _GROUPS = {
     "Front end": (),
     "Model": ("model", "dtype", "device", "cpu_threads", "preset_seed", "show_progress"),
-    "Memory": ("block_tokens", "device_cache_bytes", "host_cache_bytes", "codec", "codec_ladder", "audit_rate"),
+    "Memory": (
+        "block_tokens",
+        "device_cache_bytes",
+        "host_cache_bytes",
+        "host_cache_dir",
+        "codec",
+        "codec_ladder",
+        "audit_rate",
+    ),
     "Redis": (
         "redis_url",
         "redis_timeout_s",

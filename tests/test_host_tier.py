@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cache_store.codecs import INT8, RAW
+from cache_store.host_slab import Slab
 from cache_store.host_tier import HostTier, Slot
 from cache_store.ids import BlockHash
 from cache_store.store import Encoding
@@ -23,7 +24,7 @@ def name(number: int) -> BlockHash:
 
 def tier_of(slots: int, evicted: list[BlockHash] | None = None) -> HostTier:
     on_evict = evicted.append if evicted is not None else None
-    return HostTier(capacity_bytes=slots * BLOCK_BYTES, block_bytes=BLOCK_BYTES, on_evict=on_evict)
+    return HostTier(Slab.private(capacity_bytes=slots * BLOCK_BYTES, block_bytes=BLOCK_BYTES), on_evict=on_evict)
 
 
 def keep(tier: HostTier, number: int) -> Slot:
@@ -164,7 +165,7 @@ def test_slots_do_not_overlap_and_lie_in_the_slab() -> None:
 
 def test_a_tier_without_room_keeps_nothing() -> None:
     for capacity_bytes in (0, BLOCK_BYTES - 1):
-        tier = HostTier(capacity_bytes=capacity_bytes, block_bytes=BLOCK_BYTES)
+        tier = HostTier(Slab.private(capacity_bytes=capacity_bytes, block_bytes=BLOCK_BYTES))
         assert tier.use() == (0, 0)
         assert tier.reserve(name(1), 1) is None
         assert tier.pin(name(1)) is None

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cache_store.codecs import LOSSLESS, RAW
+from cache_store.host_slab import Slab
 from cache_store.host_tier import HostTier
 from cache_store.ids import chain, root_hash
 from cache_store.layout import KVLayout
@@ -44,7 +45,7 @@ def store() -> SlowStore:
 @pytest.fixture
 def write_behind(store: SlowStore) -> Iterator[WriteBehind]:
     coder = BlockCoder(KVCache(LAYOUT, 4, torch.device("cpu")), {}, first_rung=LOSSLESS.name)
-    host = HostTier(capacity_bytes=4 * LAYOUT.block_bytes, block_bytes=LAYOUT.block_bytes)
+    host = HostTier(Slab.private(capacity_bytes=4 * LAYOUT.block_bytes, block_bytes=LAYOUT.block_bytes))
     counter = MoveCounter(LAYOUT.block_bytes)
     write_behind = WriteBehind(coder, host, store, counter, max_pinned_blocks=4, max_queued_stores=4)
     yield write_behind

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from cache_store.ladder import parse_ladder
 from cache_store.layout import MAX_BLOCK_TOKENS, MIN_BLOCK_TOKENS
 
+AUTO = "auto"
+"""As `host_cache_dir`: whoever starts the worker chooses."""
+
 
 class ConfigError(ValueError):
     """A setting, or a pair of settings, cannot work."""
@@ -33,6 +36,12 @@ class WorkerConfig:
     host_cache_bytes: int = 1 << 30
     """KV kept in host memory, below the device."""
 
+    host_cache_dir: str = "auto"
+    """Where the host cache lies as files that outlive a worker, so that the next one on this machine starts warm: a
+    directory in memory, such as /dev/shm/rekindle, whose files you delete when you want them gone. auto: one under
+    /dev/shm that `rekindle serve` removes when it ends (private memory on a running Ray cluster, and for a worker
+    started by itself); empty: private memory of the worker."""
+
     redis_url: str = "redis://127.0.0.1:6379"
     """redis://, rediss:// or unix:// for the shared tier; redis+cluster:// or rediss+cluster:// for a Redis Cluster;
     memory:// keeps it in the worker (for tests); empty does without."""
@@ -42,6 +51,10 @@ class WorkerConfig:
 
     restore_timeout_s: float = 10.0
     """How long a turn waits for its blocks before it computes what is missing."""
+
+    restore_plan: str = "auto"
+    """How missing KV is had: load (wait for it), compute (never wait), or auto: whatever is expected to be faster, or
+    both at once, by what this worker has measured of itself."""
 
     store_queue_bytes: int = 256 << 20
     """Blocks waiting to be written to Redis; what comes on top is dropped (and counted)."""
@@ -96,6 +109,8 @@ class WorkerConfig:
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
+        if self.restore_plan not in ("auto", "load", "compute"):
+            raise ConfigError(f"restore_plan must be auto, load or compute, got {self.restore_plan!r}")
         for name in ("max_step_tokens", "max_running", "redis_timeout_s", "restore_timeout_s", "store_queue_bytes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")

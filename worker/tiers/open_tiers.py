@@ -4,14 +4,17 @@ Which blocks move is not known here.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from cache_store.frame import model_digest
+from cache_store.host_slab import open_slab
 from cache_store.host_tier import HostTier
 from cache_store.ladder import Ladder, parse_ladder
 from cache_store.open_store import open_block_store
 from cache_store.store import BlockStore
-from worker.config import WorkerConfig
+from worker.config import AUTO, WorkerConfig
 from worker.model.load import LoadedModel
 from worker.tiers.ageing import Ager
 from worker.tiers.codecs import open_codecs
@@ -46,6 +49,7 @@ class Tiers:
             self.ager.close()
         if self.store is not None:
             self.store.close()
+        self.host.close()
 
 
 def open_tiers(config: WorkerConfig, loaded: LoadedModel) -> Tiers:
@@ -53,8 +57,12 @@ def open_tiers(config: WorkerConfig, loaded: LoadedModel) -> Tiers:
     layout, ladder = loaded.layout, parse_ladder(config.codec_ladder)
     device = KVCache(layout, loaded.num_device_blocks(config.device_cache_bytes), loaded.device)
     host = HostTier(
-        capacity_bytes=max(config.host_cache_bytes, _MIN_HOST_BLOCKS * layout.block_bytes),
-        block_bytes=layout.block_bytes,
+        open_slab(
+            _host_folder(config),
+            model_digest(loaded.fingerprint),
+            capacity_bytes=max(config.host_cache_bytes, _MIN_HOST_BLOCKS * layout.block_bytes),
+            block_bytes=layout.block_bytes,
+        )
     )
     store = open_block_store(
         config.redis_url,
@@ -83,6 +91,12 @@ def open_tiers(config: WorkerConfig, loaded: LoadedModel) -> Tiers:
         moves=moves,
         ager=_open_ager(store, ladder, loaded),
     )
+
+
+def _host_folder(config: WorkerConfig) -> Path | None:
+    """Where the host tier outlives this worker; None where it does not."""
+    is_kept = config.host_cache_bytes > 0 and config.host_cache_dir not in ("", AUTO)
+    return Path(config.host_cache_dir) if is_kept else None
 
 
 def _open_ager(store: BlockStore | None, ladder: Ladder, loaded: LoadedModel) -> Ager | None:
