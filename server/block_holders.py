@@ -105,18 +105,21 @@ class BlockHolders:
         last = len(chain) - 1
         first_held, last_held = self.held(chain[0]), self.held(chain[last])
         changes: list[tuple[int, int]] = [(0, first_held)]
-        unclear = [(0, first_held, last, last_held)] if first_held != last_held else []
-        for low, low_held, high, high_held in unclear:  # grows while it is read: the widest first
+        unclear = [(0, first_held, last, last_held)]
+        step = 1
+        for low, low_held, high, high_held in unclear:  # grows while it is read
+            if low_held == high_held:
+                continue
             if high - low == 1 or max_lookups <= 2:
                 changes.append((low + 1, high_held))
                 continue
             max_lookups -= 1
             middle = (low + high) // 2
+            if not high_held and high - step > middle:  # what nobody has is new, and mostly short: search from the end
+                middle, step = high - step, 2 * step
             held = self.held(chain[middle])
-            if held != low_held:
-                unclear.append((low, low_held, middle, held))
-            if held != high_held:
-                unclear.append((middle, held, high, high_held))
+            unclear.append((low, low_held, middle, held))
+            unclear.append((middle, held, high, high_held))
         changes.sort()
         ends = [*(start for start, _ in changes[1:]), len(chain)]
         return [Segment(end - start, held) for (start, held), end in zip(changes, ends, strict=True)]

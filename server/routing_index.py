@@ -8,6 +8,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from server.block_holders import BlockHolders, Segment, Tier
 
-_Seconds = npt.NDArray[np.float64]
+_Floats = npt.NDArray[np.float32]
 
 _MAX_LOOKUPS = 64
 _WORK_WEIGHT = 2.0
@@ -23,6 +24,10 @@ _WORK_WEIGHT = 2.0
 computes again elsewhere what it should have queued for, and all wait longer (`rekindle bench scale`)."""
 _SAME_S = 1e-3
 """Workers whose cost differs by less are equally good."""
+_FEW = 8
+"""So many holders are counted one by one; more, all workers at once."""
+_ROWS = 256
+"""Of sets with more, as arrays: those of prefixes that many share, and ask for all the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,10 @@ class RoutingIndex:
         self._slots: dict[str, int] = {}
         self._workers: list[str] = []  # by slot
         self._next_number: dict[str, int] = {}  # of workers whose blocks are known without a gap
-        self._queue_s, self._missing_s, self._host_saves_s = (np.zeros(0) for _ in range(3))
+        self._device_bits = 0
+        self._row = lru_cache(_ROWS)(self._row_of)
+        self._queue_s, self._missing_s = np.zeros(0, np.float32), np.zeros(0, np.float32)  # by slot
+        self._saved_s = np.zeros((2, 0), np.float32)  # by tier and slot: what a block there is worth
 
     @property
     def num_blocks(self) -> int:
@@ -107,8 +115,8 @@ class RoutingIndex:
         old = self._slots.pop(snapshot.worker_id, None)
         slot = self._slot_of(snapshot.worker_id)  # a new one: the old one's blocks are swept out in time
         if old is not None:
-            for numbers in (self._queue_s, self._missing_s, self._host_saves_s):
-                numbers[slot] = numbers[old]
+            self._queue_s[slot], self._missing_s[slot] = self._queue_s[old], self._missing_s[old]
+            self._saved_s[:, slot] = self._saved_s[:, old]
             self._retire(old)
         self._holders.add(slot, Tier.DEVICE, snapshot.device)
         self._holders.add(slot, Tier.HOST, snapshot.host)
@@ -126,7 +134,8 @@ class RoutingIndex:
         missing_s = min(costs.token_s * self._block_tokens, costs.shared_byte_s * self._block_bytes)
         self._queue_s[slot] = costs.queue_s
         self._missing_s[slot] = missing_s
-        self._host_saves_s[slot] = max(0.0, missing_s - costs.host_byte_s * self._block_bytes)
+        host_saves_s = max(0.0, missing_s - costs.host_byte_s * self._block_bytes)
+        self._saved_s[:, slot] = missing_s, host_saves_s
 
     def choose(self, chain: Sequence[bytes], *, key: str, last_worker_id: str = "") -> Choice | None:
         """The worker where a prompt of these blocks costs least, queue and work, or None where none has reported.
@@ -135,45 +144,65 @@ class RoutingIndex:
         """
         if not self._workers:
             return None
-        on_device, on_host = self._held(self._holders.segments(chain, _MAX_LOOKUPS))
-        work_s = (len(chain) - on_device) * self._missing_s - on_host * self._host_saves_s
+        counts = self._counts(self._holders.segments(chain, _MAX_LOOKUPS))
+        work_s = len(chain) * self._missing_s
+        for saved_s in counts * self._saved_s:
+            work_s -= saved_s
         slot = self._cheapest(self._queue_s + _WORK_WEIGHT * work_s, key, self._slots.get(last_worker_id))
         if slot is None:
             return None
         expected_s = float(self._queue_s[slot] + work_s[slot])
-        return Choice(self._workers[slot], expected_s, int(on_device[slot]), int(on_host[slot]))
+        return Choice(self._workers[slot], expected_s, int(counts[Tier.DEVICE, slot]), int(counts[Tier.HOST, slot]))
 
     def held(self, chain: Sequence[bytes]) -> Mapping[str, tuple[int, int]]:
         """How many of the blocks each worker has on its device, and on its host tier alone; those that have any."""
-        on_device, on_host = self._held(self._holders.segments(chain, 2 * len(chain) + 2))
-        counts = {worker_id: (int(on_device[slot]), int(on_host[slot])) for worker_id, slot in self._slots.items()}
+        on_device, on_host = self._counts(self._holders.segments(chain, 2 * len(chain) + 2)).astype(int).tolist()
+        counts = {worker_id: (on_device[slot], on_host[slot]) for worker_id, slot in self._slots.items()}
         return {worker_id: count for worker_id, count in counts.items() if any(count)}
 
     def sweep(self) -> bool:
         """Do a millisecond of tidying up. True if more is to be done."""
         return self._holders.sweep()
 
-    def _held(self, segments: Sequence[Segment]) -> npt.NDArray[np.float32]:
+    def _counts(self, segments: Sequence[Segment]) -> _Floats:
         """[2, slots]: blocks on each one's device, and on its host tier alone."""
-        slots = len(self._workers)
-        known = [segment for segment in segments if segment.held]
-        if not known:
-            return np.zeros((2, slots), np.float32)
-        width = -(-2 * slots // 8)
-        devices = int.from_bytes(b"\x55" * width)
-        nearest = (held & ~((held & devices) << 1) for _, held in known)
-        packed = b"".join(held.to_bytes(width, "little") for held in nearest)
-        bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little").reshape(len(known), 8 * width)
-        counts = np.array([num_blocks for num_blocks, _ in known], np.float32) @ bits.astype(np.float32)
-        return counts[: 2 * slots].reshape(slots, 2).T
+        counts: _Floats | None = None
+        few: list[Segment] = []
+        for segment in segments:
+            if segment.held.bit_count() <= _FEW:
+                few.append(segment)
+            elif counts is None:
+                counts = self._row(segment.held) * segment.num_blocks
+            else:
+                counts += self._row(segment.held) * segment.num_blocks
+        if counts is None:
+            counts = np.zeros((2, len(self._workers)), np.float32)
+        for num_blocks, held in few:
+            nearest = self._nearest(held)
+            while nearest:
+                bit = nearest.bit_length() - 1
+                counts[bit & 1, bit >> 1] += num_blocks
+                nearest ^= 1 << bit
+        return counts
 
-    def _cheapest(self, costs_s: _Seconds, key: str, last: int | None) -> int | None:
-        least_s = costs_s.min()
+    def _row_of(self, held: int) -> _Floats:
+        """[2, slots]: 1 where a set of holders has a block at its nearest tier, else 0."""
+        num_bits = 2 * len(self._workers)
+        packed = np.frombuffer(self._nearest(held).to_bytes(-(-num_bits // 8), "little"), np.uint8)
+        bits = np.unpackbits(packed, count=num_bits, bitorder="little").reshape(-1, 2)
+        return np.ascontiguousarray(bits.T, np.float32)
+
+    def _nearest(self, held: int) -> int:
+        """Without the host tier's bits of those that have it on the device."""
+        return held & ~((held & self._device_bits) << 1)
+
+    def _cheapest(self, costs_s: _Floats, key: str, last: int | None) -> int | None:
+        least_s = costs_s[costs_s.argmin()]
         if least_s == math.inf:
             return None
         if last is not None and costs_s[last] <= least_s + self._sticky_s:
             return last
-        good = np.flatnonzero(costs_s <= least_s + _SAME_S)
+        good = (costs_s <= least_s + _SAME_S).nonzero()[0]
         if len(good) > 1:
             queue_s = self._queue_s[good]
             good = good[queue_s == queue_s.min()]
@@ -185,10 +214,11 @@ class RoutingIndex:
             slot = self._slots[worker_id] = self._holders.take_slot()
             if slot == len(self._workers):
                 self._workers.append(worker_id)
-                self._queue_s = np.append(self._queue_s, math.inf)
-                self._missing_s, self._host_saves_s = (
-                    np.append(numbers, 0.0) for numbers in (self._missing_s, self._host_saves_s)
-                )
+                self._device_bits |= 1 << (2 * slot + Tier.DEVICE)
+                self._queue_s = np.append(self._queue_s, np.float32(math.inf))
+                self._missing_s = np.append(self._missing_s, np.float32(0))
+                self._saved_s = np.append(self._saved_s, np.zeros((2, 1), np.float32), axis=1)
+                self._row.cache_clear()  # rows are as long as there are slots
             self._workers[slot] = worker_id
         return slot
 
