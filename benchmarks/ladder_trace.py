@@ -3,14 +3,11 @@
 Knows neither Redis nor codecs: sizes and seconds.
 """
 
-import gzip
-import json
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from typing import NamedTuple
 
-TRACE = "data/mooncake_synthetic_trace.jsonl.gz"
+from benchmarks.trace import read_trace as read_requests
 
 
 class Read(NamedTuple):
@@ -34,8 +31,10 @@ class _Kept(NamedTuple):
 
 def read_trace(*, one_in: int = 1) -> list[Read]:
     """The trace with every `one_in`-th block alone: as large a share of it hits a cache that is so much smaller."""
-    packed = (resources.files("benchmarks") / TRACE).read_bytes()
-    return list(_parse(gzip.decompress(packed).splitlines(), one_in))
+    return [
+        Read(request.at_s, [piece.id for piece in request.pieces if piece.id % one_in == 0])
+        for request in read_requests()
+    ]
 
 
 def num_distinct(trace: Sequence[Read]) -> int:
@@ -76,10 +75,3 @@ def lru_hits(trace: Sequence[Read], rungs: Sequence[Size], capacity_bytes: float
             _, gone = kept.popitem(last=False)
             used_bytes -= rungs[gone.rung].num_bytes
     return hits
-
-
-def _parse(lines: Sequence[bytes], one_in: int) -> Iterator[Read]:
-    for line in lines:
-        at_ms, _, _, runs = json.loads(line)
-        blocks = [block for first, count in runs for block in range(first, first + count) if block % one_in == 0]
-        yield Read(at_ms / 1000, blocks)
