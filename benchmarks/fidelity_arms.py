@@ -131,6 +131,7 @@ async def _system(setup: Setup) -> AsyncIterator[tuple[Client, str, str]]:
             device_cache_bytes=setup.cache_bytes,
             host_cache_bytes=setup.cache_bytes,
             redis_url=redis_url,
+            restore_plan="load",  # what is not restored proves nothing
         )
         worker = await WorkerApp.start("0", worker_config)
         stack.push_async_callback(worker.stop, within_s=_STOP_WITHIN_S)

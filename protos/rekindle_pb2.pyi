@@ -14,6 +14,13 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
 
+class PlanKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PLAN_KIND_UNSPECIFIED: _ClassVar[PlanKind]
+    PLAN_KIND_LOAD: _ClassVar[PlanKind]
+    PLAN_KIND_COMPUTE: _ClassVar[PlanKind]
+    PLAN_KIND_BOTH_ENDS: _ClassVar[PlanKind]
+
 class MissReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     MISS_REASON_UNSPECIFIED: _ClassVar[MissReason]
@@ -25,6 +32,7 @@ class MissReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MISS_REASON_UNAVAILABLE: _ClassVar[MissReason]
     MISS_REASON_NO_ROOM: _ClassVar[MissReason]
     MISS_REASON_TAIL: _ClassVar[MissReason]
+    MISS_REASON_FASTER: _ClassVar[MissReason]
 
 class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -36,6 +44,10 @@ FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_EOS: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
+PLAN_KIND_UNSPECIFIED: PlanKind
+PLAN_KIND_LOAD: PlanKind
+PLAN_KIND_COMPUTE: PlanKind
+PLAN_KIND_BOTH_ENDS: PlanKind
 MISS_REASON_UNSPECIFIED: MissReason
 MISS_REASON_NEW: MissReason
 MISS_REASON_ABSENT: MissReason
@@ -45,6 +57,7 @@ MISS_REASON_LATE: MissReason
 MISS_REASON_UNAVAILABLE: MissReason
 MISS_REASON_NO_ROOM: MissReason
 MISS_REASON_TAIL: MissReason
+MISS_REASON_FASTER: MissReason
 TIER_UNSPECIFIED: Tier
 TIER_DEVICE: Tier
 TIER_HOST: Tier
@@ -179,7 +192,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., input_tokens: _Optional[int] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("device_tokens", "host_tokens", "redis_tokens", "computed_tokens", "misses", "restored_bytes", "queue_ms", "restore_ms", "prefill_ms", "decode_ms", "ttft_ms", "worker_id", "audit")
+    __slots__ = ("device_tokens", "host_tokens", "redis_tokens", "computed_tokens", "misses", "restored_bytes", "queue_ms", "restore_ms", "prefill_ms", "decode_ms", "ttft_ms", "worker_id", "audit", "plan")
     DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REDIS_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +206,7 @@ class Receipt(_message.Message):
     TTFT_MS_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     AUDIT_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
     device_tokens: int
     host_tokens: int
     redis_tokens: int
@@ -206,7 +220,20 @@ class Receipt(_message.Message):
     ttft_ms: float
     worker_id: str
     audit: Audit
-    def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., misses: _Optional[_Iterable[_Union[Miss, _Mapping]]] = ..., restored_bytes: _Optional[int] = ..., queue_ms: _Optional[float] = ..., restore_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., worker_id: _Optional[str] = ..., audit: _Optional[_Union[Audit, _Mapping]] = ...) -> None: ...
+    plan: RestorePlan
+    def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., misses: _Optional[_Iterable[_Union[Miss, _Mapping]]] = ..., restored_bytes: _Optional[int] = ..., queue_ms: _Optional[float] = ..., restore_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., worker_id: _Optional[str] = ..., audit: _Optional[_Union[Audit, _Mapping]] = ..., plan: _Optional[_Union[RestorePlan, _Mapping]] = ...) -> None: ...
+
+class RestorePlan(_message.Message):
+    __slots__ = ("kind", "predicted_ms", "actual_ms", "computed_instead_tokens")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_MS_FIELD_NUMBER: _ClassVar[int]
+    ACTUAL_MS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_INSTEAD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    kind: PlanKind
+    predicted_ms: float
+    actual_ms: float
+    computed_instead_tokens: int
+    def __init__(self, kind: _Optional[_Union[PlanKind, str]] = ..., predicted_ms: _Optional[float] = ..., actual_ms: _Optional[float] = ..., computed_instead_tokens: _Optional[int] = ...) -> None: ...
 
 class Audit(_message.Message):
     __slots__ = ("tokens", "agreeing_tokens", "mean_kl", "max_kl", "nll_drift", "passed")

@@ -124,7 +124,13 @@ async def _run(console: Console, signals: StopSignals) -> Outcome:
     start = time.monotonic()
     settings = Settings(
         server=ServerConfig(port=0, metrics_port=0, worker_poll_s=0.2, drain_s=5.0),
-        worker=WorkerConfig(cpu_threads=1, device_cache_bytes=64 << 20, host_cache_bytes=64 << 20, device="cpu"),
+        worker=WorkerConfig(
+            cpu_threads=1,
+            device_cache_bytes=64 << 20,
+            host_cache_bytes=64 << 20,
+            device="cpu",
+            restore_plan="load",  # so small a model computes a prompt as fast as Redis brings it back
+        ),
         system=replace(Settings.from_values({}).system, num_workers=2, embedded_redis=True),
     )
     async with AsyncExitStack() as stack:

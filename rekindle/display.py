@@ -59,6 +59,8 @@ def receipt_line(finished: pb.Finished) -> str:
     parts = [f"prompt of {usage.prompt_tokens} tokens: {' + '.join(sources)}"]
     if receipt.restored_bytes:
         parts.append(f"restored {size(receipt.restored_bytes)} in {receipt.restore_ms:.1f} ms")
+    if receipt.HasField("plan"):
+        parts.append(_plan(receipt.plan))
     parts.append(f"first token after {receipt.ttft_ms:.0f} ms")
     parts.append(f"{usage.completion_tokens} tokens in {receipt.decode_ms:.0f} ms")
     if receipt.HasField("audit"):
@@ -66,6 +68,12 @@ def receipt_line(finished: pb.Finished) -> str:
     if finished.turn:
         parts.insert(0, f"turn {finished.turn}")
     return " · ".join([*parts, f"worker {receipt.worker_id}"])
+
+
+def _plan(plan: pb.RestorePlan) -> str:
+    kind = pb.PlanKind.Name(plan.kind).removeprefix("PLAN_KIND_").lower().replace("_", " ")
+    took = f"plan {kind}: {plan.actual_ms:.0f} ms, {plan.predicted_ms:.0f} predicted"
+    return f"{took}, {plan.computed_instead_tokens} tokens computed instead" if plan.computed_instead_tokens else took
 
 
 def _audit(audit: pb.Audit) -> str:

@@ -41,6 +41,7 @@ _WORKER_SETTINGS = {
     "redis_url": "",
     "redis_timeout_s": 1.0,
     "cpu_threads": 1,
+    "restore_plan": "load",  # what is computed is faster than any restore, in models as small as these
 }
 
 

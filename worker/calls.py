@@ -28,6 +28,16 @@ class MissReason(Enum):
     UNAVAILABLE = 6
     NO_ROOM = 7
     TAIL = 8
+    FASTER = 9
+
+
+class PlanKind(Enum):
+    """How a turn's missing KV was to be had. Values are protos' PlanKind."""
+
+    LOAD = 1
+    COMPUTE = 2
+    BOTH_ENDS = 3
+    """Computed from the front while blocks arrived from the back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +137,18 @@ class AuditReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RestorePlan:
+    """What the worker decided when it admitted a turn that the device lacked blocks for, and what came of it."""
+
+    kind: PlanKind
+    predicted_ms: float
+    actual_ms: float
+    """Both from admission to the first token."""
+    computed_instead_tokens: int
+    """Computed although a tier was believed to have them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """What a prompt cost, in tokens by source. `check` holds for every receipt that leaves the engine."""
 
@@ -141,6 +163,8 @@ class Receipt:
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     ttft_ms: float = 0.0
+    plan: RestorePlan | None = None
+    """None where nothing was to be weighed: the device had all, or no tier below may have had the rest."""
     audit: AuditReport | None = None
     """Of a turn that asked for it and restored something, where there was room for it in time."""
 

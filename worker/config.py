@@ -56,6 +56,10 @@ class WorkerConfig:
     """How missing KV is had: load (wait for it), compute (never wait), or auto: whatever is expected to be faster, or
     both at once, by what this worker has measured of itself."""
 
+    restore_plan: str = "auto"
+    """How missing KV is had: load (wait for it), compute (never wait), or auto: whatever is expected to be faster, or
+    both at once, by what this worker has measured of itself."""
+
     store_queue_bytes: int = 256 << 20
     """Blocks waiting to be written to Redis; what comes on top is dropped (and counted)."""
 
@@ -109,6 +113,8 @@ class WorkerConfig:
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
+        if self.restore_plan not in ("auto", "load", "compute"):
+            raise ConfigError(f"restore_plan must be auto, load or compute, got {self.restore_plan!r}")
         if self.restore_plan not in ("auto", "load", "compute"):
             raise ConfigError(f"restore_plan must be auto, load or compute, got {self.restore_plan!r}")
         for name in ("max_step_tokens", "max_running", "redis_timeout_s", "restore_timeout_s", "store_queue_bytes"):

@@ -8,7 +8,17 @@ from cache_store.codecs import RAW, SESSION_CODECS
 from cache_store.errors import InvalidRequest
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
-from worker.calls import EngineStats, Finished, FinishReason, GenerateCall, Receipt, Sampling, TierUse, Token
+from worker.calls import (
+    EngineStats,
+    Finished,
+    FinishReason,
+    GenerateCall,
+    Receipt,
+    RestorePlan,
+    Sampling,
+    TierUse,
+    Token,
+)
 from worker.engine_like import EngineLike
 
 MAX_STOP_STRINGS = 16
@@ -154,6 +164,18 @@ def _receipt(receipt: Receipt, worker_id: str) -> pb.Receipt:
         ttft_ms=receipt.ttft_ms,
         worker_id=worker_id,
         audit=None if receipt.audit is None else pb.Audit(**asdict(receipt.audit)),
+        plan=_plan(receipt.plan),
+    )
+
+
+def _plan(plan: RestorePlan | None) -> pb.RestorePlan | None:
+    if plan is None:
+        return None
+    return pb.RestorePlan(
+        kind=f"PLAN_KIND_{plan.kind.name}",
+        predicted_ms=plan.predicted_ms,
+        actual_ms=plan.actual_ms,
+        computed_instead_tokens=plan.computed_instead_tokens,
     )
 
 

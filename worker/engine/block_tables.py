@@ -6,32 +6,17 @@ What other threads finish comes back through `post`.
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 
 from cache_store.ids import BlockHash
-from cache_store.store import Encoding
 from worker.calls import MissReason
 from worker.engine.pool import BlockPool
 from worker.engine.prefix import Wanted, tail_of, wanted_by_prompt
 from worker.engine.request import Request
+from worker.engine.restoring import Asked, Lookup, Restoring
 from worker.ids import BlockId
 from worker.tiers.moves import Content, Tier, content_of
-from worker.tiers.restore import Outcome, Restore, Restored, Restorer
+from worker.tiers.restore import Restore, Restorer
 from worker.tiers.write_behind import Offload, WriteBehind
-
-
-@dataclass(slots=True)
-class Lookup:
-    """The blocks that could spare a request its prefill, and by index what became of them."""
-
-    wanted: list[Wanted]
-    found: dict[int, Tier | MissReason] = field(default_factory=dict)
-    restored: dict[int, Encoding] = field(default_factory=dict)
-    """Those that a tier below the device had, as what payload."""
-
-    @property
-    def restored_bytes(self) -> int:
-        return sum(encoding.num_bytes for encoding in self.restored.values())
 
 
 class BlockTables:
@@ -108,36 +93,37 @@ class BlockTables:
             self._pool.mark_lossy(target)
         self._pool.release([source])
 
-    def restore(self, request: Request, lookup: Lookup, landed: Callable[[], None]) -> None:
-        """Ask the tiers below for what the device has not. `landed` is called once nobody writes the request's blocks
-        any more: now, if there is nobody to ask."""
+    def ask(self, request: Request, lookup: Lookup, settled: Callable[[], None]) -> Restoring:
+        """What a request's blocks that the device has not may come from. `settled` is called, once nobody writes any
+        of them any more, unless the engine itself settles the last one."""
         missing = [want for want in lookup.wanted if want.index not in lookup.found]
-        asked = [want for want in missing if want.name not in self.distrusted and self._restorer.may_have(want.name)]
         lookup.found.update({want.index: MissReason.ABSENT for want in missing})
-        if not asked:
-            landed()
-            return
-
-        def done(outcomes: list[Outcome]) -> None:
-            for want, outcome in zip(asked, outcomes, strict=True):
-                if isinstance(outcome, Restored):
-                    lookup.found[want.index], lookup.restored[want.index] = outcome
-                else:
-                    lookup.found[want.index] = outcome
-            self._post(landed)
-
+        num_history = len(request.call.history)
+        asked = [
+            Asked(want, tier, tier is not Tier.REDIS or want.index * self._block_tokens + want.offers <= num_history)
+            for want in missing
+            if want.name not in self.distrusted and (tier := self._restorer.where(want.name)) is not None
+        ]
         deadline_s = time.monotonic() + self._restore_timeout_s
         if request.call.deadline_s is not None:
             deadline_s = min(deadline_s, request.call.deadline_s)
-        self._restorer.restore(
-            [
-                Restore(content_of(want, self._block_tokens, request.call.codec), request.table[want.index])
-                for want in asked
-            ],
-            done,
+        return Restoring(
+            lookup,
+            asked,
+            block_tokens=self._block_tokens,
+            num_target=request.num_target,
             deadline_s=deadline_s,
-            cancelled=lambda: request.cancelled,
+            settled=lambda: self._post(settled),
         )
+
+    def restore(self, request: Request, restoring: Restoring) -> None:
+        """Ask the tiers below for what the engine has not taken yet."""
+        if restoring.asked:
+            blocks = [
+                Restore(content_of(want, self._block_tokens, request.call.codec), request.table[want.index])
+                for want in (block.want for block in restoring.asked)
+            ]
+            self._restorer.restore(blocks, restoring.claims, deadline_s=restoring.deadline_s)
 
     def publish_restored(self, request: Request, lookup: Lookup) -> None:
         """Make findable on the device what came from below."""

@@ -5,9 +5,11 @@ import random
 from worker.config import WorkerConfig
 from worker.engine.auditor import Auditor
 from worker.engine.block_tables import BlockTables
+from worker.engine.cost_model import CostModel
 from worker.engine.engine import Engine
 from worker.engine.histories import Histories
 from worker.engine.inbox import Inbox
+from worker.engine.planner import ComputeAll, CostPlanner, LoadAll, Planner
 from worker.engine.pool import BlockPool
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Scheduler
@@ -48,12 +50,15 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         make_room=auditor.give_way,
         post=inbox.post,
     )
-    scheduler = Scheduler(tables, auditor, block_tokens=block_tokens, max_running=config.max_running)
+    cost_model = CostModel(max_prefill_tokens=config.max_prefill_tokens)
+    planner = _planner(config.restore_plan, cost_model, tiers)
+    scheduler = Scheduler(tables, planner, auditor, block_tokens=block_tokens, max_running=config.max_running)
     stepper = Stepper(
         scheduler,
         ModelRunner(loaded, tiers.device),
         sampler,
         auditor,
+        cost_model,
         max_step_tokens=config.max_step_tokens,
         max_prefill_tokens=config.max_prefill_tokens,
     )
@@ -69,3 +74,11 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         post=inbox.post,
     )
     return Engine(config, loaded, tiers, inbox, pool, sampler, auditor, scheduler, stepper, histories)
+
+
+def _planner(name: str, cost_model: CostModel, tiers: Tiers) -> Planner:
+    if name == "load":
+        return LoadAll()
+    if name == "compute":
+        return ComputeAll()
+    return CostPlanner(cost_model, tiers.transfers, tiers.restorer.num_queued)

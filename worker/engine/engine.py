@@ -37,6 +37,10 @@ from worker.model.load import LoadedModel
 from worker.tiers.open_tiers import Tiers
 
 DEFAULT_NEW_TOKENS = 256
+_LOOK_S = 0.01
+"""How often the idle engine looks whether blocks that it waits for are late,"""
+_LOOK_SELDOM_S = 0.05
+"""and whether somebody's deadline has passed."""
 
 
 class Engine:
@@ -203,11 +207,13 @@ class Engine:
             now_s = time.monotonic()
             self._scheduler.expire(now_s)
             self._auditor.expire(now_s)
+            self._scheduler.advance(now_s)
             self._scheduler.admit()
             stepped = self._stepper.step()
             # With nothing to run, wait for work, but not past anybody's deadline by much.
             is_timed = bool(self._requests) or self._auditor.is_awaited
-            self._inbox.read(wait=not stepped, timeout_s=0.05 if is_timed else None)
+            timeout_s = _LOOK_S if self._scheduler.is_restoring else _LOOK_SELDOM_S if is_timed else None
+            self._inbox.read(wait=not stepped, timeout_s=timeout_s)
 
     def _accept(self, request: Request) -> None:
         self._requests[request.call.request_id] = request

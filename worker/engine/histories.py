@@ -20,8 +20,9 @@ from worker.engine.pool import BlockPool
 from worker.engine.prefix import Wanted, full_names, wanted_by_history
 from worker.engine.scheduler import Scheduler
 from worker.ids import BlockId
+from worker.tiers.claims import Claims, Restored
 from worker.tiers.moves import content_of
-from worker.tiers.restore import Outcome, Restore, Restored, Restorer
+from worker.tiers.restore import Restore, Restorer
 from worker.tiers.write_behind import WriteBehind
 
 T = TypeVar("T")
@@ -94,7 +95,8 @@ class Histories:
         missing = missing[: len(targets)]
         num_discards = self._num_discards
 
-        def landed(outcomes: list[Outcome]) -> None:
+        def landed() -> None:
+            outcomes = claims.outcomes()
             if num_discards != self._num_discards:  # what was on its way may be what was found wrong meanwhile
                 self._write_behind.host.drop(want.name for want in missing)
                 outcomes = [MissReason.ABSENT] * len(missing)
@@ -108,15 +110,15 @@ class Histories:
             on_device = _tokens(wanted, [self._pool.find(want.name) is not None for want in wanted])
             future.set_result(WarmReport(device_tokens=on_device, restored_tokens=restored))
 
-        self._restorer.restore(
-            [
-                Restore(content_of(want, self._block_tokens, codec), target)
-                for want, target in zip(missing, targets, strict=True)
-            ],
-            lambda outcomes: self._post(lambda: landed(outcomes)),
-            deadline_s=time.monotonic() + self._restore_timeout_s,
-            cancelled=lambda: False,
-        )
+        claims = Claims(len(missing), lambda: self._post(landed))
+        blocks = [
+            Restore(content_of(want, self._block_tokens, codec), target)
+            for want, target in zip(missing, targets, strict=True)
+        ]
+        if blocks:
+            self._restorer.restore(blocks, claims, deadline_s=time.monotonic() + self._restore_timeout_s)
+        else:
+            landed()
 
     def flush(self, tenant: str, tokens: Sequence[int], codec: str, future: Future[None]) -> None:
         names = self._names(tenant, tokens, codec)
@@ -200,7 +202,7 @@ class Histories:
         return list(dict.fromkeys([*names, *full]))
 
     def _may_restore(self, name: BlockHash) -> bool:
-        return name not in self._tables.distrusted and self._restorer.may_have(name)
+        return name not in self._tables.distrusted and self._restorer.where(name) is not None
 
     def _encodable(self, block: BlockId | None) -> BlockId | None:
         """The block, unless what it holds came from a lossy payload: that is not encoded again."""

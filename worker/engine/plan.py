@@ -44,3 +44,14 @@ def subtract(gaps: Sequence[Span], done: Iterable[Span]) -> list[Span]:
     ends = {span.start: span.end for span in done}
     rest = (Span(ends.get(gap.start, gap.start), gap.end) for gap in gaps)
     return [gap for gap in rest if gap.tokens]
+
+
+def joined(spans: Sequence[Span]) -> list[Span]:
+    """Sorted spans, those that touch made one."""
+    whole: list[Span] = []
+    for span in spans:
+        if whole and whole[-1].end == span.start:
+            whole[-1] = Span(whole[-1].start, span.end)
+        else:
+            whole.append(span)
+    return whole

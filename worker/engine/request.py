@@ -6,10 +6,10 @@ from enum import Enum, auto
 from itertools import pairwise
 
 from cache_store.ids import BlockHash, chain
-from worker.calls import Event, GenerateCall, MissReason, Receipt
+from worker.calls import Event, GenerateCall, MissReason, Receipt, RestorePlan
 from worker.engine.audit import Recording
-from worker.engine.plan import Span, subtract
-from worker.engine.prefix import Wanted
+from worker.engine.plan import Span, joined, subtract
+from worker.engine.restoring import Restoring
 from worker.engine.sampler import RowState
 from worker.ids import BlockId
 from worker.tiers.moves import Tier
@@ -51,6 +51,8 @@ class Request:
         self.names: list[BlockHash] = []
         self.table: list[BlockId] = []
         self.gaps: list[Span] = []
+        """What may be computed now: of a request that is being restored, only what needs nothing that is to come."""
+        self.restoring: Restoring | None = None
         self.receipt: Receipt | None = None
         self.relies_on: frozenset[BlockHash] = frozenset()
         """The blocks it asked for: what it did not find, it computed itself."""
@@ -98,14 +100,20 @@ class Request:
         open_blocks = {index for gap in self.gaps for index in range(gap.start // size, -(-gap.end // size))}
         return sorted(index for index in touched - open_blocks if (index + 1) * size <= self.num_target)
 
-    def account(self, wanted: Sequence[Wanted], found: dict[int, Tier | MissReason], restored_bytes: int) -> None:
+    def may_compute(self, gaps: Sequence[Span]) -> None:
+        """Positions, behind all gaps there are, that need nothing any more but each other."""
+        self.gaps = joined([*self.gaps, *gaps])
+
+    def account(self, restoring: Restoring) -> None:
         """Turn what was found for each wanted block into the gaps to compute and, the first time, the receipt."""
+        lookup, passed = restoring.lookup, restoring.passed
         covered = [
-            (Span(want.index * self._block_tokens, want.index * self._block_tokens + want.offers), tier)
-            for want in wanted
-            if isinstance(tier := found[want.index], Tier)
+            (restoring.span_of(want), tier)
+            for want in lookup.wanted
+            if isinstance(tier := lookup.found[want.index], Tier)
         ]
-        self.gaps = complement([span for span, _ in covered], self.num_target)
+        gaps = complement([span for span, _ in covered], self.num_target)
+        self.may_compute([Span(max(gap.start, passed), gap.end) for gap in gaps if gap.end > passed])
         if self.receipt is not None:
             return
         tokens = dict.fromkeys(Tier, 0)
@@ -115,18 +123,19 @@ class Request:
             device_tokens=tokens[Tier.DEVICE],
             host_tokens=tokens[Tier.HOST],
             redis_tokens=tokens[Tier.REDIS],
-            computed_tokens=sum(gap.tokens for gap in self.gaps),
-            misses=self._misses(found),
-            restored_bytes=restored_bytes,
+            computed_tokens=sum(gap.tokens for gap in gaps),
+            misses=self._misses(gaps, lookup.found),
+            restored_bytes=lookup.restored_bytes,
             queue_ms=(self.admitted_s - self.arrived_s) * 1e3,
             restore_ms=(self.restored_s - self.admitted_s) * 1e3,
+            plan=_planned(restoring),
         )
         self.receipt.check(self.num_prompt)
 
-    def _misses(self, found: dict[int, Tier | MissReason]) -> dict[MissReason, int]:
+    def _misses(self, gaps: Sequence[Span], found: dict[int, Tier | MissReason]) -> dict[MissReason, int]:
         size, num_history = self._block_tokens, len(self.call.history)
         misses: dict[MissReason, int] = {}
-        for gap in self.gaps:
+        for gap in gaps:
             cuts = {gap.start, gap.end, num_history - 1, num_history}
             cuts.update(range(-(-gap.start // size) * size, gap.end, size))
             edges = sorted(cut for cut in cuts if gap.start <= cut <= gap.end)
@@ -134,6 +143,19 @@ class Request:
                 reason = why_missed(found.get(start // size, MissReason.ABSENT), start, num_history)
                 misses[reason] = misses.get(reason, 0) + end - start
         return misses
+
+
+def _planned(restoring: Restoring) -> RestorePlan | None:
+    """As far as it is known before the first token is there."""
+    first = restoring.plan
+    if first is None:
+        return None
+    return RestorePlan(
+        kind=first.kind,
+        predicted_ms=first.predicted_s * 1e3,
+        actual_ms=0.0,
+        computed_instead_tokens=restoring.num_computed_instead(),
+    )
 
 
 def why_missed(found: Tier | MissReason, position: int, num_history: int) -> MissReason:

@@ -7,27 +7,35 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import takewhile
+from operator import is_not
 
 import structlog
 
 from cache_store.ids import BlockHash
-from worker.calls import Failed, Finished, FinishReason
+from worker.calls import Failed, Finished, FinishReason, MissReason
 from worker.engine.auditor import Auditor
-from worker.engine.block_tables import BlockTables, Lookup
+from worker.engine.block_tables import BlockTables
 from worker.engine.plan import Span
+from worker.engine.planner import Planner
 from worker.engine.request import Phase, Request
+from worker.engine.restoring import Restoring
 from worker.errors import DeadlinePassed
 
 log = structlog.get_logger(__name__)
 
 
 class Scheduler:
-    def __init__(self, tables: BlockTables, auditor: Auditor, *, block_tokens: int, max_running: int) -> None:
+    def __init__(
+        self, tables: BlockTables, planner: Planner, auditor: Auditor, *, block_tokens: int, max_running: int
+    ) -> None:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """Everything admitted, in order of arrival: RESTORING, PREFILL and DECODE."""
         self.tokens_by_source = dict.fromkeys(("device", "host", "redis", "computed"), 0)
         self._tables = tables
+        self._planner = planner
         self._auditor = auditor
         self._block_tokens = block_tokens
         self._max_running = max_running
@@ -51,18 +59,51 @@ class Scheduler:
         self.running.append(request)
         request.admitted_s = request.restored_s = time.monotonic()
         request.phase = Phase.RESTORING
-        self._tables.restore(request, lookup, lambda: self._restored(request, lookup))
+        restoring = self._tables.ask(request, lookup, lambda: self._settled(request, restoring))
+        request.restoring = restoring
+        self._planner.plan(request, restoring, self.running[:-1])
+        self._tables.restore(request, restoring)
+        self._advance(request, restoring)
         return True
 
-    def _restored(self, request: Request, lookup: Lookup) -> None:
-        """What can be restored is restored: begin to compute the rest."""
+    @property
+    def is_restoring(self) -> bool:
+        return any(request.restoring is not None for request in self.running)
+
+    def advance(self, now_s: float) -> None:
+        """Look how the restores go: what may be computed meanwhile, what is not waited for any longer."""
+        for request in [*self.running]:
+            restoring = request.restoring
+            if restoring is None or request.cancelled or request.distrusted:
+                continue
+            if now_s >= restoring.deadline_s:
+                restoring.claims.take_all(MissReason.LATE)
+            ahead = takewhile(partial(is_not, request), self.running)
+            self._planner.plan(request, restoring, ahead)
+            self._advance(request, restoring)
+
+    def _advance(self, request: Request, restoring: Restoring) -> None:
+        if not request.cancelled and not request.distrusted:
+            request.may_compute(restoring.advance())
+        if restoring.claims.is_settled:
+            self._settled(request, restoring)
+
+    def _settled(self, request: Request, restoring: Restoring) -> None:
+        """Nobody writes the request's blocks any more: begin to compute what is left. Harmless when said twice."""
+        if request.restoring is not restoring:
+            return
+        request.restoring = None
         if request.distrusted:
             self._start_again(request)
             return
+        restoring.settle()
+        self._tables.publish_restored(request, restoring.lookup)
+        if request.cancelled:
+            self._leave(request)
+            return
         request.restored_s = time.monotonic()
-        self._tables.publish_restored(request, lookup)
         first_time = request.receipt is None
-        request.account(lookup.wanted, lookup.found, lookup.restored_bytes)
+        request.account(restoring)
         receipt = request.receipt
         if first_time and receipt is not None:
             self.tokens_by_source["device"] += receipt.device_tokens
@@ -70,8 +111,6 @@ class Scheduler:
             self.tokens_by_source["redis"] += receipt.redis_tokens
             self.tokens_by_source["computed"] += receipt.computed_tokens
         request.phase = Phase.PREFILL
-        if request.cancelled:
-            self._leave(request)
 
     def _start_again(self, request: Request) -> None:
         request.distrusted = False
@@ -101,10 +140,10 @@ class Scheduler:
 
     def computed(self, request: Request, spans: Sequence[Span]) -> None:
         """The keys and values of these positions are in the request's blocks: publish the blocks that are full."""
-        if request.phase is Phase.PREFILL:
+        if request.phase is not Phase.DECODE:
             for index in request.ran(spans):
                 self._tables.seal(request, index)
-            if not request.gaps:
+            if request.phase is Phase.PREFILL and not request.gaps:
                 request.phase = Phase.DECODE
             return
         end = spans[-1].end
@@ -118,18 +157,18 @@ class Scheduler:
         now = time.monotonic()
         kept = request.num_generated if num_kept is None else min(num_kept, request.num_generated)
         assert request.receipt is not None, "a request finished before it was prefilled"
+        ttft_ms = (request.first_token_s - request.arrived_s) * 1e3
+        plan = request.receipt.plan
         receipt = replace(
             request.receipt,
             prefill_ms=(request.first_token_s - request.restored_s) * 1e3,
             decode_ms=(now - request.first_token_s) * 1e3,
-            ttft_ms=(request.first_token_s - request.arrived_s) * 1e3,
+            ttft_ms=ttft_ms,
+            plan=plan and replace(plan, actual_ms=ttft_ms - request.receipt.queue_ms),
         )
         if request.phase is Phase.DECODE:
             self._tables.keep_tail(request, request.num_prompt + kept - 1)
-        if request.phase is Phase.RESTORING:  # after a preemption: its blocks are still being written
-            request.cancelled = True
-        else:
-            self._leave(request)
+        self._drop(request)
         self._auditor.finished(request, Finished(reason, receipt, kept))
 
     def fail(self, request: Request, error: Exception) -> None:
@@ -138,12 +177,22 @@ class Scheduler:
             request.listener(Failed(error))
 
     def cancel(self, request: Request) -> None:
-        """Drop a request now; one that is being restored as soon as its blocks have landed."""
-        if request.phase is Phase.OVER:
-            return
+        """Drop a request now; one that is being restored as soon as none of its blocks is written any more."""
+        if request.phase is not Phase.OVER:
+            self._drop(request)
+
+    def _drop(self, request: Request) -> None:
         request.cancelled = True
-        if request.phase is not Phase.RESTORING:
+        if request.restoring is None:
             self._leave(request)
+        else:
+            self._let_go(request, request.restoring)
+
+    def _let_go(self, request: Request, restoring: Restoring) -> None:
+        """Wait for no block any longer than it is being written."""
+        request.gaps = []
+        restoring.claims.take_all(MissReason.LATE)
+        self._advance(request, restoring)
 
     def expire(self, now_s: float) -> None:
         for request in [*self.waiting, *self.running]:
@@ -172,8 +221,9 @@ class Scheduler:
             if wrong.isdisjoint(request.relies_on):
                 continue
             wrong.update(request.relies_on, request.names)
-            if request.phase is Phase.RESTORING:
-                request.distrusted = True
+            if request.restoring is not None:
+                request.distrusted = request.restoring.claims.disowned = True
+                self._let_go(request, request.restoring)
             else:
                 self._preempt(request)
         self._tables.distrust(wrong)

@@ -9,6 +9,7 @@ import torch
 
 from worker.calls import FinishReason, Token
 from worker.engine.auditor import Auditor
+from worker.engine.cost_model import CostModel
 from worker.engine.plan import Span, plan_step
 from worker.engine.request import Phase, Request
 from worker.engine.sampler import LogitsNotFinite, Sampler
@@ -34,6 +35,7 @@ class Stepper:
         runner: Runner,
         sampler: Sampler,
         auditor: Auditor,
+        cost_model: CostModel,
         *,
         max_step_tokens: int,
         max_prefill_tokens: int,
@@ -42,6 +44,7 @@ class Stepper:
         self._runner = runner
         self._sampler = sampler
         self._auditor = auditor
+        self._cost_model = cost_model
         self._max_step_tokens = max_step_tokens
         self._max_prefill_tokens = max_prefill_tokens
         self._prefilled_tokens = 0
@@ -81,7 +84,10 @@ class Stepper:
             self._compare(audit_chunks, logits[len(choosing) :])
         if num_prefilled:  # else an audit may have had its part in the time
             self._prefilled_tokens += num_prefilled
-            self._prefill_s += (time.perf_counter() - began) * num_prefilled / (num_prefilled + num_decoding)
+            seconds = time.perf_counter() - began
+            self._prefill_s += seconds * num_prefilled / (num_prefilled + num_decoding)
+            if not num_decoding:
+                self._cost_model.ran([span for _, spans in work for span in spans], seconds)
         return True
 
     def _run(self, chunks: list[Chunk], audit_chunks: list[Chunk]) -> tuple[torch.Tensor, list[Chunk]]:
@@ -107,7 +113,7 @@ class Stepper:
     def _plan(self) -> tuple[list[tuple[Request, list[Span]]], int]:
         """What each request runs in this step, and how many tokens of prompts that is."""
         decoding = [request for request in self._scheduler.running if request.phase is Phase.DECODE]
-        prompts = [request for request in self._scheduler.running if request.phase is Phase.PREFILL]
+        prompts = [request for request in self._scheduler.running if request.phase is not Phase.DECODE]
         room = self._max_step_tokens if decoding else self._max_prefill_tokens
         planned = plan_step(len(decoding), [request.gaps for request in prompts], room)
         work = [(request, [Span(len(request.tokens) - 1, len(request.tokens))]) for request in decoding]

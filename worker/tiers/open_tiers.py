@@ -23,6 +23,7 @@ from worker.tiers.kv_cache import KVCache
 from worker.tiers.moves import MoveCounter
 from worker.tiers.restore import Restorer
 from worker.tiers.shrink import Shrinker
+from worker.tiers.transfer_costs import TransferCosts
 from worker.tiers.write_behind import WriteBehind
 
 _MIN_HOST_BLOCKS = 8
@@ -38,6 +39,7 @@ class Tiers:
     write_behind: WriteBehind
     restorer: Restorer
     moves: MoveCounter
+    transfers: TransferCosts
     ager: Ager | None
     """None where no block can age."""
 
@@ -73,6 +75,7 @@ def open_tiers(config: WorkerConfig, loaded: LoadedModel) -> Tiers:
     )
     coder = BlockCoder(device, open_codecs(layout, loaded.rope, loaded.device), first_rung=ladder.first.name)
     moves = MoveCounter(layout.block_bytes)
+    transfers = TransferCosts(layout.block_bytes)
     write_behind = WriteBehind(
         coder,
         host,
@@ -87,8 +90,9 @@ def open_tiers(config: WorkerConfig, loaded: LoadedModel) -> Tiers:
         host=host,
         store=store,
         write_behind=write_behind,
-        restorer=Restorer(coder, host, store, moves),
+        restorer=Restorer(coder, host, store, moves, transfers),
         moves=moves,
+        transfers=transfers,
         ager=_open_ager(store, ladder, loaded),
     )
 

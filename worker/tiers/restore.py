@@ -1,8 +1,9 @@
 """Bring blocks up to the device, off the engine's thread: from the host tier, or in one pipelined read from the store.
 
-It is told what goes where and never chooses. Targets are blocks that nobody can see yet; whoever asked keeps them until
-it hears what came. What comes from the store lands and is checked in a slot of the host tier, where it stays. What must
-be decoded is so beside the reading, several blocks at a time: to decode one takes longer than to fetch it.
+It is told which blocks and never chooses. The last are brought first: whoever asked may compute the first ones
+meanwhile, and says so in the claims. What comes from the store lands and is checked in a slot of the host tier, where
+it stays; what another restore is bringing there already is waited for without a thread. What must be decoded is so
+beside the reading, several blocks at a time: to decode one takes longer than to fetch it.
 """
 
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
 
 from cache_store.codecs import RAW
 from cache_store.errors import BlockCorrupt, BlockForeign
@@ -20,8 +21,10 @@ from cache_store.ids import BlockHash
 from cache_store.store import BlockStore, Encoding, Fetch, Fetched
 from worker.calls import MissReason
 from worker.ids import BlockId
+from worker.tiers.claims import Claims, Restored
 from worker.tiers.coder import BlockCoder
-from worker.tiers.moves import BATCH_BLOCKS, Content, MoveCounter, Tier, log_bug
+from worker.tiers.moves import Content, MoveCounter, Tier, log_bug
+from worker.tiers.transfer_costs import TransferCosts
 
 _THREADS = 2
 _DECODERS = min(4, os.cpu_count() or 1)
@@ -32,6 +35,7 @@ _MISS = {
     Fetched.FOREIGN: MissReason.FOREIGN,
     Fetched.LATE: MissReason.LATE,
     Fetched.UNAVAILABLE: MissReason.UNAVAILABLE,
+    Fetched.SKIPPED: MissReason.FASTER,
 }
 
 
@@ -41,133 +45,202 @@ class Restore:
     target: BlockId
 
 
-class Restored(NamedTuple):
-    """Where a block was found, and as what payload."""
-
-    tier: Tier
-    encoding: Encoding
-
-
-Outcome = Restored | MissReason
+@dataclass(frozen=True, slots=True)
+class _Job:
+    blocks: Sequence[Restore]
+    claims: Claims
+    deadline_s: float
 
 
 class Restorer:
-    def __init__(self, coder: BlockCoder, host: HostTier, store: BlockStore | None, counter: MoveCounter) -> None:
+    def __init__(
+        self,
+        coder: BlockCoder,
+        host: HostTier,
+        store: BlockStore | None,
+        counter: MoveCounter,
+        costs: TransferCosts,
+    ) -> None:
         self._coder = coder
         self._host = host
         self._store = store
         self._counter = counter
+        self._costs = costs
+        self._open: list[Claims] = []  # the engine's thread's
         self._threads = ThreadPoolExecutor(_THREADS, "restore")
         self._decoders = ThreadPoolExecutor(_DECODERS, "decode")
+        self._closed = False
 
-    def restore(
-        self,
-        blocks: Sequence[Restore],
-        done: Callable[[list[Outcome]], None],
-        *,
-        deadline_s: float,
-        cancelled: Callable[[], bool],
-    ) -> None:
-        """Bring blocks to their targets on the device; `done` hears, on another thread, what became of each."""
+    # Asked by the engine's thread
 
-        def run() -> None:
-            found: list[Outcome] = [MissReason.ABSENT] * len(blocks)
-            try:
-                self._restore(blocks, found, deadline_s, cancelled)
-            finally:
-                done(found)
+    def restore(self, blocks: Sequence[Restore], claims: Claims, *, deadline_s: float) -> None:
+        """Bring blocks to their targets on the device, each one as far as `claims` lets it."""
+        self._open = [*self._still_open(), claims]
+        job = _Job(blocks, claims, deadline_s)
+        self._submit(job, range(len(blocks) - 1, -1, -1))
 
-        self._threads.submit(run).add_done_callback(log_bug)
+    def where(self, name: BlockHash) -> Tier | None:
+        """The tier below the device that this block may be in, the fastest that it is known to be in. None: nowhere."""
+        if self._host.contains(name):
+            return Tier.HOST
+        return Tier.REDIS if self._store is not None else None
 
-    def may_have(self, name: BlockHash) -> bool:
-        """Is it worth asking for this block below the device?"""
-        return self._store is not None or self._host.contains(name)
+    def num_queued(self, claims: Claims) -> int:
+        """Blocks that are to come before those of `claims`, which need not be queued yet."""
+        ahead = self._still_open()
+        if claims in ahead:
+            ahead = ahead[: ahead.index(claims)]
+        return sum(other.num_open for other in ahead)
 
-    def _restore(
-        self,
-        blocks: Sequence[Restore],
-        found: list[Outcome],
-        deadline_s: float,
-        cancelled: Callable[[], bool],
-    ) -> None:
-        with self._decoding() as landing:
-            rest = [index for index, block in enumerate(blocks) if not self._from_host(block, found, index, landing)]
-        if self._store is None or not rest:
-            return
-        if not self._store.available():
-            for index in rest:
-                found[index] = MissReason.UNAVAILABLE
-            return
-        size = max(BATCH_BLOCKS, self._host.use().capacity // 2)
-        for start in range(0, len(rest), size):
-            batch = rest[start : start + size]
-            if cancelled() or time.monotonic() >= deadline_s:
-                for index in batch:
-                    found[index] = MissReason.LATE
-            else:
-                self._from_store(blocks, found, batch, deadline_s)
+    def _still_open(self) -> list[Claims]:
+        return [claims for claims in self._open if not claims.is_settled]
 
-    def _from_host(self, block: Restore, found: list[Outcome], index: int, landing: list[Future[None]]) -> bool:
-        slot = self._host.pin(block.content.name)
+    # On the restorer's threads
+
+    def _submit(self, job: _Job, order: Sequence[int]) -> None:
+        if self._closed:
+            job.claims.give_up()
+        else:
+            self._threads.submit(self._run, job, order).add_done_callback(log_bug)
+
+    def _run(self, job: _Job, order: Sequence[int]) -> None:
+        try:
+            with self._decoding() as landing:
+                rest = [index for index in order if not self._from_host(job, index, landing)]
+                self._from_below(job, rest, landing)
+        except BaseException:
+            job.claims.give_up()
+            raise
+
+    def _from_host(self, job: _Job, index: int, landing: list[Future[None]]) -> bool:
+        """False if the block is not here."""
+        slot = self._host.pin(job.blocks[index].content.name)
         if slot is None:
             return False
-        encoding = slot.encoding
-
-        def land() -> None:
-            try:
-                self._decode(slot.payload, encoding, block)
-                found[index] = Restored(Tier.HOST, encoding)
-            finally:
-                self._host.unpin(slot)
-
-        self._soon(encoding, land, landing)
+        if job.claims.write(index):
+            self._soon(slot.encoding, lambda: self._land(job, index, slot), landing)
+        else:
+            self._host.unpin(slot)
         return True
 
-    def _from_store(
-        self, blocks: Sequence[Restore], found: list[Outcome], batch: Sequence[int], deadline_s: float
-    ) -> None:
-        assert self._store is not None
-        asked: list[tuple[int, Slot]] = []
-        with self._decoding() as landing:
-            for index in batch:
-                slot = self._host.reserve(blocks[index].content.name, blocks[index].content.num_tokens)
-                if slot is not None:
-                    asked.append((index, slot))
-                elif not self._from_host(blocks[index], found, index, landing):  # another restore may have brought it
-                    found[index] = MissReason.NO_ROOM
-            hits: list[Encoding] = []
-
-            def landed(number: int, outcome: Fetched, encoding: Encoding | None) -> None:
-                index, slot = asked[number]
-                if encoding is None:
-                    self._host.abort(slot)
-                    found[index] = _MISS[outcome]
-                    return
-                hits.append(encoding)
-                self._soon(encoding, lambda: self._keep(slot, encoding, blocks[index], found, index), landing)
-
-            began = time.perf_counter()
-            wanted = [_fetch(blocks[index].content, slot) for index, slot in asked]
-            self._store.get(wanted, landed, deadline_s=deadline_s)
-            self._counter.add(Tier.REDIS, Tier.HOST, hits, time.perf_counter() - began)
-
-    def _keep(self, slot: Slot, encoding: Encoding, block: Restore, found: list[Outcome], index: int) -> None:
-        """Decode what has landed in a reserved slot, and let it stay there."""
+    def _land(self, job: _Job, index: int, slot: Slot) -> None:
+        """Write a pinned block, which is claimed, to the device."""
+        content, encoding = job.blocks[index].content, slot.encoding
         try:
-            self._decode(slot.buffer[: encoding.num_bytes], encoding, block)
-        except (BlockCorrupt, BlockForeign) as error:  # its checksum is right: whoever wrote it meant something else
-            self._host.abort(slot)
-            found[index] = MissReason.CORRUPT if isinstance(error, BlockCorrupt) else MissReason.FOREIGN
+            if self._decoded(job, index, slot.payload, encoding):
+                job.claims.landed(index, Restored(Tier.HOST, encoding))
+            else:
+                self._host.drop([content.name])
+        finally:
+            self._host.unpin(slot)
+
+    def _from_below(self, job: _Job, rest: Sequence[int], landing: list[Future[None]]) -> None:
+        if self._store is None or not self._store.available():
+            reason = MissReason.ABSENT if self._store is None else MissReason.UNAVAILABLE
+            for index in rest:
+                if not self._wait_for(job, index):
+                    job.claims.missed(index, reason)
+            return
+        size = max(1, self._host.use().capacity // 2)
+        for start in range(0, len(rest), size):
+            batch = rest[start : start + size]
+            if time.monotonic() >= job.deadline_s:
+                for index in batch:
+                    job.claims.missed(index, MissReason.LATE)
+            else:
+                self._from_store(job, batch, landing)
+
+    def _from_store(self, job: _Job, batch: Sequence[int], landing: list[Future[None]]) -> None:
+        assert self._store is not None
+        claims, costs = job.claims, self._costs
+        pending = [index for index in batch if claims.is_pending(index)]
+        is_probe = not pending and costs.is_due_for_probe(Tier.REDIS)
+        asked = self._reserve(job, batch[:1] if is_probe else pending, landing)
+        begun: set[int] = set()
+        hits: list[Encoding] = []
+
+        def is_wanted(number: int) -> bool:
+            if not claims.fetch(asked[number][0]) and not is_probe:
+                return False
+            if number not in begun:  # else it is asked for again, elsewhere
+                begun.add(number)
+                costs.asked(Tier.REDIS)
+            return True
+
+        def landed(number: int, outcome: Fetched, encoding: Encoding | None) -> None:
+            index, slot = asked[number]
+            if number in begun:
+                costs.ended(Tier.REDIS, _num_bytes(outcome, encoding))
+            if encoding is None:
+                self._host.abort(slot)
+                claims.missed(index, _MISS[outcome])
+            else:
+                hits.append(encoding)
+                self._soon(encoding, lambda: self._keep(job, index, slot, encoding), landing)
+
+        began = time.perf_counter()
+        fetches = [
+            _fetch(job.blocks[index].content, slot, partial(is_wanted, number))
+            for number, (index, slot) in enumerate(asked)
+        ]
+        self._store.get(fetches, landed, deadline_s=job.deadline_s)
+        self._counter.add(Tier.REDIS, Tier.HOST, hits, time.perf_counter() - began)
+
+    def _reserve(self, job: _Job, batch: Sequence[int], landing: list[Future[None]]) -> list[tuple[int, Slot]]:
+        """A slot of the host tier for each block that is neither there nor on its way there."""
+        reserved: list[tuple[int, Slot]] = []
+        for index in batch:
+            content = job.blocks[index].content
+            slot = self._host.reserve(content.name, content.num_tokens)
+            if slot is not None:
+                reserved.append((index, slot))
+            elif not self._wait_for(job, index) and not self._from_host(job, index, landing):
+                job.claims.missed(index, MissReason.NO_ROOM)
+        return reserved
+
+    def _wait_for(self, job: _Job, index: int) -> bool:
+        """Take a block that somebody else is bringing to the host tier as soon as it is there. False if nobody is."""
+        arrival = self._host.awaited(job.blocks[index].content.name)
+        if arrival is None:
+            return False
+        arrival.add_done_callback(lambda _: self._submit(job, [index]))
+        return True
+
+    def _keep(self, job: _Job, index: int, slot: Slot, encoding: Encoding) -> None:
+        """Let stay in the host tier what has landed there in a reserved slot; write it to the device where it is still
+        wanted."""
+        payload = slot.buffer[: encoding.num_bytes]
+        try:
+            is_wanted = job.claims.write(index)
+            is_good = not is_wanted or self._decoded(job, index, payload, encoding)
         except BaseException:
             self._host.abort(slot)
             raise
+        if not is_good or job.claims.disowned:
+            self._host.abort(slot)
         else:
             self._host.publish(slot, encoding)
-            found[index] = Restored(Tier.REDIS, encoding)
+            if job.claims.disowned:  # since: whoever dropped it from the host tier may have come too early
+                self._host.drop([job.blocks[index].content.name])
+        if is_wanted and is_good:
+            job.claims.landed(index, Restored(Tier.REDIS, encoding))
 
-    def _decode(self, payload: memoryview, encoding: Encoding, block: Restore) -> None:
-        with self._counter.timed(Tier.HOST, Tier.DEVICE, encoding):
+    def _decoded(self, job: _Job, index: int, payload: memoryview, encoding: Encoding) -> bool:
+        """Write a payload to the device. False, and a miss, where it is not what its codec writes: its checksum was
+        right, so whoever wrote it meant something else."""
+        block = job.blocks[index]
+        began = time.perf_counter()
+        try:
             self._coder.decode(encoding, payload, block.content, block.target)
+        except (BlockCorrupt, BlockForeign) as error:
+            is_corrupt = isinstance(error, BlockCorrupt)
+            job.claims.missed(index, MissReason.CORRUPT if is_corrupt else MissReason.FOREIGN)
+            return False
+        seconds = time.perf_counter() - began
+        self._counter.add(Tier.HOST, Tier.DEVICE, [encoding], seconds)
+        at_once = 1 if encoding.codec is RAW else _DECODERS
+        self._costs.decoded(block.content.codec, encoding.num_bytes, seconds / at_once)
+        return True
 
     @contextmanager
     def _decoding(self) -> Iterator[list[Future[None]]]:
@@ -188,15 +261,24 @@ class Restorer:
             landing.append(self._decoders.submit(land))
 
     def close(self) -> None:
+        self._closed = True
         self._threads.shutdown(wait=True)
         self._decoders.shutdown(wait=True)
 
 
-def _fetch(content: Content, slot: Slot) -> Fetch:
+def _fetch(content: Content, slot: Slot, is_wanted: Callable[[], bool]) -> Fetch:
     return Fetch(
         content.name,
         content.num_tokens,
         slot.buffer,
         first_position=content.first_position,
         fidelity=content.fidelity,
+        wanted=is_wanted,
     )
+
+
+def _num_bytes(outcome: Fetched, encoding: Encoding | None) -> int | None:
+    """What an answer brought: nothing where the block is absent, None where there was no answer to learn from."""
+    if encoding is not None:
+        return encoding.num_bytes
+    return 0 if outcome is Fetched.ABSENT else None

@@ -1,0 +1,97 @@
+"""What bringing a block to the device costs, learned from what landed: by tier its latency and rate, by codec decoding.
+
+Any thread may call.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from worker.engine.fit import Fit
+from worker.tiers.moves import Tier
+
+_FORGET = 0.85
+_START = (1e-3, 1 / 1e9)
+"""Seconds before the first block, and a byte: only until something landed."""
+_START_COPY_BYTE_S = 1 / 4e9
+_PROBE_AFTER_S = 10.0
+"""A tier that nothing came from for so long is asked for a block that nobody waits for, to see how it does now."""
+
+
+@dataclass(slots=True)
+class _Line:
+    """One tier's way to host memory."""
+
+    fit: Fit
+    heard_s: float
+    """When an answer came last."""
+    in_flight: int = 0
+    is_first: bool = True
+    """Nothing came since the line was idle."""
+    since_s: float = 0.0
+    """When the latest answer came, or the line began to be busy."""
+
+
+class TransferCosts:
+    def __init__(self, block_bytes: int, *, now: Callable[[], float] = time.monotonic) -> None:
+        self._block_bytes = block_bytes
+        self._now = now
+        self._lock = threading.Lock()
+        self._lines: dict[Tier, _Line] = {}
+        self._payload_bytes: dict[str, float] = {}
+        self._decode_s: dict[str, float] = {}
+
+    def asked(self, tier: Tier) -> None:
+        """A tier below host memory is being asked for a block: `ended` follows."""
+        with self._lock:
+            line = self._line(tier)
+            if not line.in_flight:
+                line.is_first, line.since_s = True, self._now()
+            line.in_flight += 1
+
+    def ended(self, tier: Tier, num_bytes: int | None) -> None:
+        """The answer is here, with so many bytes. None: it did not come, or says nothing of the tier's speed."""
+        with self._lock:
+            line = self._line(tier)
+            line.in_flight -= 1
+            if num_bytes is None:
+                return
+            line.heard_s = self._now()
+            line.fit.observe((float(line.is_first), num_bytes), line.heard_s - line.since_s)
+            line.is_first, line.since_s = False, line.heard_s
+
+    def decoded(self, codec: str, num_bytes: int, seconds: float) -> None:
+        """A payload of a session of this codec was written to the device: `seconds` from that to the next one's."""
+        with self._lock:
+            for averages, value in ((self._payload_bytes, num_bytes), (self._decode_s, seconds)):
+                was = averages.get(codec, float(value))
+                averages[codec] = was + (1 - _FORGET) * (value - was)
+
+    def is_due_for_probe(self, tier: Tier) -> bool:
+        """Was nothing heard of this tier for long? Says so once for each time that it is."""
+        with self._lock:
+            line = self._line(tier)
+            if line.in_flight or self._now() - line.heard_s < _PROBE_AFTER_S:
+                return False
+            line.heard_s = self._now()
+            return True
+
+    def latency_s(self, tier: Tier) -> float:
+        """Until the first block comes, beside what its bytes take."""
+        with self._lock:
+            return 0.0 if tier is Tier.HOST else float(self._line(tier).fit.coefficients[0])
+
+    def block_s(self, tier: Tier, codec: str) -> float:
+        """Seconds from one block's landing on the device to the next one's. `codec` is the session's."""
+        with self._lock:
+            num_bytes = self._payload_bytes.get(codec, self._block_bytes)
+            decode_s = self._decode_s.get(codec, self._block_bytes * _START_COPY_BYTE_S)
+            if tier is Tier.HOST:
+                return decode_s
+            return max(decode_s, num_bytes * float(self._line(tier).fit.coefficients[1]))
+
+    def _line(self, tier: Tier) -> _Line:
+        if tier not in self._lines:
+            self._lines[tier] = _Line(Fit(_START, (1.0, self._block_bytes), forget=_FORGET), self._now())
+        return self._lines[tier]
