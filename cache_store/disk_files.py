@@ -1,0 +1,127 @@
+"""Blocks as files of one folder: a file is the frame that Redis would hold, under the block's name.
+
+One file a block, because a payload has the size that its codec gave it, LRU then frees just what it should, and beside
+the writing of a megabyte the creating of a file is nothing. Knows frames and files. What is kept is the tier's
+business. All methods raise OSError for what the disk does.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from time import time_ns
+from typing import NamedTuple
+
+import xxhash
+
+from cache_store.errors import BlockCorrupt, BlockForeign
+from cache_store.frame import HEADER_BYTES, Framer, check_payload
+from cache_store.ids import BlockHash
+from cache_store.store import Encoding, Fetch, Store
+
+_NAME = re.compile(r"[0-9a-f]{32}")
+_PIECE_BYTES = 256 * 1024
+"""Read at once: what was read is still in the processor's caches when its checksum is computed."""
+
+
+class Kept(NamedTuple):
+    """A file found at the start."""
+
+    block: BlockHash
+    num_bytes: int
+    used_ns: int
+    """When it was last used, in nanoseconds of the machine's clock."""
+
+
+class BlockFiles:
+    def __init__(self, folder: Path, framer: Framer) -> None:
+        self._folder = folder
+        self._framer = framer
+
+    def scan(self) -> list[Kept]:
+        """Every block whose header is right, least recently used first. Whatever else is in the folder is deleted."""
+        return sorted(self._scan(), key=lambda kept: kept.used_ns)
+
+    def _scan(self) -> Iterator[Kept]:
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                kept = self._judge(entry.name)
+                if kept is not None:
+                    yield kept
+                else:
+                    with suppress(OSError):  # a folder, or a disk that can't: it stays, and nobody finds it
+                        (self._folder / entry.name).unlink()
+
+    def _judge(self, name: str) -> Kept | None:
+        """What a file's header says, if it can be believed."""
+        if not _NAME.fullmatch(name):
+            return None
+        block = BlockHash(bytes.fromhex(name))
+        try:
+            descriptor = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        try:
+            about = os.fstat(descriptor)
+            header = os.pread(descriptor, HEADER_BYTES, 0)
+            self._framer.read(header, block=block, value_bytes=about.st_size)
+        except (BlockCorrupt, BlockForeign, OSError):
+            return None
+        finally:
+            os.close(descriptor)
+        return Kept(block, about.st_size, about.st_mtime_ns)
+
+    def write(self, store: Store) -> Path:
+        """Write a block where nobody finds it. It is there once `publish` has renamed it.
+
+        Not synced: what a loss of power leaves of it is found out by its checksums.
+        """
+        path = self._path(store.block).with_suffix(".new")
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            for part in (memoryview(self._framer.header(store)), store.payload.cast("B")):
+                written = 0
+                while written < len(part):
+                    written += os.write(descriptor, part[written:])
+            _mark_used(descriptor)
+        except BaseException:
+            path.unlink()
+            raise
+        finally:
+            os.close(descriptor)
+        return path
+
+    def publish(self, written: Path) -> None:
+        written.rename(written.with_suffix(""))
+
+    def read(self, fetch: Fetch) -> Encoding:
+        """Read a payload, verified, into the fetch's buffer. Raises BlockCorrupt, BlockForeign; FileNotFoundError."""
+        descriptor = os.open(self._path(fetch.block), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            value_bytes = os.fstat(descriptor).st_size
+            frame = self._framer.expect(os.read(descriptor, HEADER_BYTES), fetch, value_bytes=value_bytes)
+            into, checksum = fetch.into.cast("B")[: frame.num_bytes], xxhash.xxh3_64()
+            while into:
+                num_bytes = os.readv(descriptor, [into[:_PIECE_BYTES]])
+                if not num_bytes:
+                    raise BlockCorrupt("the file has become shorter")
+                checksum.update(into[:num_bytes])
+                into = into[num_bytes:]
+            check_payload(checksum.intdigest(), frame.checksum)
+            _mark_used(descriptor)
+        finally:
+            os.close(descriptor)
+        return Encoding(frame.codec, frame.num_bytes, frame.checksum)
+
+    def delete(self, block: BlockHash) -> None:
+        self._path(block).unlink(missing_ok=True)
+
+    def _path(self, block: BlockHash) -> Path:
+        return self._folder / block.hex()
+
+
+def _mark_used(descriptor: int) -> None:
+    """Let the order of use outlive us. In our words: the file system's own clock is too coarse to tell blocks apart."""
+    now_ns = time_ns()
+    os.utime(descriptor, ns=(now_ns, now_ns))
