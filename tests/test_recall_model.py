@@ -92,12 +92,12 @@ def test_the_shipped_model_answers_from_all_over_its_context(
     assert max(by_distance(usual)) == CONTEXT_TOKENS
     assert by_act(usual)["ask"][0] >= 0.98
     far = [one.right for one in usual if one.distance is not None and one.distance > CONTEXT_TOKENS // 4]
-    assert sum(far) >= 0.9 * len(far) > 30
+    assert sum(far) >= 0.95 * len(far) > 30
     assert by_act(usual)["ask_unknown"][0] >= 0.95
     words = answers(shipped, tokenizer, Style(held_out_words=True))
-    assert by_act(words)["ask"][0] >= 0.95  # 96% of the card's 2,100
+    assert by_act(words)["ask"][0] >= 0.98
     phrases = answers(shipped, tokenizer, Style(held_out_phrases=True))
-    assert by_act(phrases)["ask"][0] >= 0.87  # 92% of the card's 1,900; here are 240 of them
+    assert by_act(phrases)["ask"][0] >= 0.87  # 93% of the card's 1,900; here are 240 of them
 
 
 def answers(model: AutoModelForCausalLM, tokenizer: PreTrainedTokenizerFast, style: Style) -> list[Judged]:
