@@ -15,6 +15,7 @@ from worker.engine.request import Request
 from worker.engine.restoring import Asked, Lookup, Restoring
 from worker.ids import BlockId
 from worker.tiers.moves import Content, Tier, content_of
+from worker.tiers.prefetch import Prefetcher
 from worker.tiers.restore import Restore, Restorer
 from worker.tiers.write_behind import Offload, WriteBehind
 
@@ -25,6 +26,7 @@ class BlockTables:
         pool: BlockPool,
         write_behind: WriteBehind,
         restorer: Restorer,
+        prefetcher: Prefetcher | None,
         *,
         block_tokens: int,
         restore_timeout_s: float,
@@ -38,6 +40,7 @@ class BlockTables:
         self._pool = pool
         self._write_behind = write_behind
         self._restorer = restorer
+        self._prefetcher = prefetcher
         self._block_tokens = block_tokens
         self._restore_timeout_s = restore_timeout_s
         self._copy_tokens = copy_tokens
@@ -45,6 +48,19 @@ class BlockTables:
         self._post = post
 
     # In
+
+    def prefetch(self, request: Request) -> bool:
+        """Have brought to the host tier, while a request waits, what only the store has. False: ask again later."""
+        if self._prefetcher is None:
+            return True
+        missing = [
+            content_of(want, self._block_tokens, request.call.codec)
+            for want in self._wanted(request)
+            if self._pool.find(want.name) is None
+            and want.name not in self.distrusted
+            and self._restorer.where(want.name) is Tier.REDIS
+        ]
+        return self._prefetcher.fetch(missing, lambda: request.is_waiting)
 
     def open(self, request: Request) -> Lookup | None:
         """Give a request all blocks for its tokens up to `num_target`, those that the device has among them.
@@ -203,6 +219,8 @@ class BlockTables:
         """Forget contents on the device. Nothing restores or offloads them until `trust`."""
         self.distrusted.update(names)
         self._pool.drop(names)
+        if self._prefetcher is not None:
+            self._prefetcher.disown()
 
     def trust(self, names: Collection[BlockHash]) -> None:
         """No tier has the wrong contents any more."""

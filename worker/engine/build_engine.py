@@ -44,6 +44,7 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         pool,
         tiers.write_behind,
         tiers.restorer,
+        tiers.prefetcher,
         block_tokens=block_tokens,
         restore_timeout_s=config.restore_timeout_s,
         copy_tokens=tiers.device.copy_tokens,

@@ -60,6 +60,8 @@ class Request:
         """Those that came from the host tier or the store."""
         self.recording: Recording | None = None
         """Of a turn that will be audited."""
+        self.prefetched = False
+        """While it waits, its blocks are being brought to the host tier, or have been."""
         self.distrusted = False
         """A block that is being restored for it was found wrong meanwhile."""
         self.cancelled = False
@@ -68,6 +70,11 @@ class Request:
         self.arrived_s = time.monotonic()
         self.admitted_s = self.restored_s = self.first_token_s = 0.0
         self._block_tokens = block_tokens
+
+    @property
+    def is_waiting(self) -> bool:
+        """Any thread may ask."""
+        return self.phase is Phase.WAITING
 
     @property
     def num_generated(self) -> int:

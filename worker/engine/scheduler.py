@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from operator import is_not
 
 import structlog
@@ -22,6 +22,9 @@ from worker.engine.planner import Planner
 from worker.engine.request import Phase, Request
 from worker.engine.restoring import Restoring
 from worker.errors import DeadlinePassed
+
+_PREFETCH_AHEAD = 8
+"""Requests at the queue's front."""
 
 log = structlog.get_logger(__name__)
 
@@ -49,8 +52,17 @@ class Scheduler:
         """Move requests from the queue into the batch while there is room for them, first come first served."""
         while self.waiting and len(self.running) < self._max_running:
             if not self._admit(self.waiting[0]):
-                return
+                break
             self.waiting.popleft()
+        self._prefetch()
+
+    def _prefetch(self) -> None:
+        """Have the blocks of those who will be let in next brought to the host tier, each once."""
+        for request in islice(self.waiting, _PREFETCH_AHEAD):
+            if not request.prefetched:
+                request.prefetched = self._tables.prefetch(request)
+                if not request.prefetched:
+                    return
 
     def _admit(self, request: Request) -> bool:
         lookup = self._tables.open(request)

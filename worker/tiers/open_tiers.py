@@ -21,6 +21,7 @@ from worker.tiers.codecs import open_codecs
 from worker.tiers.coder import BlockCoder
 from worker.tiers.kv_cache import KVCache
 from worker.tiers.moves import MoveCounter
+from worker.tiers.prefetch import Prefetcher
 from worker.tiers.restore import Restorer
 from worker.tiers.shrink import Shrinker
 from worker.tiers.transfer_costs import TransferCosts
@@ -38,6 +39,8 @@ class Tiers:
     """None: this worker has no shared tier."""
     write_behind: WriteBehind
     restorer: Restorer
+    prefetcher: Prefetcher | None
+    """None where there is no shared tier to bring anything from, or nothing is ever restored."""
     moves: MoveCounter
     transfers: TransferCosts
     ager: Ager | None
@@ -46,6 +49,8 @@ class Tiers:
     def close(self, *, flush_s: float) -> None:
         """Write out what is queued for the store within `flush_s`, and let go of everything."""
         self.write_behind.close(flush_s=flush_s)
+        if self.prefetcher is not None:
+            self.prefetcher.close()
         self.restorer.close()
         if self.ager is not None:
             self.ager.close()
@@ -91,6 +96,7 @@ def open_tiers(config: WorkerConfig, loaded: LoadedModel) -> Tiers:
         store=store,
         write_behind=write_behind,
         restorer=Restorer(coder, host, store, moves, transfers),
+        prefetcher=_open_prefetcher(config, host, store, moves),
         moves=moves,
         transfers=transfers,
         ager=_open_ager(store, ladder, loaded),
@@ -101,6 +107,14 @@ def _host_folder(config: WorkerConfig) -> Path | None:
     """Where the host tier outlives this worker; None where it does not."""
     is_kept = config.host_cache_bytes > 0 and config.host_cache_dir not in ("", AUTO)
     return Path(config.host_cache_dir) if is_kept else None
+
+
+def _open_prefetcher(
+    config: WorkerConfig, host: HostTier, store: BlockStore | None, moves: MoveCounter
+) -> Prefetcher | None:
+    if store is None or config.restore_plan == "compute":
+        return None
+    return Prefetcher(host, store, moves, timeout_s=config.restore_timeout_s)
 
 
 def _open_ager(store: BlockStore | None, ladder: Ladder, loaded: LoadedModel) -> Ager | None:
