@@ -3,10 +3,11 @@
 A turn here is a prompt that begins with what a request before it had. See benchmarks/replay_arms.py for how it is sent.
 """
 
+from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import finish
-from benchmarks.replay_arms import Sizes, load_of, run_arm, shape_of
+from benchmarks.replay_arms import Sizes, deployed, load_of, run_arm, shape_of
 from benchmarks.replay_compare import compared, hit_bar
 from benchmarks.replay_ideal import distinct_blocks
 from benchmarks.replay_plot import PlotsMissing, load_plots
@@ -66,12 +67,13 @@ def run(
     sizes = load.sizes(device=device_cache_bytes, host=host_cache_bytes, redis=redis_bytes)
     if cold_tiers_off:
         sizes = Sizes(sizes.device, 0, 0)
+    deploy = partial(deployed, model, load.shape)
     with progress(quiet=as_json) as begin:
         if compare:
-            arms, figures, bars = compared(model, load, sizes, speed=speed, clients=clients, begin=begin)
+            arms, figures, bars = compared(deploy, load, sizes, speed=speed, clients=clients, begin=begin)
         else:
             done = begin("replay", len(load.work))
-            arm = run_arm(model, load, sizes, speed=speed, clients=clients, done=done)
+            arm = run_arm(deploy, load, sizes, speed=speed, clients=clients, done=done)
             arms, figures, bars = {"replay": arm}, {}, [hit_bar(arm)] if sizes.redis else []
     if plot is not None and draw is not None:
         draw(arms, plot)

@@ -6,7 +6,7 @@ what can be reused is what the trace says, to the block, and two servers get the
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -134,9 +134,13 @@ class Deployed(NamedTuple):
     metrics_port: int
 
 
+Deploy = Callable[[Sizes], AbstractContextManager[Deployed]]
+"""Serves from tiers of given sizes, as long as it is entered."""
+
+
 @contextmanager
 def deployed(model: str, shape: Shape, sizes: Sizes) -> Iterator[Deployed]:
-    """A server with tiers of these sizes, and a Redis of its own where it has one; warm, and empty but for the
+    """`rekindle serve` with tiers of these sizes, and a Redis of its own where it has one; warm, and empty but for the
     warm-up's few blocks."""
     with ExitStack() as stack:
         redis_url = ""
@@ -157,9 +161,9 @@ def deployed(model: str, shape: Shape, sizes: Sizes) -> Iterator[Deployed]:
         yield Deployed(address, metrics_port)
 
 
-def run_arm(model: str, load: Load, sizes: Sizes, *, speed: float, clients: int, done: Callable[[], object]) -> Arm:
+def run_arm(deploy: Deploy, load: Load, sizes: Sizes, *, speed: float, clients: int, done: Callable[[], object]) -> Arm:
     """Replay a load against a fresh deployment."""
-    with deployed(model, load.shape, sizes) as (address, metrics_port):
+    with deploy(sizes) as (address, metrics_port):
         before = below_the_turns(address, metrics_port)
         served = replay(address, load.work, speed=speed, clients=clients, done=done)
         below = below_the_turns(address, metrics_port).since(before)
@@ -167,7 +171,7 @@ def run_arm(model: str, load: Load, sizes: Sizes, *, speed: float, clients: int,
 
 
 def paired_seconds(
-    model: str, rounds: Sequence[Load], sides: Sequence[Sizes], *, clients: int, done: Callable[[], object]
+    deploy: Deploy, rounds: Sequence[Load], sides: Sequence[Sizes], *, clients: int, done: Callable[[], object]
 ) -> list[list[float]]:
     """Seconds that each side takes for each round, as fast as the clients can send it, one side right after another.
 
@@ -176,7 +180,7 @@ def paired_seconds(
     """
     seconds: list[list[float]] = [[] for _ in sides]
     with ExitStack() as stack:
-        up = [stack.enter_context(deployed(model, rounds[0].shape, sizes)) for sizes in sides]
+        up = [stack.enter_context(deploy(sizes)) for sizes in sides]
         for number, load in enumerate(rounds):
             for side in sorted(range(len(sides)), key=lambda side: (side + number) % len(sides)):
                 began = time.perf_counter()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.harness import Bar, at_least, at_most
-from benchmarks.replay_arms import Arm, Load, Sizes, load_of, paired_seconds, run_arm
+from benchmarks.replay_arms import Arm, Deploy, Load, Sizes, load_of, paired_seconds, run_arm
 from benchmarks.replay_ideal import distinct_blocks
 from benchmarks.replay_report import Begin, best_rate, hit_rate, mean_ttft_s
 from benchmarks.trace import Piece, Request
@@ -27,18 +27,18 @@ _ROOM = 1.25
 
 
 def compared(
-    model: str, load: Load, sizes: Sizes, *, speed: float, clients: int, begin: Begin
+    deploy: Deploy, load: Load, sizes: Sizes, *, speed: float, clients: int, begin: Begin
 ) -> tuple[Mapping[str, Arm], dict[str, Any], list[Bar]]:
     """All arms that replay the trace, the figures of the rest, and all bars."""
     arms = {
-        name: run_arm(model, load, of_arm, speed=speed, clients=clients, done=begin(name, len(load.work)))
+        name: run_arm(deploy, load, of_arm, speed=speed, clients=clients, done=begin(name, len(load.work)))
         for name, of_arm in {
             OFF: Sizes(sizes.device, 0, 0),
             HOST: Sizes(sizes.device, sizes.host, 0),
             ALL: sizes,
         }.items()
     }
-    figures = _nothing_to_gain(model, load, sizes, begin)
+    figures = _nothing_to_gain(deploy, load, sizes, begin)
     times_better = mean_ttft_s(arms[OFF].served) / mean_ttft_s(arms[ALL].served)
     bars = [
         hit_bar(arms[ALL]),
@@ -55,7 +55,7 @@ def hit_bar(arm: Arm) -> Bar:
     return at_least("hit rate, of the best possible for the sizes", hit_rate(arm) / best_rate(arm), 0.95)
 
 
-def _nothing_to_gain(model: str, load: Load, sizes: Sizes, begin: Begin) -> dict[str, Any]:
+def _nothing_to_gain(deploy: Deploy, load: Load, sizes: Sizes, begin: Begin) -> dict[str, Any]:
     """Rounds on two deployments, without cold tiers and with them, where the device alone is enough."""
     short = [load_of(_short(number), load.shape) for number in range(_ROUNDS)]
     fitting = _in_rounds(load, int(_FITTING_SHARE * len(load.work)))
@@ -65,7 +65,7 @@ def _nothing_to_gain(model: str, load: Load, sizes: Sizes, begin: Begin) -> dict
     device = int(_ROOM * num_blocks) * load.shape.layout.block_bytes
     sides = [Sizes(device, 0, 0), Sizes(device, sizes.host, sizes.redis)]
     done = begin("with and without cold tiers", len(sides) * sum(len(each.work) for each in both))
-    without, with_them = paired_seconds(model, both, sides, clients=_CLIENTS, done=done)
+    without, with_them = paired_seconds(deploy, both, sides, clients=_CLIENTS, done=done)
     return {
         name: {
             "seconds without": without[first + 1 : end],

@@ -13,6 +13,7 @@ from benchmarks.replay_report import (
     by_turn,
     hit_rate,
     percentiles,
+    plans_of,
     tokens_by_source,
     tpots,
 )
@@ -42,6 +43,7 @@ def _draw_all(arms: Arms, folder: Path) -> list[Path]:
         "hit_rate": _hit_rates,
         "moved_bytes": _moved,
         "lost_blocks": _lost,
+        "plans": _plans,
     }
     files = []
     for name, draw in drawings.items():
@@ -101,6 +103,19 @@ def _lost(axes: Any, arms: Arms) -> None:
     needed = {name: float(arm.below.evicted_then_needed) for name, arm in arms.items()}
     _beside(axes, {"stores dropped": dropped, "evicted from the device, then needed": needed})
     axes.set(ylabel="blocks")
+
+
+def _plans(axes: Any, arms: Arms) -> None:
+    """Each plan's outcome beside what it promised: on the line where it kept its word."""
+    for number, (name, arm) in enumerate(arms.items()):
+        for marker, (kind, plans) in zip("o^s", plans_of(arm.served).items(), strict=False):
+            predicted, actual = [plan.predicted_ms for plan in plans], [plan.actual_ms for plan in plans]
+            axes.scatter(predicted, actual, color=f"C{number}", marker=marker, label=f"{name}, {kind}")
+            axes.plot([*predicted, *actual], [*predicted, *actual], color="0.8", zorder=0)
+    axes.set(xlabel="predicted, ms", ylabel="actual, ms")
+    if axes.collections:
+        axes.set(xscale="log", yscale="log")
+        axes.legend(fontsize="x-small")
 
 
 def _beside(axes: Any, rows: Mapping[str, Mapping[str, float]]) -> None:

@@ -23,13 +23,22 @@ _TURN_GROUPS = ((1, 1), (2, 2), (3, 3), (4, 7), (8, None))
 
 def hit_rate(arm: Arm) -> float:
     """Share of the prompts' tokens whose KV was found in any tier."""
-    tokens = tokens_by_source(arm.served)
-    return 1.0 - tokens["computed"] / sum(tokens.values())
+    return _found_share(tokens_by_source(arm.served))
 
 
 def best_rate(arm: Arm) -> float:
     """The most that tiers of the arm's sizes could have found."""
     return arm.ideal.best / arm.ideal.prompt_tokens
+
+
+def plans_of(served: Iterable[Served]) -> dict[str, list[pb.RestorePlan]]:
+    """The plans of turns that had something to restore, by kind."""
+    plans: dict[str, list[pb.RestorePlan]] = {}
+    for one in served:
+        if one.receipt.HasField("plan"):
+            kind = pb.PlanKind.Name(one.receipt.plan.kind).removeprefix("PLAN_KIND_").lower()
+            plans.setdefault(kind, []).append(one.receipt.plan)
+    return plans
 
 
 def mean_ttft_s(served: Iterable[Served]) -> float:
@@ -83,12 +92,34 @@ def figures_of(arm: Arm) -> dict[str, Any]:
         "moved bytes": dict(below.moved_bytes),
         "stores dropped, blocks": below.stores_dropped,
         "evicted then needed, blocks": below.evicted_then_needed,
+        "lost tokens": lost_tokens(arm),
+        "plans": {kind: _figures_of_plans(plans) for kind, plans in plans_of(served).items()},
         "by turn": {turn: _figures_of_turn(members) for turn, members in by_turn(served).items()},
     }
 
 
 def tpots(served: Iterable[Served]) -> list[float]:
     return [tpot for one in served if (tpot := one.tpot_s) is not None]
+
+
+def _found_share(tokens: dict[str, int]) -> float:
+    return (sum(tokens.values()) - tokens["computed"]) / sum(tokens.values())
+
+
+def lost_tokens(arm: Arm) -> int:
+    """Tokens that were computed although a prompt before had them: the prompts' own receipts can't tell."""
+    found = arm.ideal.prompt_tokens - tokens_by_source(arm.served)["computed"]
+    return arm.ideal.infinite - found
+
+
+def _figures_of_plans(plans: Sequence[pb.RestorePlan]) -> dict[str, Any]:
+    return {
+        "turns": len(plans),
+        "predicted ms, median": float(np.median([plan.predicted_ms for plan in plans])),
+        "actual ms, median": float(np.median([plan.actual_ms for plan in plans])),
+        "actual over predicted": percentiles(plan.actual_ms / plan.predicted_ms for plan in plans if plan.predicted_ms),
+        "tokens computed instead": sum(plan.computed_instead_tokens for plan in plans),
+    }
 
 
 def _figures_of_turn(served: Sequence[Served]) -> dict[str, Any]:
@@ -99,7 +130,7 @@ def _figures_of_turn(served: Sequence[Served]) -> dict[str, Any]:
         "ttft, s": percentiles(one.ttft_s for one in served),
         "tpot, s": percentiles(tpots(served)),
         "tokens by source": tokens,
-        "hit rate": 1.0 - tokens["computed"] / sum(tokens.values()),
+        "hit rate": _found_share(tokens),
     }
 
 
