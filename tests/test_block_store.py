@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import redis
 import xxhash
+from redis.crc import key_slot
 
 from cache_store.codecs import INT4, INT8, K8V4, LADDER, LOSSLESS
 from cache_store.embedded_redis import RedisServer
@@ -433,6 +434,29 @@ def test_cluster_blocks_are_found_again_after_their_slot_has_moved(redis_cluster
         assert [asked.into == payload(number) for number, asked in enumerate(fetches)] == [True] * 8
         assert store.delete([name(number) for number in range(8)]) == 8
     store.close()
+
+
+@pytest.mark.parametrize("stalled", range(3))
+def test_nodes_are_read_side_by_side_so_that_one_that_stalls_holds_up_no_other(
+    redis_cluster: RedisCluster, stalled: int
+) -> None:
+    store = opened(redis_cluster.url)
+    store.put(stored(*range(24)))
+    with redis.Redis.from_url(redis_cluster.nodes[stalled].url) as node:
+        theirs = {
+            number
+            for number in range(24)
+            if node.execute_command("CLUSTER", "COUNTKEYSINSLOT", key_slot(key(number).encode()))
+        }
+    assert 0 < len(theirs) < 24
+    redis_cluster.nodes[stalled].pause()
+    try:
+        outcomes = fetch(store, wanted(*range(24)), within_s=0.8)
+    finally:
+        redis_cluster.nodes[stalled].resume()
+        store.close()
+    assert {number for number, outcome in enumerate(outcomes) if outcome is Fetched.LATE} == theirs
+    assert set(outcomes) == {Fetched.HIT, Fetched.LATE}
 
 
 def test_a_server_killed_in_mid_get_makes_the_rest_unavailable(own_redis: RedisServer, own_store: BlockStore) -> None:
