@@ -1,14 +1,76 @@
-"""Linear layers with weights in the order that the CPU's bfloat16 kernels want, put so once instead of at each call."""
+"""Linear layers in bfloat16 on a CPU, with weights in the order that its kernels read them, put so once.
 
+By our own kernel (native/linear.h says how), which reads them at the memory's speed for few rows and for many. Without
+it by oneDNN's, or as torch has them.
+"""
+
+import ctypes
+import mmap
+from typing import Final
+
+import structlog
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-_ROWS_HINT = 32
-"""Rows of input that the layout is chosen for. Measured: this one is good from 1 to 1024, layouts for 1 are not."""
+from worker.native.build import NativeUnavailable, load_native
+
+_log = structlog.get_logger(__name__)
+
+PANEL: Final = 16
+"""Outputs whose weights stand together: PANEL in the source."""
+DEPTH: Final = 32
+"""Inputs come in multiples of this: DEPTH in the source."""
+_ROWS_HINT: Final = 32
+"""Rows of input that oneDNN's layout is chosen for. Measured: it is good from 1 to 1024, layouts for 1 are not."""
+_HUGE_PAGE: Final = 2 << 20
+
+
+class Linear(ctypes.Structure):
+    """`Linear` in the source."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("panels", "bias")],
+        *[(name, ctypes.c_int64) for name in ("inputs", "outputs")],
+    )
+
+
+class LinearKernel:
+    """`linear` of the loaded library."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._function = library.linear
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._function.argtypes = (ctypes.POINTER(Linear), pointer, number, pointer, number)
+        self._function.restype = None
+
+    def run(self, layer: Linear, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., inputs], bfloat16; returns [..., outputs]."""
+        hidden = hidden.contiguous()
+        output = hidden.new_empty(*hidden.shape[:-1], layer.outputs)
+        rows = hidden.numel() // layer.inputs
+        self._function(layer, hidden.data_ptr(), rows, output.data_ptr(), torch.get_num_threads())
+        return output
+
+
+class NativeLinear(nn.Module):  # type: ignore[misc]  # torch is untyped here
+    """What `linear` computes: sums in float32, each row's the same alone and in any batch."""
+
+    def __init__(self, linear: nn.Linear, kernel: LinearKernel) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.weight = panels_of(linear.weight.detach())
+        self._kernel = kernel
+        bias = None if self.bias is None else self.bias.data_ptr()
+        self.layer = Linear(self.weight.data_ptr(), bias, self.in_features, self.out_features)
+        """As the kernels read it. Holds as long as this module."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._kernel.run(self.layer, hidden)
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]  # torch is untyped here
-    """What `linear` computes, faster for few rows: its weights are read once, in the order they lie."""
+    """What `linear` computes, by oneDNN, with weights in its own order."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -22,11 +84,62 @@ class PackedLinear(nn.Module):  # type: ignore[misc]  # torch is untyped here
         return output
 
 
+def panels_of(weight: torch.Tensor) -> torch.Tensor:
+    """[outputs, inputs] in bfloat16 to [ceil(outputs / 16), inputs / 2, 16, 2], in huge pages where they are to be had.
+
+    Measured: with pages of 4 KiB, a step waits at the end of each for where the next one lies.
+    """
+    outputs, inputs = weight.shape
+    panels = -(-outputs // PANEL)
+    packed = _in_huge_pages(panels * inputs * PANEL, weight.dtype).view(panels, inputs // 2, PANEL, 2)
+    whole = F.pad(weight, (0, 0, 0, panels * PANEL - outputs)) if outputs % PANEL else weight
+    packed.copy_(whole.view(panels, PANEL, inputs // 2, 2).transpose(1, 2))
+    return packed
+
+
+def _in_huge_pages(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    num_bytes = numel * dtype.itemsize
+    memory = mmap.mmap(-1, -(-num_bytes // _HUGE_PAGE) * _HUGE_PAGE)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=numel)
+
+
 def pack_linears(model: nn.Module) -> None:
-    """Replace every plain linear layer in bfloat16 by a packed one, where this CPU and build have the kernels."""
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return
+    """Replace every plain linear layer in bfloat16 by one for this CPU, where it and the build have the kernels."""
+    kernel = load_linear_kernel() if any(map(_is_native, model.modules())) else None
+    onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16:
+            if kernel is not None and _is_native(child):
+                setattr(module, name, NativeLinear(child, kernel))
+            elif onednn and type(child) is nn.Linear and child.weight.dtype == torch.bfloat16:
                 setattr(module, name, PackedLinear(child))
+
+
+def _is_native(module: nn.Module) -> bool:
+    plain = type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
+    return plain and module.in_features % DEPTH == 0
+
+
+def load_linear_kernel() -> LinearKernel | None:
+    """Load the kernel and try it. None if there is none to be had; the log says why."""
+    try:
+        kernel = LinearKernel(load_native())
+        _check(kernel)
+    except (NativeUnavailable, AttributeError) as error:
+        _log.warning("linear_kernel_unavailable", reason=str(error), instead="oneDNN's, or torch's own")
+        return None
+    return kernel
+
+
+def _check(kernel: LinearKernel) -> None:
+    """Multiply a small random case and compare."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, inputs, outputs in ((1, 64, 40), (21, 96, 50), (70, 32, 16)):
+        linear = nn.Linear(inputs, outputs, dtype=torch.bfloat16)
+        for parameter in linear.parameters():
+            parameter.data.normal_(generator=generator)
+        hidden = torch.randn(rows, inputs, generator=generator).bfloat16()
+        wanted = F.linear(hidden.float(), linear.weight.float(), linear.bias.float())
+        if not torch.allclose(NativeLinear(linear, kernel)(hidden).float(), wanted, rtol=1e-2, atol=1e-3):
+            raise NativeUnavailable(f"the compiled kernel gives wrong results for {rows} rows")

@@ -8,9 +8,10 @@ import torch
 
 from worker.attention.cpu import CpuAttention
 from worker.attention.cuda import choose_cuda_attention
-from worker.attention.decode_kernel import load_decode_kernel
+from worker.attention.decode_kernel import DecodeKernel, load_decode_kernel
 from worker.attention.paged import AttentionBackend, AttentionStep, ExactAttention, Span, clip, runs_of, slots_of
 from worker.engine.step import Chunk
+from worker.model.decode_step import Rows, load_decode_step
 from worker.model.load import LoadedModel
 from worker.tiers.kv_cache import KVCache
 
@@ -22,7 +23,10 @@ class ModelRunner:
         """`backend` is chosen by model and device, unless given. Build it before KV that matters is in the cache."""
         assert kv_cache.layout == loaded.layout
         self._loaded, self._kv_cache = loaded, kv_cache
-        self._backend = backend or _choose_backend(loaded, kv_cache)
+        on_cpu = backend is None and loaded.device.type == "cpu" and not loaded.attends.capped
+        kernel = load_decode_kernel() if on_cpu else None
+        self._decode_step = load_decode_step(loaded, kv_cache.data, kernel) if on_cpu else None
+        self._backend = backend or _choose_backend(loaded, kv_cache, kernel)
 
     def run(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Run the tokens of all chunks and write their KV.
@@ -42,6 +46,8 @@ class ModelRunner:
             np.asarray(rows, dtype=np.int64),
         )
         with torch.inference_mode():
+            if self._decode_step is not None and all(span.num_queries == 1 for span in spans):
+                return self._decode_step.run(Rows(ids, positions, slots, wanted, spans)).float()
             output = self._loaded.model(
                 input_ids=ids[None],
                 position_ids=positions[None],
@@ -74,7 +80,7 @@ class ModelRunner:
         return parts
 
 
-def _choose_backend(loaded: LoadedModel, kv_cache: KVCache) -> AttentionBackend[Any]:
+def _choose_backend(loaded: LoadedModel, kv_cache: KVCache, kernel: DecodeKernel | None) -> AttentionBackend[Any]:
     attends = loaded.attends
     if attends.capped:
         return ExactAttention(kv_cache.data)
@@ -82,4 +88,4 @@ def _choose_backend(loaded: LoadedModel, kv_cache: KVCache) -> AttentionBackend[
         return choose_cuda_attention(
             kv_cache.data, kv_cache.layout.block_tokens, attends.num_heads, sorted(set(attends.windows), key=str)
         )
-    return CpuAttention(kv_cache.data, load_decode_kernel())
+    return CpuAttention(kv_cache.data, kernel)

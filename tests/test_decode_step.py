@@ -1,0 +1,167 @@
+"""A decode step by one kernel is what the model's modules compute, and is left to them where the kernel can't know."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_runner import prompt_of, scattered_tables
+from tests.tiny_models import save_tiny_model, tiny_model
+from worker.attention.decode_kernel import load_decode_kernel
+from worker.config import WorkerConfig
+from worker.engine.step import Chunk
+from worker.ids import BlockId
+from worker.model.decode_step import load_decode_step
+from worker.model.load import LoadedModel, load_model
+from worker.model.runner import ModelRunner
+from worker.tiers.kv_cache import KVCache
+
+NUM_BLOCKS = 40
+BLOCK_TOKENS = 16
+STEPS = 12
+SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 96, "head_dim": 32, "initializer_range": 0.1}
+PROMPTS = (61, 9, 100, 1)
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_kernel() -> None:
+    if load_decode_kernel() is None:
+        pytest.skip("no C compiler to build the kernels with")
+
+
+def load(directory: Path, architecture: str, **changes: Any) -> LoadedModel:
+    checkpoint = save_tiny_model(directory / "model", architecture, **{**SHAPE, **changes})
+    return load_model(WorkerConfig(model=str(checkpoint), dtype="bfloat16", block_tokens=BLOCK_TOKENS, device="cpu"))
+
+
+@pytest.fixture(params=["llama", "qwen2", "qwen3", "mistral"])
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def loaded(architecture: str, tmp_path: Path) -> LoadedModel:
+    return load(tmp_path, architecture)
+
+
+def runner_of(loaded: LoadedModel, *, by_modules: bool = False) -> tuple[ModelRunner, KVCache]:
+    cache = KVCache(loaded.layout, NUM_BLOCKS, loaded.device)
+    runner = ModelRunner(loaded, cache)
+    assert runner._decode_step is not None
+    if by_modules:
+        runner._decode_step = None
+    cache.poison(BlockId(block) for block in range(NUM_BLOCKS))
+    return runner, cache
+
+
+def forced(seed: int) -> list[int]:
+    """What a sequence goes on with, whatever its logits say: so all ways to compute see the same tokens."""
+    return prompt_of(STEPS, seed=1000 + seed)
+
+
+def decode(
+    runner: ModelRunner, lengths: Sequence[int], tables: Sequence[Sequence[BlockId]], *, order: Sequence[int]
+) -> list[torch.Tensor]:
+    """Each sequence's logits [STEPS, vocab] after its prompt, decoding together in rows of that order."""
+    for number in order:
+        runner.run([Chunk(prompt_of(lengths[number], seed=number), 0, tables[number], wants_logits=True)])
+    logits = []
+    for step in range(STEPS):
+        chunks = [
+            Chunk([forced(number)[step]], lengths[number] + step, tables[number], wants_logits=True) for number in order
+        ]
+        logits.append(runner.run(chunks))
+    together = torch.stack(logits, dim=1)
+    return [together[order.index(number)] for number in sorted(order)]
+
+
+def test_it_is_as_near_to_the_float32_model_as_the_modules_are(loaded: LoadedModel, architecture: str) -> None:
+    tables = scattered_tables(len(PROMPTS))
+    order = range(len(PROMPTS))
+    ours, cache = runner_of(loaded)
+    theirs, other = runner_of(loaded, by_modules=True)
+    by_kernel = decode(ours, PROMPTS, tables, order=order)
+    by_modules = decode(theirs, PROMPTS, tables, order=order)
+    exact_model = tiny_model(architecture, **SHAPE)
+    errors = {"kernel": 0.0, "modules": 0.0}
+    for number, length in enumerate(PROMPTS):
+        tokens = [*prompt_of(length, seed=number), *forced(number)]
+        with torch.inference_mode():
+            exact = exact_model(torch.tensor([tokens])).logits[0, length:]
+        errors["kernel"] += float((by_kernel[number] - exact).norm() / exact.norm())
+        errors["modules"] += float((by_modules[number] - exact).norm() / exact.norm())
+    assert errors["kernel"] <= 1.1 * errors["modules"]
+    assert torch.equal(cache.data.isnan(), other.data.isnan()), "they write the same slots and no others"
+    written = ~cache.data.isnan()
+    difference = (cache.data[written].float() - other.data[written].float()).norm() / other.data[written].float().norm()
+    assert difference < 0.02
+
+
+def test_neither_batch_nor_place_changes_a_bit(loaded: LoadedModel) -> None:
+    lengths = PROMPTS
+    together = decode(runner_of(loaded)[0], lengths, scattered_tables(4), order=[2, 0, 3, 1])
+    for number in range(4):
+        alone = decode(runner_of(loaded)[0], lengths, scattered_tables(4, seed=9), order=[number])
+        assert torch.equal(alone[0], together[number])
+
+
+def test_more_rows_than_the_kernels_take_at_once(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "qwen3")
+    lengths = [1 + number % (BLOCK_TOKENS - STEPS) for number in range(NUM_BLOCKS)]
+    how: dict[str, Any] = {"tables": [[BlockId(block)] for block in range(NUM_BLOCKS)], "order": range(NUM_BLOCKS)}
+    ours = decode(runner_of(loaded)[0], lengths, **how)
+    theirs = decode(runner_of(loaded, by_modules=True)[0], lengths, **how)
+    torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=0.1, atol=0.1)
+
+
+def test_rows_that_want_no_logits_get_none(loaded: LoadedModel) -> None:
+    runner, cache = runner_of(loaded)
+    assert runner.run([Chunk([5], 0, [BlockId(3)], wants_logits=False)]).shape == (0, loaded.vocab_size)
+    assert cache.view(BlockId(3))[:, :, :, 0].isfinite().all()
+    chunks = [Chunk([5], 0, [BlockId(block)], wants_logits=block != 1) for block in range(3)]
+    logits = runner.run(chunks)
+    assert logits.shape == (2, loaded.vocab_size)
+    assert torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("olmo2", {}),
+        ("granite", {}),
+        ("qwen3_moe", {}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"head_dim": 24}),
+        ("llama", {"hidden_size": 80}),
+    ],
+)
+def test_what_it_does_not_know_is_left_to_the_modules(
+    tmp_path: Path, architecture: str, changes: dict[str, Any]
+) -> None:
+    loaded = load(tmp_path, architecture, **changes)
+    cache = KVCache(loaded.layout, NUM_BLOCKS, loaded.device)
+    runner = ModelRunner(loaded, cache)
+    assert runner._decode_step is None
+    assert runner.run([Chunk([5], 0, [BlockId(3)], wants_logits=True)]).isfinite().all()
+
+
+def test_a_model_that_computes_something_else_than_its_kind_is_found_out(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "qwen3")
+    pool = KVCache(loaded.layout, 1, loaded.device).data
+    assert load_decode_step(loaded, pool, load_decode_kernel()) is not None
+    loaded.model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output * 2)
+    assert load_decode_step(loaded, pool, load_decode_kernel()) is None
+
+
+def test_a_class_derived_from_a_known_one_is_not_known(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "qwen3")
+
+    class Derived(type(loaded.model)):  # type: ignore[misc]
+        pass
+
+    loaded.model.__class__ = Derived
+    pool = KVCache(loaded.layout, 1, loaded.device).data
+    assert load_decode_step(dataclasses.replace(loaded), pool, load_decode_kernel()) is None

@@ -1,0 +1,205 @@
+"""A whole decode step by one call of our kernel, for models whose structure it knows: Llama and its kin, in bfloat16.
+
+Between two layers of modules a step of few rows waits for Python and for threads more than for memory. What the kernel
+(native/decode_step.c) makes of a model is compared with the model's own modules when it is loaded; where it is not the
+same up to rounding, the modules do the work.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
+
+from worker.attention.cpu import CpuAttention
+from worker.attention.decode_kernel import DecodeKernel, DecodePlan
+from worker.attention.paged import AttentionStep, Run, Span
+from worker.model.linear_cpu import Linear, NativeLinear
+from worker.model.load import LoadedModel
+from worker.native.build import NativeUnavailable, load_native
+
+_log = structlog.get_logger(__name__)
+
+_MODELS: Final = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+"""Exactly these: what is derived from them may compute something else."""
+_WIDEST_HEAD: Final = 512
+"""WIDEST_HEAD in the source."""
+_MAX_ERROR: Final = 0.05
+"""Of logits, keys and values, relative. Sums taken in another order make a hundredth, a wrong structure about 1."""
+_TRIED_AT: Final = (0, 5, 40)
+"""Positions of the rows that are compared."""
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` in the source."""
+
+    _fields_ = (
+        ("attention_in", Linear * 3),
+        *[(name, Linear) for name in ("attention_out", "gate", "up", "down")],
+        *[(name, ctypes.c_void_p) for name in ("before_attention", "before_mlp", "query_norm", "key_norm")],
+        *[(name, ctypes.c_void_p) for name in ("keys", "values")],
+        *[(name, ctypes.c_float) for name in ("scaling", "epsilon", "query_epsilon", "key_epsilon")],
+    )
+
+
+class _Model(ctypes.Structure):
+    """`Model` in the source."""
+
+    _fields_ = (
+        *(("layers", ctypes.c_void_p), ("head", Linear), ("last_norm", ctypes.c_void_p)),
+        *[(name, ctypes.c_int64) for name in ("num_layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim")],
+        *(("kv_head_stride", ctypes.c_int64), ("last_epsilon", ctypes.c_float)),
+    )
+
+
+class _Batch(ctypes.Structure):
+    """`Batch` in the source."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("attention", "slots", "cos", "sin", "wanted", "hidden", "normed")],
+        *[(name, ctypes.c_void_p) for name in ("parts", "attended", "gated", "logits")],
+        *[(name, ctypes.c_int64) for name in ("rows", "num_wanted", "num_threads")],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The decoding sequences of a step, one token of each."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    """Where each row's key and value go. All three are [rows], int64."""
+    wanted: torch.Tensor
+    """Rows that logits are for, int64."""
+    spans: Sequence[Span]
+
+
+class DecodeStep:
+    """Runs rows of decoding sequences through a model. Used by one thread."""
+
+    def __init__(self, loaded: LoadedModel, pool: torch.Tensor, library: ctypes.CDLL, kernel: DecodeKernel) -> None:
+        """`pool` is KVCache.data. Raises NativeUnavailable where the model is none that the kernel knows."""
+        _refuse(loaded, pool, kernel)
+        self._loaded, self._pool, self._kernel = loaded, pool, kernel
+        self._function = library.decode_step
+        self._function.argtypes, self._function.restype = (ctypes.POINTER(_Model), ctypes.POINTER(_Batch)), None
+        inner = loaded.model.model
+        self._layers = (_Layer * len(inner.layers))(*map(_layer, inner.layers, pool))
+        self._widths = _widths(loaded)
+        self._model = _Model(
+            *(ctypes.addressof(self._layers), loaded.model.lm_head.layer, inner.norm.weight.data_ptr()),
+            *(len(inner.layers), self._widths[0], self._widths[3]),
+            *(loaded.attends.num_heads, loaded.attends.kv_heads, loaded.attends.head_dim),
+            *(pool.stride(2), inner.norm.variance_epsilon),
+        )
+        self._scratch: list[torch.Tensor] = []
+
+    def run(self, rows: Rows) -> torch.Tensor:
+        """Write the rows' KV. Returns logits [wanted, vocab], bfloat16."""
+        inner, num_rows = self._loaded.model.model, len(rows.spans)
+        hidden = inner.embed_tokens(rows.ids)
+        cos, sin = (part[0].contiguous() for part in inner.rotary_emb(hidden, position_ids=rows.positions[None]))
+        plans = self._plans(rows.spans)
+        steps = (ctypes.c_void_p * len(self._layers))(
+            *(ctypes.addressof(plans[window].step) for window in self._loaded.attends.windows)  # type: ignore[arg-type]
+        )
+        if not self._scratch or len(self._scratch[0]) < num_rows:
+            self._scratch = [hidden.new_empty(num_rows, width) for width in self._widths]
+        logits = hidden.new_empty(len(rows.wanted), self._model.head.outputs)
+        batch = _Batch(
+            ctypes.addressof(steps),
+            *(part.data_ptr() for part in (rows.slots, cos, sin, rows.wanted, hidden, *self._scratch, logits)),
+            *(num_rows, len(rows.wanted), torch.get_num_threads()),
+        )
+        self._function(self._model, batch)
+        return logits
+
+    def _plans(self, spans: Sequence[Span]) -> dict[int | None, DecodePlan]:
+        """By window."""
+        attends = self._loaded.attends
+        plans = {window: self._kernel.plan(spans, window) for window in set(attends.windows)}
+        for plan in plans.values():
+            self._kernel.prepare(plan, attends.num_heads, self._pool[0, 0])
+        return plans
+
+
+def load_decode_step(loaded: LoadedModel, pool: torch.Tensor, kernel: DecodeKernel | None) -> DecodeStep | None:
+    """None where there is no kernel for this model to be had here; the log says why."""
+    try:
+        if kernel is None:
+            raise NativeUnavailable("it needs the decode kernel")
+        library = load_native()
+        _check(loaded, library, kernel)
+        return DecodeStep(loaded, pool, library, kernel)
+    except (NativeUnavailable, AttributeError) as error:
+        _log.info("decode_step_unavailable", reason=str(error), instead="the model's modules")
+        return None
+
+
+def _refuse(loaded: LoadedModel, pool: torch.Tensor, kernel: DecodeKernel) -> None:
+    model, attends = loaded.model, loaded.attends
+    if type(model) not in _MODELS or model.config.hidden_act != "silu":
+        raise NativeUnavailable(f"{type(model).__name__} with {model.config.hidden_act} is none that it knows")
+    if pool.dtype != torch.bfloat16 or not kernel.serves(pool) or attends.head_dim > _WIDEST_HEAD:
+        raise NativeUnavailable(f"it can't serve heads of {attends.head_dim} in {pool.dtype}")
+    if others := [name for name, module in _linears(model).items() if type(module) is not NativeLinear]:
+        raise NativeUnavailable(f"{', '.join(others)} are none of its linear layers")
+    if any(parameter.dtype != torch.bfloat16 for parameter in model.parameters()):
+        raise NativeUnavailable("not all of the model is bfloat16")
+
+
+def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    known = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+    return {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in known}
+
+
+def _layer(module: Any, pool: torch.Tensor) -> _Layer:
+    """`module` is one of the model's layers, `pool` that layer's KV."""
+    attention, mlp = module.self_attn, module.mlp
+    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    return _Layer(
+        (Linear * 3)(attention.q_proj.layer, attention.k_proj.layer, attention.v_proj.layer),
+        *(attention.o_proj.layer, mlp.gate_proj.layer, mlp.up_proj.layer, mlp.down_proj.layer),
+        *(module.input_layernorm.weight.data_ptr(), module.post_attention_layernorm.weight.data_ptr()),
+        *(norm.weight.data_ptr() if norm is not None else None for norm in (query_norm, key_norm)),
+        *(pool[0].data_ptr(), pool[1].data_ptr(), attention.scaling, module.input_layernorm.variance_epsilon),
+        *(norm.variance_epsilon if norm is not None else 0.0 for norm in (query_norm, key_norm)),
+    )
+
+
+def _widths(loaded: LoadedModel) -> tuple[int, int, int, int]:
+    """Of a row of the scratch: normed, parts, attended, gated."""
+    attends, mlp = loaded.attends, loaded.model.model.layers[0].mlp
+    heads = attends.num_heads + 2 * attends.kv_heads
+    return (
+        mlp.gate_proj.in_features,
+        heads * attends.head_dim,
+        attends.num_heads * attends.head_dim,
+        mlp.gate_proj.out_features,
+    )
+
+
+def _check(loaded: LoadedModel, library: ctypes.CDLL, kernel: DecodeKernel) -> None:
+    """Run a few rows over random KV through the kernel and through the modules, and compare logits and KV."""
+    attends, generator = loaded.attends, torch.Generator().manual_seed(0)
+    room = max(_TRIED_AT) + 1
+    shape = (attends.num_layers, 2, attends.kv_heads, len(_TRIED_AT) * room, attends.head_dim)
+    pool = torch.randn(shape, generator=generator).bfloat16()
+    spans = [Span(row, 1, at, (Run(0, row * room, at + 1),)) for row, at in enumerate(_TRIED_AT)]
+    positions = torch.tensor(_TRIED_AT)
+    numbers = torch.arange(len(_TRIED_AT))
+    rows = Rows((numbers * 37 + 11) % loaded.vocab_size, positions, numbers * room + positions, numbers, spans)
+    other = pool.clone()
+    with torch.inference_mode():
+        ours = DecodeStep(loaded, pool, library, kernel).run(rows)
+        step = AttentionStep(CpuAttention(other, kernel), other, spans, rows.slots)
+        theirs = loaded.model(input_ids=rows.ids[None], position_ids=positions[None], use_cache=False, step=step)
+    for one, wanted in ((ours, theirs.logits[0]), (pool[:, :, :, rows.slots], other[:, :, :, rows.slots])):
+        distance = float((one.float() - wanted.float()).norm() / wanted.float().norm())
+        if not distance <= _MAX_ERROR:  # NaN fails too
+            raise NativeUnavailable(f"it computes something else than the modules (relative error {distance:.2g})")
