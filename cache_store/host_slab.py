@@ -26,9 +26,10 @@ log = structlog.get_logger(__name__)
 _MAGIC, _VERSION = b"RKSLAB\x00\x01", 1
 _HEADER = struct.Struct("<8sIIQQ16s")
 """magic, version, block bytes, slots, where the slots begin, model. Its xxh3_64 follows."""
-_RECORD = struct.Struct("<16sQIIBB6x")
-"""block, payload's xxh3_64, payload bytes, tokens, codec, codec's version. The record's own xxh3_64 follows, which
-covers the slot's number too; then the tick of the last use, which nothing covers: it is written alone."""
+_RECORD = struct.Struct("<17sBQIIBB4x")
+"""block and its length (17 where its name is marked), payload's xxh3_64, payload bytes, tokens, codec, codec's version.
+The record's own xxh3_64 follows, which covers the slot's number too; then the tick of the last use, which nothing
+covers: it is written alone."""
 _U64 = struct.Struct("<Q")
 _TICK_AT = _RECORD.size + _U64.size
 _RECORD_BYTES = 64
@@ -142,11 +143,11 @@ class Slab:
         fields = bytes(self._records[at : at + _RECORD.size])
         if _U64.unpack_from(self._records, at + _RECORD.size)[0] != _checksum(number, fields):
             return None  # never written, erased, or not written to its end
-        block, checksum, num_bytes, num_tokens, codec_id, codec_version = _RECORD.unpack(fields)
+        block, block_bytes, checksum, num_bytes, num_tokens, codec_id, codec_version = _RECORD.unpack(fields)
         codec = find(codec_id, codec_version)
         if codec is None or not 0 < num_bytes <= self.block_bytes:
             return None  # another version of this program wrote it
-        return Record(BlockHash(block), num_tokens, Encoding(codec, num_bytes, checksum))
+        return Record(BlockHash(block[:block_bytes]), num_tokens, Encoding(codec, num_bytes, checksum))
 
 
 def open_slab(folder: Path | None, model: bytes, *, capacity_bytes: int, block_bytes: int) -> Slab:
@@ -188,7 +189,9 @@ def _file_bytes(num_slots: int, block_bytes: int) -> int:
 def _fields(record: Record) -> bytes:
     codec, num_bytes, checksum = record.encoding
     assert checksum is not None
-    return _RECORD.pack(record.block, checksum, num_bytes, record.num_tokens, codec.id, codec.version)
+    return _RECORD.pack(
+        record.block, len(record.block), checksum, num_bytes, record.num_tokens, codec.id, codec.version
+    )
 
 
 def _checksum(number: int, fields: bytes) -> int:
