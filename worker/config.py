@@ -56,9 +56,8 @@ class WorkerConfig:
     """How missing KV is had: load (wait for it), compute (never wait), or auto: whatever is expected to be faster, or
     both at once, by what this worker has measured of itself."""
 
-    restore_plan: str = "auto"
-    """How missing KV is had: load (wait for it), compute (never wait), or auto: whatever is expected to be faster, or
-    both at once, by what this worker has measured of itself."""
+    self_measure_s: float = 1.0
+    """How long a worker may measure itself before it starts, for restore_plan auto; 0 learns from requests alone."""
 
     store_queue_bytes: int = 256 << 20
     """Blocks waiting to be written to Redis; what comes on top is dropped (and counted)."""
@@ -115,8 +114,6 @@ class WorkerConfig:
             raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
         if self.restore_plan not in ("auto", "load", "compute"):
             raise ConfigError(f"restore_plan must be auto, load or compute, got {self.restore_plan!r}")
-        if self.restore_plan not in ("auto", "load", "compute"):
-            raise ConfigError(f"restore_plan must be auto, load or compute, got {self.restore_plan!r}")
         for name in ("max_step_tokens", "max_running", "redis_timeout_s", "restore_timeout_s", "store_queue_bytes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -127,6 +124,7 @@ class WorkerConfig:
             "cpu_threads",
             "metrics_port",
             "block_ttl_s",
+            "self_measure_s",
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -13,6 +13,7 @@ from worker.engine.planner import ComputeAll, CostPlanner, LoadAll, Planner
 from worker.engine.pool import BlockPool
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Scheduler
+from worker.engine.self_measure import measure_prefill, measure_store
 from worker.engine.stepper import Stepper
 from worker.model.load import LoadedModel, load_model
 from worker.model.runner import ModelRunner
@@ -54,9 +55,12 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
     cost_model = CostModel(max_prefill_tokens=config.max_prefill_tokens)
     planner = _planner(config.restore_plan, cost_model, tiers)
     scheduler = Scheduler(tables, planner, auditor, block_tokens=block_tokens, max_running=config.max_running)
+    runner = ModelRunner(loaded, tiers.device)
+    if config.restore_plan == "auto" and config.self_measure_s:
+        _measure(config.self_measure_s, runner, cost_model, tiers)
     stepper = Stepper(
         scheduler,
-        ModelRunner(loaded, tiers.device),
+        runner,
         sampler,
         auditor,
         cost_model,
@@ -75,6 +79,20 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         post=inbox.post,
     )
     return Engine(config, loaded, tiers, inbox, pool, sampler, auditor, scheduler, stepper, histories)
+
+
+def _measure(within_s: float, runner: ModelRunner, cost_model: CostModel, tiers: Tiers) -> None:
+    """Give three parts of the time to the model, one to the store."""
+    layout = tiers.device.layout
+    measure_prefill(
+        runner,
+        cost_model,
+        num_blocks=tiers.device.num_blocks,
+        block_tokens=layout.block_tokens,
+        within_s=0.75 * within_s,
+    )
+    if tiers.store is not None and tiers.store.available():
+        measure_store(tiers.store, layout, tiers.transfers, within_s=0.25 * within_s)
 
 
 def _planner(name: str, cost_model: CostModel, tiers: Tiers) -> Planner:

@@ -10,8 +10,11 @@ _Vector = npt.NDArray[np.float64]
 
 _ANCHOR = 0.02
 """What the anchor weighs beside one observation of typical size."""
+_FORGET_SLOWNESS = 0.5
+"""What is less than half of what was expected halves the past: among sums of what was slow it would not be seen."""
+_TRUSTED = 4
 _MOST = 8.0
-"""An observation counts as at most so many times what was expected: one stall does not drown the rest."""
+"""After the first few, an observation counts as at most so many times what was expected: one stall is only one."""
 
 
 class Fit:
@@ -27,6 +30,7 @@ class Fit:
         self._forget = forget
         self._squares = np.zeros((len(start), len(start)))  # of features in typical sizes
         self._products = np.zeros(len(start))
+        self._num_seen = 0
         self._scale = 1.0  # seconds, say: what weight 1 belongs to
         self._start = np.asarray(start, dtype=np.float64)
         self._solved: _Vector | None = self._start
@@ -41,11 +45,17 @@ class Fit:
         return float(self.coefficients @ np.asarray(x))
 
     def observe(self, x: Sequence[float], y: float, *, weight: float = 1.0) -> None:
-        y = min(y, _MOST * self.predict(x))
+        forget = self._forget
+        if self._num_seen >= _TRUSTED:
+            expected = self.predict(x)
+            y = min(y, _MOST * expected)
+            if y < expected / 2:
+                forget = min(forget, _FORGET_SLOWNESS)
+        self._num_seen += 1
         scaled = np.asarray(x) / self._typical
-        self._squares = self._forget * self._squares + weight * np.outer(scaled, scaled)
-        self._products = self._forget * self._products + weight * y * scaled
-        self._scale = self._forget * self._scale + (1 - self._forget) * weight
+        self._squares = forget * self._squares + weight * np.outer(scaled, scaled)
+        self._products = forget * self._products + weight * y * scaled
+        self._scale = forget * self._scale + (1 - forget) * weight
         self._solved = None
 
     def anchor(self) -> None:

@@ -81,12 +81,13 @@ class CostPlanner:
         self, request: Request, restoring: Restoring, numbers: list[int], ahead: Iterable[Request], wait_s: float
     ) -> Meeting:
         blocks = [restoring.asked[number] for number in numbers]
+        block_s = {tier: self._transfers.block_s(tier, request.call.codec) for tier in {block.tier for block in blocks}}
         has_hit = any(state is State.LANDED for state in restoring.claims.states())
         coming = [
             Coming(
                 restoring.span_of(block.want),
                 # What is only hoped for is most likely nowhere, and that is answered at once.
-                self._transfers.block_s(block.tier, request.call.codec) if block.is_believed or has_hit else 0.0,
+                block_s[block.tier] if block.is_believed or has_hit else 0.0,
             )
             for block in blocks
         ]

@@ -1,0 +1,226 @@
+"""What the planner expects of a restore: learned costs, and where computing and loading meet."""
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.engine.cost_model import CostModel
+from worker.engine.fit import Fit
+from worker.engine.plan import Span, joined
+from worker.engine.restore_plan import Coming, meet
+from worker.tiers.moves import Tier
+from worker.tiers.transfer_costs import TransferCosts
+
+MIB = 1 << 20
+
+
+def test_coefficients_are_found_from_noisy_observations() -> None:
+    numbers = random.Random(1)
+    fit = Fit((1.0, 1.0), (1.0, 100.0), forget=0.98)
+    for _ in range(200):
+        x = (1.0, numbers.uniform(1, 200))
+        fit.observe(x, (3 + 0.5 * x[1]) * numbers.uniform(0.9, 1.1))
+    step, slope = fit.coefficients
+    assert slope == pytest.approx(0.5, rel=0.1)
+    assert step == pytest.approx(3, abs=3)
+
+
+def test_no_coefficient_is_negative_and_the_others_are_the_best_without_it() -> None:
+    fit = Fit((1.0, 1.0), (1.0, 10.0), forget=0.9)
+    for size in (10.0, 20.0, 30.0, 40.0):
+        fit.observe((1.0, size), 2 * size - 10)
+    step, slope = fit.coefficients
+    weighed = [(0.9**age, size) for age, size in enumerate((40.0, 30.0, 20.0, 10.0))]
+    best = sum(w * size * (2 * size - 10) for w, size in weighed) / sum(w * size * size for w, size in weighed)
+    assert step == 0
+    assert slope == pytest.approx(best, rel=0.01)
+
+
+def test_what_nothing_was_seen_of_stays_where_it_was_anchored() -> None:
+    fit = Fit((5.0, 7.0), (1.0, 1.0), forget=0.9)
+    assert list(fit.coefficients) == [5, 7]
+    for _ in range(50):
+        fit.observe((1.0, 0.0), 2.0)
+    assert fit.coefficients[0] == pytest.approx(2, rel=0.01)
+    assert fit.coefficients[1] == pytest.approx(7)
+    fit.anchor()
+    assert fit.predict((1.0, 1.0)) == pytest.approx(9, rel=0.01)
+
+
+def test_one_stall_moves_an_estimate_little_and_many_move_it_wholly() -> None:
+    fit = Fit((1.0,), (1.0,), forget=0.85)
+    for _ in range(20):
+        fit.observe((1.0,), 1.0)
+    fit.observe((1.0,), 1000.0)
+    assert 1 < fit.predict((1.0,)) < 2.5
+    for _ in range(40):
+        fit.observe((1.0,), 1000.0)
+    assert fit.predict((1.0,)) == pytest.approx(1000, rel=0.05)
+
+
+def test_recovery_is_believed_within_a_few_observations() -> None:
+    fit = Fit((1.0,), (1.0,), forget=0.85)
+    for _ in range(20):
+        fit.observe((1.0,), 100.0)
+    for _ in range(8):
+        fit.observe((1.0,), 1.0)
+    assert fit.predict((1.0,)) < 3
+
+
+def seconds(span: Span, *, chunk: int = 2048) -> float:
+    return (
+        0.01 * math.ceil(span.tokens / chunk) + 4e-4 * span.tokens + 2e-7 * span.tokens * (span.start + span.tokens / 2)
+    )
+
+
+def test_prefill_is_predicted_for_shapes_that_were_never_run() -> None:
+    model = CostModel(max_prefill_tokens=2048)
+    numbers = random.Random(2)
+    for _ in range(60):
+        spans = [Span(start, start + numbers.randrange(1, 600)) for start in (0, numbers.randrange(0, 2000))]
+        cost = sum(seconds(span) for span in spans) - 0.01 * (len(spans) - 1)
+        model.ran(spans, cost * numbers.uniform(0.95, 1.05))
+    for span in (Span(0, 128), Span(0, 2048), Span(4000, 4032), Span(0, 8192)):
+        assert model.prefill_s(span) == pytest.approx(seconds(span), rel=0.2)
+    assert model.prefill_s(Span(7, 7)) == 0
+    assert 30 < model.worthwhile_tokens < 500
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def land(costs: TransferCosts, clock: Clock, block_s: list[float], num_bytes: int = MIB) -> None:
+    """Blocks with two in flight, as a store reads them."""
+    for place, pause_s in enumerate(block_s):
+        if place == 0:
+            costs.asked(Tier.REDIS)
+        if place + 1 < len(block_s):
+            costs.asked(Tier.REDIS)
+        clock.now_s += pause_s
+        costs.ended(Tier.REDIS, num_bytes)
+
+
+def test_latency_and_rate_are_told_apart() -> None:
+    clock = Clock()
+    costs = TransferCosts(MIB, now=clock)
+    for _ in range(6):
+        land(costs, clock, [0.025, *[0.005] * 7])
+    assert costs.latency_s(Tier.REDIS) == pytest.approx(0.02, rel=0.1)
+    assert costs.block_s(Tier.REDIS, "raw") == pytest.approx(0.005, rel=0.1)
+
+
+def test_a_codecs_decoding_counts_where_it_takes_longer_than_the_transfer() -> None:
+    clock = Clock()
+    costs = TransferCosts(MIB, now=clock)
+    land(costs, clock, [0.004] * 20, num_bytes=MIB // 2)
+    costs.decoded("int8", MIB // 2, 0.010)
+    costs.decoded("raw", MIB, 0.001)
+    assert costs.block_s(Tier.REDIS, "int8") == pytest.approx(0.010)
+    assert costs.block_s(Tier.REDIS, "raw") == pytest.approx(0.008, rel=0.2)
+    assert costs.block_s(Tier.HOST, "raw") == pytest.approx(0.001)
+    assert costs.latency_s(Tier.HOST) == 0
+
+
+def test_a_tier_that_was_not_heard_of_for_long_is_due_for_a_probe_once() -> None:
+    clock = Clock()
+    costs = TransferCosts(MIB, now=clock)
+    land(costs, clock, [0.001])
+    assert not costs.is_due_for_probe(Tier.REDIS)
+    clock.now_s += 11
+    assert costs.is_due_for_probe(Tier.REDIS)
+    assert not costs.is_due_for_probe(Tier.REDIS)
+    clock.now_s += 11
+    costs.asked(Tier.REDIS)
+    assert not costs.is_due_for_probe(Tier.REDIS), "it is being heard of"
+
+
+def test_an_answer_that_says_nothing_of_the_rate_changes_none() -> None:
+    clock = Clock()
+    costs = TransferCosts(MIB, now=clock)
+    land(costs, clock, [0.001] * 20)
+    before = costs.block_s(Tier.REDIS, "raw")
+    costs.asked(Tier.REDIS)
+    clock.now_s += 50
+    costs.ended(Tier.REDIS, None)
+    assert costs.block_s(Tier.REDIS, "raw") == before
+
+
+def blocks(count: int, load_s: float, size: int = 16) -> list[Coming]:
+    return [Coming(Span(index * size, (index + 1) * size), load_s) for index in range(count)]
+
+
+def linear(span: Span) -> float:
+    return max(0, span.tokens) * 1e-3
+
+
+LAST = Span(64 * 16, 64 * 16 + 10)
+
+
+def test_what_loads_fast_is_loaded_alone() -> None:
+    plan = meet(blocks(64, 1e-5), LAST, linear, busy_s=0, wait_s=1e-3)
+    assert plan.num_computed == 0
+    assert plan.predicted_s == pytest.approx(64e-5 + 1e-3 + 0.010)
+
+
+def test_what_loads_too_slowly_is_computed_in_one_piece() -> None:
+    plan = meet(blocks(64, 5.0), LAST, linear, busy_s=0, wait_s=0)
+    assert plan.num_computed == 64
+    assert plan.predicted_s == pytest.approx(linear(Span(0, LAST.end)))
+
+
+def test_where_both_take_equally_long_they_meet_in_the_middle_in_half_the_time() -> None:
+    plan = meet(blocks(64, 0.016), LAST, linear, busy_s=0, wait_s=0)
+    assert plan.num_computed == 32
+    assert plan.predicted_s == pytest.approx(0.512 + 0.010)
+
+
+def test_a_busy_accelerator_moves_the_meeting_point_to_the_front() -> None:
+    idle = meet(blocks(64, 0.016), LAST, linear, busy_s=0, wait_s=0).num_computed
+    busy = meet(blocks(64, 0.016), LAST, linear, busy_s=0.5, wait_s=0).num_computed
+    assert 0 < busy < idle
+
+
+def test_the_longer_blocks_are_waited_for_the_more_is_computed() -> None:
+    computed = [
+        meet(blocks(64, 0.004), LAST, linear, busy_s=0, wait_s=wait_s).num_computed for wait_s in (0, 0.1, 0.4, 2)
+    ]
+    assert computed == sorted(computed)
+    assert computed[-1] == 64
+
+
+@given(
+    count=st.integers(1, 40),
+    load_s=st.floats(1e-5, 1.0),
+    token_s=st.floats(1e-5, 0.1),
+    busy_s=st.floats(0, 1),
+    wait_s=st.floats(0, 1),
+)
+def test_no_other_meeting_point_is_much_better(
+    count: int, load_s: float, token_s: float, busy_s: float, wait_s: float
+) -> None:
+    def prefill_s(span: Span) -> float:
+        return 1e-3 + token_s * span.tokens if span.tokens > 0 else 0.0
+
+    coming, last = blocks(count, load_s), Span(count * 16, count * 16 + 5)
+
+    def total(num: int) -> float:
+        if num == count:
+            return busy_s + prefill_s(Span(0, last.end))
+        return max(busy_s + prefill_s(Span(0, num * 16)), wait_s + (count - num) * load_s) + prefill_s(last)
+
+    plan = meet(coming, last, prefill_s, busy_s=busy_s, wait_s=wait_s)
+    assert plan.predicted_s == pytest.approx(total(plan.num_computed))
+    assert plan.predicted_s <= min(map(total, range(count + 1))) / 0.95 + 1e-9
+
+
+def test_spans_that_touch_become_one() -> None:
+    assert joined([Span(0, 3), Span(3, 5), Span(7, 9)]) == [Span(0, 5), Span(7, 9)]
+    assert joined([]) == []
