@@ -101,9 +101,7 @@ static void decode_values(const Block *b, int64_t row, uint16_t *out) {
     }
 }
 
-/* False for a head that is larger than any that there is room for. */
-int dequantize(const Block *b) {
-    if (b->dim > MAX_DIM) return 0;
+void dequantize(const Block *b) {
     int64_t sinks = b->num_sinks * b->dim;
     for (int64_t row = 0; row < b->layers * b->heads; row++) {
         uint16_t *keys = b->out + row / b->heads * b->layer_stride + row % b->heads * b->head_stride;
@@ -113,5 +111,4 @@ int dequantize(const Block *b) {
         memcpy(keys, b->sinks + 2 * (2 * row) * sinks, 2 * sinks);
         memcpy(values, b->sinks + 2 * (2 * row + 1) * sinks, 2 * sinks);
     }
-    return 1;
 }

@@ -16,6 +16,7 @@ from cache_store.codecs import INT4, INT8, K8V4, CodecInfo
 from cache_store.errors import BlockForeign
 from cache_store.layout import KVLayout
 from worker.tiers.codecs.codec import beside_the_model, pieces
+from worker.tiers.codecs.dequantize import Dequantizer
 from worker.tiers.codecs.entropy import pack, unpack
 from worker.tiers.codecs.exact import RawCodec
 from worker.tiers.codecs.form import HEADER_BYTES, Form, Parts
@@ -35,12 +36,21 @@ _NIBBLES = {INT8: (False, False), K8V4: (False, True), INT4: (True, True)}
 class QuantizedCodec:
     """Codes full blocks only: no token is encoded twice."""
 
-    def __init__(self, info: CodecInfo, layout: KVLayout, rope: Rope | None, device: torch.device) -> None:
-        """`rope` is None where the model's keys can't be taken back to position 0: they are coded as they are."""
+    def __init__(
+        self,
+        info: CodecInfo,
+        layout: KVLayout,
+        rope: Rope | None,
+        device: torch.device,
+        dequantizer: Dequantizer | None = None,
+    ) -> None:
+        """`rope` is None where the model's keys can't be taken back to position 0: they are coded as they are.
+        `dequantizer` decodes what it serves."""
         assert info in _NIBBLES
         self.info = info
         self._layout, self._rope, self._device = layout, rope, device
         self._raw = RawCodec(layout, device)
+        self._dequantizer = dequantizer
         keys, values = _NIBBLES[info]
         self._later, self._first = (
             Form(layout, nibble_keys=keys, nibble_values=values, has_sinks=has_sinks) for has_sinks in (False, True)
@@ -81,6 +91,9 @@ class QuantizedCodec:
         if plain[0] > _UNTURNED or (plain[0] and self._rope is None):
             raise BlockForeign("keys were taken back to position 0 in a way that is not known here")
         turn = self._turn(first_position) if plain[0] else None
+        if self._dequantizer is not None and self._dequantizer.serves(kv):
+            self._dequantizer.decode(form.open(plain), form, turn, kv)
+            return
         with beside_the_model(self._device):
             parts = form.open(plain.to(self._device))
             for layers, heads in pieces(self._layout, self._device):
