@@ -17,10 +17,10 @@ import xxhash
 
 from cache_store.errors import BlockCorrupt, BlockForeign
 from cache_store.frame import HEADER_BYTES, Framer, check_payload
-from cache_store.ids import BlockHash
+from cache_store.ids import DIGEST_BYTES, LADDER_MARK, BlockHash
 from cache_store.store import Encoding, Fetch, Store
 
-_NAME = re.compile(r"[0-9a-f]{32}")
+_NAME = re.compile(rf"(?:[0-9a-f]{{2}}){{{DIGEST_BYTES}}}(?:{LADDER_MARK.hex()})?")
 _PIECE_BYTES = 256 * 1024
 """Read at once: what was read is still in the processor's caches when its checksum is computed."""
 

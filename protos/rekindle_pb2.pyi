@@ -40,6 +40,7 @@ class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TIER_DEVICE: _ClassVar[Tier]
     TIER_HOST: _ClassVar[Tier]
     TIER_REDIS: _ClassVar[Tier]
+    TIER_DISK: _ClassVar[Tier]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_EOS: FinishReason
 FINISH_REASON_STOP: FinishReason
@@ -62,6 +63,7 @@ TIER_UNSPECIFIED: Tier
 TIER_DEVICE: Tier
 TIER_HOST: Tier
 TIER_REDIS: Tier
+TIER_DISK: Tier
 
 class GenerateRequest(_message.Message):
     __slots__ = ("session_id", "text", "chat", "tokens", "sampling", "audit")
@@ -192,7 +194,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., input_tokens: _Optional[int] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("device_tokens", "host_tokens", "redis_tokens", "computed_tokens", "misses", "restored_bytes", "queue_ms", "restore_ms", "prefill_ms", "decode_ms", "ttft_ms", "worker_id", "audit", "plan")
+    __slots__ = ("device_tokens", "host_tokens", "redis_tokens", "computed_tokens", "misses", "restored_bytes", "queue_ms", "restore_ms", "prefill_ms", "decode_ms", "ttft_ms", "worker_id", "audit", "plan", "disk_tokens")
     DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REDIS_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +209,7 @@ class Receipt(_message.Message):
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     AUDIT_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    DISK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     device_tokens: int
     host_tokens: int
     redis_tokens: int
@@ -221,7 +224,8 @@ class Receipt(_message.Message):
     worker_id: str
     audit: Audit
     plan: RestorePlan
-    def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., misses: _Optional[_Iterable[_Union[Miss, _Mapping]]] = ..., restored_bytes: _Optional[int] = ..., queue_ms: _Optional[float] = ..., restore_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., worker_id: _Optional[str] = ..., audit: _Optional[_Union[Audit, _Mapping]] = ..., plan: _Optional[_Union[RestorePlan, _Mapping]] = ...) -> None: ...
+    disk_tokens: int
+    def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., misses: _Optional[_Iterable[_Union[Miss, _Mapping]]] = ..., restored_bytes: _Optional[int] = ..., queue_ms: _Optional[float] = ..., restore_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., worker_id: _Optional[str] = ..., audit: _Optional[_Union[Audit, _Mapping]] = ..., plan: _Optional[_Union[RestorePlan, _Mapping]] = ..., disk_tokens: _Optional[int] = ...) -> None: ...
 
 class RestorePlan(_message.Message):
     __slots__ = ("kind", "predicted_ms", "actual_ms", "computed_instead_tokens")
@@ -440,7 +444,7 @@ class GetCacheStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class CacheStats(_message.Message):
-    __slots__ = ("prompt_tokens", "hit_rate", "device_hit_rate", "host_hit_rate", "redis_hit_rate", "workers", "redis")
+    __slots__ = ("prompt_tokens", "hit_rate", "device_hit_rate", "host_hit_rate", "redis_hit_rate", "workers", "redis", "disk_hit_rate")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HIT_RATE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_HIT_RATE_FIELD_NUMBER: _ClassVar[int]
@@ -448,6 +452,7 @@ class CacheStats(_message.Message):
     REDIS_HIT_RATE_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     REDIS_FIELD_NUMBER: _ClassVar[int]
+    DISK_HIT_RATE_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: TokensBySource
     hit_rate: float
     device_hit_rate: float
@@ -455,22 +460,25 @@ class CacheStats(_message.Message):
     redis_hit_rate: float
     workers: _containers.RepeatedCompositeFieldContainer[WorkerCacheStats]
     redis: RedisStats
-    def __init__(self, prompt_tokens: _Optional[_Union[TokensBySource, _Mapping]] = ..., hit_rate: _Optional[float] = ..., device_hit_rate: _Optional[float] = ..., host_hit_rate: _Optional[float] = ..., redis_hit_rate: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerCacheStats, _Mapping]]] = ..., redis: _Optional[_Union[RedisStats, _Mapping]] = ...) -> None: ...
+    disk_hit_rate: float
+    def __init__(self, prompt_tokens: _Optional[_Union[TokensBySource, _Mapping]] = ..., hit_rate: _Optional[float] = ..., device_hit_rate: _Optional[float] = ..., host_hit_rate: _Optional[float] = ..., redis_hit_rate: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerCacheStats, _Mapping]]] = ..., redis: _Optional[_Union[RedisStats, _Mapping]] = ..., disk_hit_rate: _Optional[float] = ...) -> None: ...
 
 class TokensBySource(_message.Message):
-    __slots__ = ("device", "host", "redis", "computed")
+    __slots__ = ("device", "host", "redis", "computed", "disk")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     REDIS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_FIELD_NUMBER: _ClassVar[int]
+    DISK_FIELD_NUMBER: _ClassVar[int]
     device: int
     host: int
     redis: int
     computed: int
-    def __init__(self, device: _Optional[int] = ..., host: _Optional[int] = ..., redis: _Optional[int] = ..., computed: _Optional[int] = ...) -> None: ...
+    disk: int
+    def __init__(self, device: _Optional[int] = ..., host: _Optional[int] = ..., redis: _Optional[int] = ..., computed: _Optional[int] = ..., disk: _Optional[int] = ...) -> None: ...
 
 class WorkerCacheStats(_message.Message):
-    __slots__ = ("worker_id", "model", "prompt_tokens", "device", "host", "stores_dropped", "evicted_then_needed", "running", "waiting", "block_tokens")
+    __slots__ = ("worker_id", "model", "prompt_tokens", "device", "host", "stores_dropped", "evicted_then_needed", "running", "waiting", "block_tokens", "disk")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -481,6 +489,7 @@ class WorkerCacheStats(_message.Message):
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DISK_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     model: str
     prompt_tokens: TokensBySource
@@ -491,7 +500,8 @@ class WorkerCacheStats(_message.Message):
     running: int
     waiting: int
     block_tokens: int
-    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[_Union[TokensBySource, _Mapping]] = ..., device: _Optional[_Union[TierStats, _Mapping]] = ..., host: _Optional[_Union[TierStats, _Mapping]] = ..., stores_dropped: _Optional[int] = ..., evicted_then_needed: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., block_tokens: _Optional[int] = ...) -> None: ...
+    disk: TierStats
+    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[_Union[TokensBySource, _Mapping]] = ..., device: _Optional[_Union[TierStats, _Mapping]] = ..., host: _Optional[_Union[TierStats, _Mapping]] = ..., stores_dropped: _Optional[int] = ..., evicted_then_needed: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., block_tokens: _Optional[int] = ..., disk: _Optional[_Union[TierStats, _Mapping]] = ...) -> None: ...
 
 class TierStats(_message.Message):
     __slots__ = ("blocks", "capacity_blocks", "bytes", "capacity_bytes")

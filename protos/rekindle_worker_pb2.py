@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import rekindle_pb2 as protos_dot_rekindle__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/rekindle_worker.proto\x12\x12rekindle.worker.v1\x1a\x15protos/rekindle.proto\";\n\x07History\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05\x63odec\x18\x03 \x01(\t\"\xa6\x02\n\x15WorkerGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12,\n\x07history\x18\x03 \x01(\x0b\x32\x1b.rekindle.worker.v1.History\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x16.rekindle.v1.ChatInputH\x00\x12)\n\x06tokens\x18\x06 \x01(\x0b\x32\x17.rekindle.v1.TokenInputH\x00\x12\'\n\x08sampling\x18\x07 \x01(\x0b\x32\x15.rekindle.v1.Sampling\x12\x13\n\x0b\x62lock_ttl_s\x18\x08 \x01(\x04\x12\r\n\x05\x61udit\x18\t \x01(\x08\x42\x07\n\x05input\"\x96\x01\n\x0bWorkerEvent\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1b.rekindle.worker.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.rekindle.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.rekindle.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\"\n\x07Started\x12\x17\n\x0finput_token_ids\x18\x01 \x03(\r\"c\n\x0bParkRequest\x12,\n\x07history\x18\x01 \x01(\x0b\x32\x1b.rekindle.worker.v1.History\x12\x11\n\tdrop_host\x18\x02 \x01(\x08\x12\x13\n\x0b\x62lock_ttl_s\x18\x03 \x01(\x04\"s\n\tParkReply\x12\x14\n\x0credis_tokens\x18\x01 \x01(\r\x12\x1d\n\x15\x64\x65vice_blocks_dropped\x18\x02 \x01(\r\x12\x1b\n\x13host_blocks_dropped\x18\x03 \x01(\r\x12\x14\n\x0c\x62ytes_stored\x18\x04 \x01(\x04\";\n\x0bWarmRequest\x12,\n\x07history\x18\x01 \x01(\x0b\x32\x1b.rekindle.worker.v1.History\";\n\tWarmReply\x12\x15\n\rdevice_tokens\x18\x01 \x01(\r\x12\x17\n\x0frestored_tokens\x18\x02 \x01(\r\"<\n\x0c\x46lushRequest\x12,\n\x07history\x18\x01 \x01(\x0b\x32\x1b.rekindle.worker.v1.History\"\x0c\n\nFlushReply\"Q\n\rLocateRequest\x12,\n\x07history\x18\x01 \x01(\x0b\x32\x1b.rekindle.worker.v1.History\x12\x12\n\nwith_redis\x18\x02 \x01(\x08\"O\n\x0bLocateReply\x12\x15\n\rdevice_tokens\x18\x01 \x01(\r\x12\x13\n\x0bhost_tokens\x18\x02 \x01(\r\x12\x14\n\x0credis_tokens\x18\x03 \x01(\r\"O\n\x0b\x44ropRequest\x12,\n\x07history\x18\x01 \x01(\x0b\x32\x1b.rekindle.worker.v1.History\x12\x12\n\nwith_redis\x18\x02 \x01(\x08\"M\n\tDropReply\x12\x15\n\rdevice_blocks\x18\x01 \x01(\r\x12\x13\n\x0bhost_blocks\x18\x02 \x01(\r\x12\x14\n\x0credis_blocks\x18\x03 \x01(\r\"R\n\rRetainRequest\x12,\n\x07history\x18\x01 \x01(\x0b\x32\x1b.rekindle.worker.v1.History\x12\x13\n\x0b\x62lock_ttl_s\x18\x02 \x01(\x04\"\x1d\n\x0bRetainReply\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x1f\n\x0f\x44\x65tokenizeReply\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0f\x44\x65scribeRequest\"\xa4\x01\n\rDescribeReply\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x05 \x01(\r\x12\x11\n\taccepting\x18\x06 \x01(\x08\x12\x17\n\x0fmetrics_address\x18\x07 \x01(\t\"\x11\n\x0fGetStatsRequest2\x9f\x06\n\x06Worker\x12X\n\x08Generate\x12).rekindle.worker.v1.WorkerGenerateRequest\x1a\x1f.rekindle.worker.v1.WorkerEvent0\x01\x12\x46\n\x04Park\x12\x1f.rekindle.worker.v1.ParkRequest\x1a\x1d.rekindle.worker.v1.ParkReply\x12\x46\n\x04Warm\x12\x1f.rekindle.worker.v1.WarmRequest\x1a\x1d.rekindle.worker.v1.WarmReply\x12I\n\x05\x46lush\x12 .rekindle.worker.v1.FlushRequest\x1a\x1e.rekindle.worker.v1.FlushReply\x12L\n\x06Locate\x12!.rekindle.worker.v1.LocateRequest\x1a\x1f.rekindle.worker.v1.LocateReply\x12\x46\n\x04\x44rop\x12\x1f.rekindle.worker.v1.DropRequest\x1a\x1d.rekindle.worker.v1.DropReply\x12L\n\x06Retain\x12!.rekindle.worker.v1.RetainRequest\x1a\x1f.rekindle.worker.v1.RetainReply\x12X\n\nDetokenize\x12%.rekindle.worker.v1.DetokenizeRequest\x1a#.rekindle.worker.v1.DetokenizeReply\x12R\n\x08\x44\x65scribe\x12#.rekindle.worker.v1.DescribeRequest\x1a!.rekindle.worker.v1.DescribeReply\x12N\n\x08GetStats\x12#.rekindle.worker.v1.GetStatsRequest\x1a\x1d.rekindle.v1.WorkerCacheStatsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/rekindle_worker.proto\x12\x12rekindle.worker.v1\x1a\x15protos/rekindle.proto\";\n\x07History\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05\x63odec\x18\x03 \x01(\t\"\xa6\x02\n\x15WorkerGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12,\n\x07history\x18\x03 \x01(\x0b\x32\x1b.rekindle.worker.v1.History\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x16.rekindle.v1.ChatInputH\x00\x12)\n\x06tokens\x18\x06 \x01(\x0b\x32\x17.rekindle.v1.TokenInputH\x00\x12\'\n\x08sampling\x18\x07 \x01(\x0b\x32\x15.rekindle.v1.Sampling\x12\x13\n\x0b\x62lock_ttl_s\x18\x08 \x01(\x04\x12\r\n\x05\x61udit\x18\t \x01(\x08\x42\x07\n\x05input\"\x96\x01\n\x0bWorkerEvent\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1b.rekindle.worker.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.rekindle.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.rekindle.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\"\n\x07Started\x12\x17\n\x0finput_token_ids\x18\x01 \x03(\r\"c\n\x0bParkRequest\x12,\n\x07history\x18\x01 \x01(\x0b\x32\x1b.rekindle.worker.v1.History\x12\x11\n\tdrop_host\x18\x02 \x01(\x08\x12\x13\n\x0b\x62lock_ttl_s\x18\x03 \x01(\x04\"s\n\tParkReply\x12\x14\n\x0credis_tokens\x18\x01 \x01(\r\x12\x1d\n\x15\x64\x65vice_blocks_dropped\x18\x02 \x01(\r\x12\x1b\n\x13host_blocks_dropped\x18\x03 \x01(\r\x12\x14\n\x0c\x62ytes_stored\x18\x04 \x01(\x04\";\n\x0bWarmRequest\x12,\n\x07history\x18\x01 \x01(\x0b\x32\x1b.rekindle.worker.v1.History\";\n\tWarmReply\x12\x15\n\rdevice_tokens\x18\x01 \x01(\r\x12\x17\n\x0frestored_tokens\x18\x02 \x01(\r\"<\n\x0c\x46lushRequest\x12,\n\x07history\x18\x01 \x01(\x0b\x32\x1b.rekindle.worker.v1.History\"\x0c\n\nFlushReply\"Q\n\rLocateRequest\x12,\n\x07history\x18\x01 \x01(\x0b\x32\x1b.rekindle.worker.v1.History\x12\x12\n\nwith_redis\x18\x02 \x01(\x08\"d\n\x0bLocateReply\x12\x15\n\rdevice_tokens\x18\x01 \x01(\r\x12\x13\n\x0bhost_tokens\x18\x02 \x01(\r\x12\x14\n\x0credis_tokens\x18\x03 \x01(\r\x12\x13\n\x0b\x64isk_tokens\x18\x04 \x01(\r\"O\n\x0b\x44ropRequest\x12,\n\x07history\x18\x01 \x01(\x0b\x32\x1b.rekindle.worker.v1.History\x12\x12\n\nwith_redis\x18\x02 \x01(\x08\"M\n\tDropReply\x12\x15\n\rdevice_blocks\x18\x01 \x01(\r\x12\x13\n\x0bhost_blocks\x18\x02 \x01(\r\x12\x14\n\x0credis_blocks\x18\x03 \x01(\r\"R\n\rRetainRequest\x12,\n\x07history\x18\x01 \x01(\x0b\x32\x1b.rekindle.worker.v1.History\x12\x13\n\x0b\x62lock_ttl_s\x18\x02 \x01(\x04\"\x1d\n\x0bRetainReply\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x1f\n\x0f\x44\x65tokenizeReply\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0f\x44\x65scribeRequest\"\xa4\x01\n\rDescribeReply\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x05 \x01(\r\x12\x11\n\taccepting\x18\x06 \x01(\x08\x12\x17\n\x0fmetrics_address\x18\x07 \x01(\t\"\x11\n\x0fGetStatsRequest2\x9f\x06\n\x06Worker\x12X\n\x08Generate\x12).rekindle.worker.v1.WorkerGenerateRequest\x1a\x1f.rekindle.worker.v1.WorkerEvent0\x01\x12\x46\n\x04Park\x12\x1f.rekindle.worker.v1.ParkRequest\x1a\x1d.rekindle.worker.v1.ParkReply\x12\x46\n\x04Warm\x12\x1f.rekindle.worker.v1.WarmRequest\x1a\x1d.rekindle.worker.v1.WarmReply\x12I\n\x05\x46lush\x12 .rekindle.worker.v1.FlushRequest\x1a\x1e.rekindle.worker.v1.FlushReply\x12L\n\x06Locate\x12!.rekindle.worker.v1.LocateRequest\x1a\x1f.rekindle.worker.v1.LocateReply\x12\x46\n\x04\x44rop\x12\x1f.rekindle.worker.v1.DropRequest\x1a\x1d.rekindle.worker.v1.DropReply\x12L\n\x06Retain\x12!.rekindle.worker.v1.RetainRequest\x1a\x1f.rekindle.worker.v1.RetainReply\x12X\n\nDetokenize\x12%.rekindle.worker.v1.DetokenizeRequest\x1a#.rekindle.worker.v1.DetokenizeReply\x12R\n\x08\x44\x65scribe\x12#.rekindle.worker.v1.DescribeRequest\x1a!.rekindle.worker.v1.DescribeReply\x12N\n\x08GetStats\x12#.rekindle.worker.v1.GetStatsRequest\x1a\x1d.rekindle.v1.WorkerCacheStatsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -55,25 +55,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOCATEREQUEST']._serialized_start=1038
   _globals['_LOCATEREQUEST']._serialized_end=1119
   _globals['_LOCATEREPLY']._serialized_start=1121
-  _globals['_LOCATEREPLY']._serialized_end=1200
-  _globals['_DROPREQUEST']._serialized_start=1202
-  _globals['_DROPREQUEST']._serialized_end=1281
-  _globals['_DROPREPLY']._serialized_start=1283
-  _globals['_DROPREPLY']._serialized_end=1360
-  _globals['_RETAINREQUEST']._serialized_start=1362
-  _globals['_RETAINREQUEST']._serialized_end=1444
-  _globals['_RETAINREPLY']._serialized_start=1446
-  _globals['_RETAINREPLY']._serialized_end=1475
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1477
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1515
-  _globals['_DETOKENIZEREPLY']._serialized_start=1517
-  _globals['_DETOKENIZEREPLY']._serialized_end=1548
-  _globals['_DESCRIBEREQUEST']._serialized_start=1550
-  _globals['_DESCRIBEREQUEST']._serialized_end=1567
-  _globals['_DESCRIBEREPLY']._serialized_start=1570
-  _globals['_DESCRIBEREPLY']._serialized_end=1734
-  _globals['_GETSTATSREQUEST']._serialized_start=1736
-  _globals['_GETSTATSREQUEST']._serialized_end=1753
-  _globals['_WORKER']._serialized_start=1756
-  _globals['_WORKER']._serialized_end=2555
+  _globals['_LOCATEREPLY']._serialized_end=1221
+  _globals['_DROPREQUEST']._serialized_start=1223
+  _globals['_DROPREQUEST']._serialized_end=1302
+  _globals['_DROPREPLY']._serialized_start=1304
+  _globals['_DROPREPLY']._serialized_end=1381
+  _globals['_RETAINREQUEST']._serialized_start=1383
+  _globals['_RETAINREQUEST']._serialized_end=1465
+  _globals['_RETAINREPLY']._serialized_start=1467
+  _globals['_RETAINREPLY']._serialized_end=1496
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1498
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1536
+  _globals['_DETOKENIZEREPLY']._serialized_start=1538
+  _globals['_DETOKENIZEREPLY']._serialized_end=1569
+  _globals['_DESCRIBEREQUEST']._serialized_start=1571
+  _globals['_DESCRIBEREQUEST']._serialized_end=1588
+  _globals['_DESCRIBEREPLY']._serialized_start=1591
+  _globals['_DESCRIBEREPLY']._serialized_end=1755
+  _globals['_GETSTATSREQUEST']._serialized_start=1757
+  _globals['_GETSTATSREQUEST']._serialized_end=1774
+  _globals['_WORKER']._serialized_start=1777
+  _globals['_WORKER']._serialized_end=2576
 # @@protoc_insertion_point(module_scope)

@@ -110,14 +110,16 @@ class LocateRequest(_message.Message):
     def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., with_redis: _Optional[bool] = ...) -> None: ...
 
 class LocateReply(_message.Message):
-    __slots__ = ("device_tokens", "host_tokens", "redis_tokens")
+    __slots__ = ("device_tokens", "host_tokens", "redis_tokens", "disk_tokens")
     DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REDIS_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DISK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     device_tokens: int
     host_tokens: int
     redis_tokens: int
-    def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ...) -> None: ...
+    disk_tokens: int
+    def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ..., disk_tokens: _Optional[int] = ...) -> None: ...
 
 class DropRequest(_message.Message):
     __slots__ = ("history", "with_redis")

@@ -51,6 +51,7 @@ def receipt_line(finished: pb.Finished) -> str:
         for source, tokens in (
             ("device", receipt.device_tokens),
             ("host", receipt.host_tokens),
+            ("disk", receipt.disk_tokens),
             ("redis", receipt.redis_tokens),
             ("computed", receipt.computed_tokens),
         )
@@ -117,15 +118,16 @@ def _kept(session: pb.Session) -> str:
 def stats_tables(stats: pb.CacheStats) -> list[Table]:
     """How the cache does: prompt tokens by source, the tiers of each worker, Redis."""
     sources = stats.prompt_tokens
-    tokens = Table("prompt tokens from", "device", "host", "redis", "computed", "hit rate")
+    tokens = Table("prompt tokens from", "device", "host", "disk", "redis", "computed", "hit rate")
     tokens.add_row("all workers", *_source_cells(sources), f"{stats.hit_rate:.1%}")
-    tiers = Table("worker", "device", "host", "running", "waiting", "stores dropped", "evicted, then needed")
+    tiers = Table("worker", "device", "host", "disk", "running", "waiting", "stores dropped", "evicted, then needed")
     for worker in stats.workers:
         tokens.add_row(worker.worker_id, *_source_cells(worker.prompt_tokens), "")
         tiers.add_row(
             worker.worker_id,
             _tier(worker.device),
             _tier(worker.host),
+            _tier(worker.disk),
             str(worker.running),
             str(worker.waiting),
             str(worker.stores_dropped),
@@ -140,7 +142,7 @@ def stats_tables(stats: pb.CacheStats) -> list[Table]:
 
 
 def _source_cells(tokens: pb.TokensBySource) -> list[str]:
-    return [str(tokens.device), str(tokens.host), str(tokens.redis), str(tokens.computed)]
+    return [str(tokens.device), str(tokens.host), str(tokens.disk), str(tokens.redis), str(tokens.computed)]
 
 
 def _tier(tier: pb.TierStats) -> str:

@@ -95,6 +95,8 @@ _GROUPS = {
         "device_cache_bytes",
         "host_cache_bytes",
         "host_cache_dir",
+        "disk_dir",
+        "disk_bytes",
         "codec",
         "codec_ladder",
         "audit_rate",

@@ -11,7 +11,7 @@ from protos import rekindle_pb2 as pb
 from protos.rekindle_pb2_grpc import CacheServicer
 from server.directory import Worker, WorkerDirectory
 
-_SOURCES = ("device", "host", "redis", "computed")
+_SOURCES = ("device", "host", "disk", "redis", "computed")
 
 
 class CacheService(CacheServicer):
@@ -53,9 +53,10 @@ def summed(workers: list[pb.WorkerCacheStats], redis: pb.RedisStats) -> pb.Cache
     all_tokens = max(1, sum(tokens.values()))
     return pb.CacheStats(
         prompt_tokens=pb.TokensBySource(**tokens),
-        hit_rate=(tokens["device"] + tokens["host"] + tokens["redis"]) / all_tokens,
+        hit_rate=sum(tokens[source] for source in _SOURCES if source != "computed") / all_tokens,
         device_hit_rate=tokens["device"] / all_tokens,
         host_hit_rate=tokens["host"] / all_tokens,
+        disk_hit_rate=tokens["disk"] / all_tokens,
         redis_hit_rate=tokens["redis"] / all_tokens,
         workers=workers,
         redis=redis,

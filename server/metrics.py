@@ -12,9 +12,11 @@ _TPOT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 
 
 def kind_of_turn(receipt: pb.Receipt) -> str:
-    """The coldest tier that the prompt came from: "redis", "host", "hot" (device), or "new"."""
+    """The coldest tier that the prompt came from: "redis", "disk", "host", "hot" (device), or "new"."""
     if receipt.redis_tokens:
         return "redis"
+    if receipt.disk_tokens:
+        return "disk"
     if receipt.host_tokens:
         return "host"
     return "hot" if receipt.device_tokens else "new"
@@ -54,7 +56,7 @@ class FrontMetrics:
         self._ttft.labels(kind).observe(ttft_s)
         if usage.completion_tokens > 1:
             self._tpot.labels(kind).observe(decode_s / (usage.completion_tokens - 1))
-        for source in ("device", "host", "redis", "computed"):
+        for source in ("device", "host", "disk", "redis", "computed"):
             self._prompt_tokens.labels(source).inc(getattr(receipt, f"{source}_tokens"))
         for miss in receipt.misses:
             name = pb.MissReason.Name(miss.reason).removeprefix("MISS_REASON_").lower()

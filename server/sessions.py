@@ -90,6 +90,7 @@ class SessionKeeper:
         for worker, reply in located:
             found.append(pb.Residency(tier=pb.TIER_DEVICE, worker_id=worker.worker_id, tokens=reply.device_tokens))
             found.append(pb.Residency(tier=pb.TIER_HOST, worker_id=worker.worker_id, tokens=reply.host_tokens))
+            found.append(pb.Residency(tier=pb.TIER_DISK, worker_id=worker.worker_id, tokens=reply.disk_tokens))
         redis_tokens = max((reply.redis_tokens for _, reply in located), default=0)
         found.append(pb.Residency(tier=pb.TIER_REDIS, tokens=redis_tokens))
         return [residency for residency in found if residency.tokens]
@@ -198,7 +199,7 @@ class SessionKeeper:
         """The last worker (blocks may be on their way from it), then others that hold blocks; at least one."""
         living = self._living()
         located = await self._ask_all(living, lambda worker: worker.client.locate(history_of(record), with_redis=False))
-        holding = [worker for worker, reply in located if reply.device_tokens or reply.host_tokens]
+        holding = [worker for worker, reply in located if reply.device_tokens or reply.host_tokens or reply.disk_tokens]
         last = self._directory.find(record.worker_id)
         if last is None:
             return holding or living[:1]

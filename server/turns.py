@@ -217,6 +217,7 @@ class Turns:
             kind=kind_of_turn(receipt),
             device_tokens=receipt.device_tokens,
             host_tokens=receipt.host_tokens,
+            disk_tokens=receipt.disk_tokens,
             redis_tokens=receipt.redis_tokens,
             computed_tokens=receipt.computed_tokens,
             completion_tokens=usage.completion_tokens,

@@ -136,7 +136,8 @@ class Turn:
         self.deltas = deltas
         self.finished = finished
         self.receipt = receipt = finished.receipt
-        by_source = receipt.device_tokens + receipt.host_tokens + receipt.redis_tokens + receipt.computed_tokens
+        below = receipt.host_tokens + receipt.disk_tokens + receipt.redis_tokens
+        by_source = receipt.device_tokens + below + receipt.computed_tokens
         assert by_source == finished.usage.prompt_tokens
         assert sum(miss.tokens for miss in receipt.misses) == receipt.computed_tokens
         assert finished.usage.completion_tokens == len(self.token_ids)

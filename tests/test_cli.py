@@ -189,7 +189,7 @@ def test_sessions_are_listed_shown_forked_parked_warmed_and_removed(rekindle: Ru
 
 def test_stats_are_a_table_or_one_object(rekindle: Run, address: str) -> None:
     stats = answer_of(rekindle("stats", "--json"))
-    assert stats["prompt_tokens"] == {"device": 20, "host": 40, "redis": 60, "computed": 80}
+    assert stats["prompt_tokens"] == {"device": 20, "host": 40, "disk": 0, "redis": 60, "computed": 80}
     assert stats["hit_rate"] == pytest.approx(0.6)
     said = rekindle("stats")
     assert "60.0%" in said

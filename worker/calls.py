@@ -156,6 +156,7 @@ class Receipt:
     host_tokens: int
     redis_tokens: int
     computed_tokens: int
+    disk_tokens: int = 0
     misses: dict[MissReason, int] = field(default_factory=dict)
     restored_bytes: int = 0
     queue_ms: float = 0.0
@@ -169,7 +170,7 @@ class Receipt:
     """Of a turn that asked for it and restored something, where there was room for it in time."""
 
     def check(self, prompt_tokens: int) -> None:
-        sources = self.device_tokens + self.host_tokens + self.redis_tokens + self.computed_tokens
+        sources = self.device_tokens + self.host_tokens + self.disk_tokens + self.redis_tokens + self.computed_tokens
         assert sources == prompt_tokens, f"{sources} tokens accounted for, {prompt_tokens} in the prompt"
         assert sum(self.misses.values()) == self.computed_tokens, f"{self.misses} != {self.computed_tokens} computed"
 
@@ -211,6 +212,7 @@ class Located:
     device_tokens: int
     host_tokens: int
     redis_tokens: int
+    disk_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,5 +283,10 @@ class EngineStats:
     audits: dict[str, int] = field(default_factory=dict)
     """Of turns on restored KV, by result: passed, mismatched, skipped (no room, or given up)."""
     ageing: AgeingStats = AgeingStats()
+    disk_tokens: int = 0
+    disk: TierUse = TierUse(0, 0, 0, 0)
+    local_faults: dict[str, int] = field(default_factory=dict)
+    """By kind: host_corrupt, disk_corrupt (payloads that were wrong), disk_failed (refused reads and writes), and
+    disk_dropped (blocks not written for want of time or room)."""
     prefill_s_saved: float = 0.0
     """What computing the tokens that came from a tier would have taken, at the speed of those that were computed."""

@@ -42,6 +42,12 @@ class WorkerConfig:
     /dev/shm that `rekindle serve` removes when it ends (private memory on a running Ray cluster, and for a worker
     started by itself); empty: private memory of the worker."""
 
+    disk_dir: str = ""
+    """A directory on a fast local disk for KV below host memory, found again by the next worker; needs disk_bytes."""
+
+    disk_bytes: int = 0
+    """KV that each worker keeps in disk_dir at most; 0: none."""
+
     redis_url: str = "redis://127.0.0.1:6379"
     """redis://, rediss:// or unix:// for the shared tier; redis+cluster:// or rediss+cluster:// for a Redis Cluster;
     memory:// keeps it in the worker (for tests); empty does without."""
@@ -120,6 +126,7 @@ class WorkerConfig:
         for name in (
             "device_cache_bytes",
             "host_cache_bytes",
+            "disk_bytes",
             "max_waiting",
             "cpu_threads",
             "metrics_port",
@@ -128,6 +135,10 @@ class WorkerConfig:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if bool(self.disk_dir) != bool(self.disk_bytes):
+            raise ConfigError(
+                f"disk_dir and disk_bytes go together, got disk_dir={self.disk_dir!r} and disk_bytes={self.disk_bytes}"
+            )
         try:
             parse_ladder(self.codec_ladder)
         except ValueError as error:

@@ -15,9 +15,11 @@ _TPOT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 
 
 def kind_of_turn(receipt: Receipt) -> str:
-    """The coldest tier that the prompt came from: "redis", "host", "hot" (device), or "new"."""
+    """The coldest tier that the prompt came from: "redis", "disk", "host", "hot" (device), or "new"."""
     if receipt.redis_tokens:
         return "redis"
+    if receipt.disk_tokens:
+        return "disk"
     if receipt.host_tokens:
         return "host"
     return "hot" if receipt.device_tokens else "new"
@@ -81,6 +83,7 @@ class _EngineCollector(Collector):
             {
                 "device": stats.device_tokens,
                 "host": stats.host_tokens,
+                "disk": stats.disk_tokens,
                 "redis": stats.redis_tokens,
                 "computed": stats.computed_tokens,
             },
@@ -98,7 +101,13 @@ class _EngineCollector(Collector):
             {"held": stats.host.blocks, "free": stats.host.capacity_blocks - stats.host.blocks},
         )
         yield _gauge(
-            "cache_bytes", "Bytes of KV held.", "tier", {"device": stats.device.bytes, "host": stats.host.bytes}
+            "cache_bytes",
+            "Bytes of KV held.",
+            "tier",
+            {"device": stats.device.bytes, "host": stats.host.bytes, "disk": stats.disk.bytes},
+        )
+        yield _counter(
+            "local_faults", "Blocks that host memory or disk lost or did not take.", "kind", stats.local_faults
         )
         yield _gauge("queue_requests", "Requests now.", "state", {"running": stats.running, "waiting": stats.waiting})
         yield _counter("audits", "Audits of turns on restored KV.", "result", stats.audits)

@@ -152,7 +152,10 @@ class WorkerService(WorkerServicer):
     async def Locate(self, request: wpb.LocateRequest, context: Context) -> wpb.LocateReply:
         found = await self._ask(context, request, partial(self._engine.locate, with_redis=request.with_redis))
         return wpb.LocateReply(
-            device_tokens=found.device_tokens, host_tokens=found.host_tokens, redis_tokens=found.redis_tokens
+            device_tokens=found.device_tokens,
+            host_tokens=found.host_tokens,
+            disk_tokens=found.disk_tokens,
+            redis_tokens=found.redis_tokens,
         )
 
     async def Drop(self, request: wpb.DropRequest, context: Context) -> wpb.DropReply:

@@ -151,6 +151,7 @@ def _receipt(receipt: Receipt, worker_id: str) -> pb.Receipt:
     return pb.Receipt(
         device_tokens=receipt.device_tokens,
         host_tokens=receipt.host_tokens,
+        disk_tokens=receipt.disk_tokens,
         redis_tokens=receipt.redis_tokens,
         computed_tokens=receipt.computed_tokens,
         misses=[
@@ -186,11 +187,13 @@ def stats_message(stats: EngineStats, *, worker_id: str, model: str, block_token
         prompt_tokens=pb.TokensBySource(
             device=stats.device_tokens,
             host=stats.host_tokens,
+            disk=stats.disk_tokens,
             redis=stats.redis_tokens,
             computed=stats.computed_tokens,
         ),
         device=_tier_stats(stats.device),
         host=_tier_stats(stats.host),
+        disk=_tier_stats(stats.disk),
         stores_dropped=stats.stores_dropped,
         evicted_then_needed=stats.evicted_then_needed,
         running=stats.running,

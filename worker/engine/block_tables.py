@@ -227,5 +227,5 @@ class BlockTables:
         self.distrusted.difference_update(names)
 
     def forget_restored(self, request: Request) -> None:
-        """Drop from the host tier what was distrusted while it was on its way there."""
-        self._write_behind.host.drop(request.relies_on)
+        """Drop from this machine what was distrusted while it was on its way there."""
+        self._write_behind.forget(request.relies_on)

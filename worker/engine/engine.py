@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from cache_store.codecs import RAW, fidelity_of
+from cache_store.disk_tier import DiskStats
 from cache_store.ids import root_hash
 from worker.calls import (
     AgeingStats,
@@ -153,13 +154,22 @@ class Engine:
         host = self._tiers.host.use()
         held = used.used + used.cached
         sources = scheduler.tokens_by_source
+        disk = self._tiers.disk.stats() if self._tiers.disk is not None else DiskStats(0, 0, 0, 0, 0, 0)
         return EngineStats(
             device_tokens=sources["device"],
             host_tokens=sources["host"],
+            disk_tokens=sources["disk"],
             redis_tokens=sources["redis"],
             computed_tokens=sources["computed"],
             device=TierUse(held, self._pool.num_blocks, held * block_bytes, self._pool.num_blocks * block_bytes),
             host=TierUse(host.blocks, host.capacity, host.blocks * block_bytes, host.capacity * block_bytes),
+            disk=TierUse(disk.blocks, disk.capacity_bytes // block_bytes, disk.used_bytes, disk.capacity_bytes),
+            local_faults={
+                "host_corrupt": self._tiers.host.corrupt,
+                "disk_corrupt": disk.corrupt,
+                "disk_failed": disk.failures,
+                "disk_dropped": disk.dropped,
+            },
             stores_dropped=self._tiers.write_behind.stores_dropped,
             evicted_then_needed=self._pool.evicted_then_needed,
             running=len(scheduler.running),
@@ -238,6 +248,8 @@ class Engine:
     def _check(self, settled: bool) -> None:
         self._pool.check()
         self._tiers.host.check()
+        if self._tiers.disk is not None:
+            self._tiers.disk.check()
         self._scheduler.check()
         if not self._requests and settled:
             used = self._pool.stats().used

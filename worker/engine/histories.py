@@ -60,7 +60,8 @@ class Histories:
     def park(
         self, tenant: str, tokens: Sequence[int], codec: str, drop_host: bool, ttl_s: int, future: Future[ParkReport]
     ) -> None:
-        """Have it all in the store, then leave the device (and the host tier). Drops nothing if the store fails."""
+        """Have it all in the store, then leave the device (and host memory, and the disk). Drops nothing if the store
+        fails."""
         self._store()
         wanted = self._wanted(tenant, tokens, codec)
         found = [(want, self._pool.find(want.name)) for want in wanted]
@@ -81,9 +82,13 @@ class Histories:
                 )
             )
 
-        self._later(
-            lambda: self._write_behind.park(blocks, ttl_s=ttl_s), future, parked, lambda: self._pool.release(held)
-        )
+        def park() -> tuple[set[BlockHash], int]:
+            present, num_bytes = self._write_behind.park(blocks, ttl_s=ttl_s)
+            if drop_host and self._write_behind.disk is not None:
+                self._write_behind.disk.drop(present)
+            return present, num_bytes
+
+        self._later(park, future, parked, lambda: self._pool.release(held))
 
     def warm(self, tenant: str, tokens: Sequence[int], codec: str, future: Future[WarmReport]) -> None:
         """Restore what the device lacks, as far as blocks are free, and leave it cached."""
@@ -98,7 +103,7 @@ class Histories:
         def landed() -> None:
             outcomes = claims.outcomes()
             if num_discards != self._num_discards:  # what was on its way may be what was found wrong meanwhile
-                self._write_behind.host.drop(want.name for want in missing)
+                self._write_behind.forget([want.name for want in missing])
                 outcomes = [MissReason.ABSENT] * len(missing)
             for want, target, outcome in zip(missing, targets, outcomes, strict=True):
                 if isinstance(outcome, Restored):
@@ -130,14 +135,16 @@ class Histories:
         wanted = self._wanted(tenant, tokens, codec)
         device = _tokens(wanted, [self._pool.find(want.name) is not None for want in wanted])
         host = _tokens(wanted, [self._write_behind.host.contains(want.name) for want in wanted])
+        on_disk = self._write_behind.disk.contains if self._write_behind.disk is not None else lambda _: False
+        disk = _tokens(wanted, [on_disk(want.name) for want in wanted])
         if not with_redis or self._write_behind.store is None:
-            future.set_result(Located(device, host, 0))
+            future.set_result(Located(device, host, 0, disk))
             return
         store, names = self._store(), [want.name for want in wanted]
         self._later(
             lambda: store.which(names),
             future,
-            lambda there: future.set_result(Located(device, host, _tokens(wanted, there))),
+            lambda there: future.set_result(Located(device, host, _tokens(wanted, there), disk)),
         )
 
     def drop(
@@ -148,7 +155,7 @@ class Histories:
 
         def delete() -> tuple[int, int]:
             self._write_behind.flush(names, timeout_s=_FLUSH_S)
-            host = self._write_behind.host.drop(names)
+            host = self._write_behind.forget(names)
             return host, self._store().delete(names) if with_redis and self._write_behind.store is not None else 0
 
         device = self._pool.drop(names)
@@ -162,12 +169,12 @@ class Histories:
         """
         self._num_discards += 1
         wrong = list(self._scheduler.distrust(names))
-        host, store = self._write_behind.host, self._write_behind.store
-        host.drop(wrong)
+        store = self._write_behind.store
+        self._write_behind.forget(wrong)
 
         def delete() -> None:
             self._write_behind.flush(wrong, timeout_s=_FLUSH_S)
-            host.drop(wrong)  # what was on its way there
+            self._write_behind.forget(wrong)  # what was on its way there
             if store is not None:
                 store.delete(wrong)
 

@@ -101,7 +101,7 @@ class CostPlanner:
 
     def _wait_s(self, request: Request, restoring: Restoring, coming: list[tuple[int, State]]) -> tuple[float, bool]:
         """Seconds until the blocks begin to come, and whether they are late already."""
-        tier = max((restoring.asked[number].tier for number, _ in coming), key=lambda tier: tier.value)
+        tier = max((restoring.asked[number].tier for number, _ in coming), key=self._transfers.latency_s)
         block_s = self._transfers.block_s(tier, request.call.codec)
         queued_s = self._num_queued(restoring.claims) * block_s
         first_s = self._transfers.latency_s(tier) + queued_s

@@ -129,6 +129,7 @@ class Request:
         self.receipt = Receipt(
             device_tokens=tokens[Tier.DEVICE],
             host_tokens=tokens[Tier.HOST],
+            disk_tokens=tokens[Tier.DISK],
             redis_tokens=tokens[Tier.REDIS],
             computed_tokens=sum(gap.tokens for gap in gaps),
             misses=self._misses(gaps, lookup.found),

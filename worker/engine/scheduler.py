@@ -36,7 +36,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """Everything admitted, in order of arrival: RESTORING, PREFILL and DECODE."""
-        self.tokens_by_source = dict.fromkeys(("device", "host", "redis", "computed"), 0)
+        self.tokens_by_source = dict.fromkeys(("device", "host", "disk", "redis", "computed"), 0)
         self._tables = tables
         self._planner = planner
         self._auditor = auditor
@@ -120,6 +120,7 @@ class Scheduler:
         if first_time and receipt is not None:
             self.tokens_by_source["device"] += receipt.device_tokens
             self.tokens_by_source["host"] += receipt.host_tokens
+            self.tokens_by_source["disk"] += receipt.disk_tokens
             self.tokens_by_source["redis"] += receipt.redis_tokens
             self.tokens_by_source["computed"] += receipt.computed_tokens
         request.phase = Phase.PREFILL

@@ -130,7 +130,7 @@ class Stepper:
     def prefill_s_saved(self) -> float:
         """Seconds that computing what came from the tiers would have taken, at the speed of what was computed."""
         sources = self._scheduler.tokens_by_source
-        restored = sources["device"] + sources["host"] + sources["redis"]
+        restored = sources["device"] + sources["host"] + sources["disk"] + sources["redis"]
         return restored * self._prefill_s / self._prefilled_tokens if self._prefilled_tokens else 0.0
 
     def _sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[tuple[Request, Token]]:

@@ -31,6 +31,7 @@ class Tier(Enum):
     DEVICE = 1
     HOST = 2
     REDIS = 3
+    DISK = 4
 
 
 @dataclass(frozen=True, slots=True)

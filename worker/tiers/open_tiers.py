@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from cache_store.frame import model_digest
+from cache_store.disk_tier import DiskTier, open_disk_tier
+from cache_store.frame import Framer, model_digest
 from cache_store.host_slab import open_slab
 from cache_store.host_tier import HostTier
 from cache_store.ladder import Ladder, parse_ladder
@@ -20,7 +21,7 @@ from worker.tiers.ageing import Ager
 from worker.tiers.codecs import open_codecs
 from worker.tiers.coder import BlockCoder
 from worker.tiers.kv_cache import KVCache
-from worker.tiers.moves import MoveCounter
+from worker.tiers.moves import MoveCounter, stand_back
 from worker.tiers.prefetch import Prefetcher
 from worker.tiers.restore import Restorer
 from worker.tiers.shrink import Shrinker
@@ -35,6 +36,7 @@ _MIN_HOST_BLOCKS = 8
 class Tiers:
     device: KVCache
     host: HostTier
+    disk: DiskTier | None
     store: BlockStore | None
     """None: this worker has no shared tier."""
     write_behind: WriteBehind
@@ -56,6 +58,8 @@ class Tiers:
             self.ager.close()
         if self.store is not None:
             self.store.close()
+        if self.disk is not None:
+            self.disk.close(flush_s=flush_s)
         self.host.close()
 
 
@@ -71,6 +75,7 @@ def open_tiers(config: WorkerConfig, loaded: LoadedModel) -> Tiers:
             block_bytes=layout.block_bytes,
         )
     )
+    disk = _open_disk(config, loaded, host)
     store = open_block_store(
         config.redis_url,
         layout,
@@ -88,14 +93,16 @@ def open_tiers(config: WorkerConfig, loaded: LoadedModel) -> Tiers:
         moves,
         max_pinned_blocks=max(1, device.num_blocks // 8),
         max_queued_stores=max(1, config.store_queue_bytes // layout.block_bytes),
-        enabled=config.host_cache_bytes > 0 or store is not None,
+        enabled=config.host_cache_bytes > 0 or store is not None or disk is not None,
+        disk=disk,
     )
     return Tiers(
         device=device,
         host=host,
+        disk=disk,
         store=store,
         write_behind=write_behind,
-        restorer=Restorer(coder, host, store, moves, transfers),
+        restorer=Restorer(coder, host, store, moves, transfers, disk),
         prefetcher=_open_prefetcher(config, host, store, moves),
         moves=moves,
         transfers=transfers,
@@ -115,6 +122,19 @@ def _open_prefetcher(
     if store is None or config.restore_plan == "compute":
         return None
     return Prefetcher(host, store, moves, timeout_s=config.restore_timeout_s)
+
+
+def _open_disk(config: WorkerConfig, loaded: LoadedModel, host: HostTier) -> DiskTier | None:
+    if not config.disk_dir or not config.disk_bytes:
+        return None
+    max_queued = min(config.store_queue_bytes // loaded.layout.block_bytes, host.use().capacity // 4)
+    return open_disk_tier(
+        Path(config.disk_dir),
+        Framer(loaded.layout, loaded.fingerprint),
+        capacity_bytes=config.disk_bytes,
+        max_queued=max(1, max_queued),
+        prepare_thread=stand_back,
+    )
 
 
 def _open_ager(store: BlockStore | None, ladder: Ladder, loaded: LoadedModel) -> Ager | None:

@@ -1,9 +1,10 @@
-"""Bring blocks up to the device, off the engine's thread: from the host tier, or in one pipelined read from the store.
+"""Bring blocks up to the device, off the engine's thread: from the host tier, the disk, or in one pipelined read from
+the store.
 
 It is told which blocks and never chooses. The last are brought first: whoever asked may compute the first ones
-meanwhile, and says so in the claims. What comes from the store lands and is checked in a slot of the host tier, where
-it stays; what another restore is bringing there already is waited for without a thread. What must be decoded is so
-beside the reading, several blocks at a time: to decode one takes longer than to fetch it.
+meanwhile, and says so in the claims. What comes from disk or store lands and is checked in a slot of the host tier,
+where it stays; what another restore is bringing there already is waited for without a thread. What must be decoded is
+so beside the reading, several blocks at a time: to decode one takes longer than to fetch it.
 """
 
 import os
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from cache_store.codecs import RAW
+from cache_store.disk_tier import DiskTier
 from cache_store.errors import BlockCorrupt, BlockForeign
 from cache_store.host_tier import HostTier, Slot
 from cache_store.ids import BlockHash
@@ -60,9 +62,11 @@ class Restorer:
         store: BlockStore | None,
         counter: MoveCounter,
         costs: TransferCosts,
+        disk: DiskTier | None = None,
     ) -> None:
         self._coder = coder
         self._host = host
+        self._disk = disk
         self._store = store
         self._counter = counter
         self._costs = costs
@@ -83,6 +87,8 @@ class Restorer:
         """The tier below the device that this block may be in, the fastest that it is known to be in. None: nowhere."""
         if self._host.contains(name):
             return Tier.HOST
+        if self._disk is not None and self._disk.contains(name):
+            return Tier.DISK
         return Tier.REDIS if self._store is not None else None
 
     def num_queued(self, claims: Claims) -> int:
@@ -107,7 +113,7 @@ class Restorer:
         try:
             with self._decoding() as landing:
                 rest = [index for index in order if not self._from_host(job, index, landing)]
-                self._from_below(job, rest, landing)
+                self._from_below(job, self._from_disk(job, rest, landing), landing)
         except BaseException:
             job.claims.give_up()
             raise
@@ -133,6 +139,43 @@ class Restorer:
                 self._host.drop([content.name])
         finally:
             self._host.unpin(slot)
+
+    def _from_disk(self, job: _Job, order: Sequence[int], landing: list[Future[None]]) -> list[int]:
+        """Hand the blocks that the disk has to the decoders, several at a time. Returns the others."""
+        if self._disk is None:
+            return list(order)
+        here = [index for index in order if self._disk.contains(job.blocks[index].content.name)]
+        pending = [index for index in here if job.claims.is_pending(index)]
+        is_probe = bool(here) and not pending and self._costs.is_due_for_probe(Tier.DISK)
+        wanted = here[:1] if is_probe else pending
+        landing += [self._decoders.submit(self._read, job, index, self._disk) for index in wanted]
+        rest = set(order).difference(here)
+        return [index for index in order if index in rest]
+
+    def _read(self, job: _Job, index: int, disk: DiskTier) -> None:
+        """Bring a block from the disk. What it can't give is asked for elsewhere."""
+        content = job.blocks[index].content
+        if time.monotonic() >= job.deadline_s:
+            job.claims.missed(index, MissReason.LATE)
+            return
+        slot = self._host.reserve(content.name, content.num_tokens)
+        if slot is None:
+            if self._host.contains(content.name):
+                self._submit(job, [index])
+            elif not self._wait_for(job, index):
+                job.claims.missed(index, MissReason.NO_ROOM)
+            return
+        self._costs.asked(Tier.DISK)
+        began = time.perf_counter()
+        found = disk.read(_fetch(content, slot, None))
+        if isinstance(found, Encoding):
+            self._costs.ended(Tier.DISK, found.num_bytes)
+            self._counter.add(Tier.DISK, Tier.HOST, [found], time.perf_counter() - began)
+            self._keep(job, index, slot, found, Tier.DISK)
+        else:
+            self._costs.ended(Tier.DISK, None)
+            self._host.abort(slot)
+            self._submit(job, [index])
 
     def _from_below(self, job: _Job, rest: Sequence[int], landing: list[Future[None]]) -> None:
         if self._store is None or not self._store.available():
@@ -176,7 +219,7 @@ class Restorer:
                 claims.missed(index, _MISS[outcome])
             else:
                 hits.append(encoding)
-                self._soon(encoding, lambda: self._keep(job, index, slot, encoding), landing)
+                self._soon(encoding, lambda: self._keep(job, index, slot, encoding, Tier.REDIS), landing)
 
         began = time.perf_counter()
         fetches = [
@@ -206,7 +249,7 @@ class Restorer:
         arrival.add_done_callback(lambda _: self._submit(job, [index]))
         return True
 
-    def _keep(self, job: _Job, index: int, slot: Slot, encoding: Encoding) -> None:
+    def _keep(self, job: _Job, index: int, slot: Slot, encoding: Encoding, tier: Tier) -> None:
         """Let stay in the host tier what has landed there in a reserved slot; write it to the device where it is still
         wanted."""
         payload = slot.buffer[: encoding.num_bytes]
@@ -223,7 +266,7 @@ class Restorer:
             if job.claims.disowned:  # since: whoever dropped it from the host tier may have come too early
                 self._host.drop([job.blocks[index].content.name])
         if is_wanted and is_good:
-            job.claims.landed(index, Restored(Tier.REDIS, encoding))
+            job.claims.landed(index, Restored(tier, encoding))
 
     def _decoded(self, job: _Job, index: int, payload: memoryview, encoding: Encoding) -> bool:
         """Write a payload to the device. False, and a miss, where it is not what its codec writes: its checksum was
@@ -235,6 +278,8 @@ class Restorer:
         except (BlockCorrupt, BlockForeign) as error:
             is_corrupt = isinstance(error, BlockCorrupt)
             job.claims.missed(index, MissReason.CORRUPT if is_corrupt else MissReason.FOREIGN)
+            if self._disk is not None:
+                self._disk.drop([block.content.name])
             return False
         seconds = time.perf_counter() - began
         self._counter.add(Tier.HOST, Tier.DEVICE, [encoding], seconds)
@@ -266,7 +311,7 @@ class Restorer:
         self._decoders.shutdown(wait=True)
 
 
-def _fetch(content: Content, slot: Slot, is_wanted: Callable[[], bool]) -> Fetch:
+def _fetch(content: Content, slot: Slot, is_wanted: Callable[[], bool] | None) -> Fetch:
     return Fetch(
         content.name,
         content.num_tokens,

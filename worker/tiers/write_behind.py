@@ -1,4 +1,4 @@
-"""Move blocks down, off the engine's thread: from the device to the host tier, and from there to the shared store.
+"""Move blocks down, off the engine's thread: from the device to the host tier, and from there to disk and the store.
 
 A block is encoded on its way off the device, once: below, it is the same bytes wherever it lies.
 
@@ -9,13 +9,15 @@ told that the copy is done. Both queues are bounded: what does not fit is droppe
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
+from cache_store.disk_tier import DiskTier
 from cache_store.errors import StoreError
 from cache_store.host_tier import HostTier, Slot
 from cache_store.ids import BlockHash
@@ -50,12 +52,14 @@ class WriteBehind:
         max_pinned_blocks: int,
         max_queued_stores: int,
         enabled: bool = True,
+        disk: DiskTier | None = None,
     ) -> None:
         """Holds at most `max_pinned_blocks` device blocks and `max_queued_stores` host slots at a time.
 
         Where there is no tier below the device it is not `enabled`, and drops everything uncounted.
         """
         self.host = host
+        self.disk = disk
         self.store = store
         self._coder = coder
         self._counter = counter
@@ -98,11 +102,25 @@ class WriteBehind:
             with self._changed:
                 self._copying -= 1
             job.done()
+            if job.to_store:
+                self._offer_to_disk(job.content)
             if job.to_store and self.store is not None:
                 self._queue_store(job.content, job.ttl_s)
             elif not job.to_store:
                 self._note_tail(job)
             self._settle(job.content.name)
+
+    def _offer_to_disk(self, content: Content) -> None:
+        """Full blocks only: an unfull one would be written anew after each turn."""
+        slot = self.host.pin(content.name) if self.disk is not None else None
+        if self.disk is not None and slot is not None:
+            self.disk.offer(_stored(slot, content, 0), partial(self.host.unpin, slot))
+
+    def forget(self, names: Collection[BlockHash]) -> int:
+        """Drop blocks from host memory and disk; say how many were in host memory."""
+        if self.disk is not None:
+            self.disk.drop(names)
+        return self.host.drop(names)
 
     def _note_tail(self, job: Offload) -> None:
         with self._changed:
