@@ -30,6 +30,7 @@ def run(
     clients: int = 32,
     device_cache_bytes: int | None = None,
     host_cache_bytes: int | None = None,
+    disk_bytes: int = 0,
     redis_bytes: int | None = None,
     cold_tiers_off: bool = False,
     compare: bool = False,
@@ -51,8 +52,9 @@ def run(
         clients: Requests at once at the most; others wait, which counts as time to their first token.
         device_cache_bytes: KV on the device; else a tenth of all that the prompts bring.
         host_cache_bytes: KV in host memory, 0 for none; else three tenths of it.
+        disk_bytes: KV on disk, below host memory, in a temporary directory.
         redis_bytes: Memory of the Redis, 0 for none; else twice as much as it, so that it has room for all.
-        cold_tiers_off: No host memory and no Redis.
+        cold_tiers_off: No host memory, no disk and no Redis.
         compare: Replay with cold tiers off, host memory only, and both; then, with the cold tiers and without them,
             short unrelated prompts, and the trace where everything fits on the device. About ten minutes on two cores.
         plot: Write a PNG of each figure into this directory (needs matplotlib: the extra `plot`).
@@ -64,7 +66,7 @@ def run(
         draw = load_plots() if plot is not None else None
     except (TraceError, PlotsMissing, OSError) as error:
         raise SystemExit(f"rekindle: {error}") from error
-    sizes = load.sizes(device=device_cache_bytes, host=host_cache_bytes, redis=redis_bytes)
+    sizes = load.sizes(device=device_cache_bytes, host=host_cache_bytes, redis=redis_bytes, disk=disk_bytes)
     if cold_tiers_off:
         sizes = Sizes(sizes.device, 0, 0)
     deploy = partial(deployed, model, load.shape)
@@ -74,7 +76,7 @@ def run(
         else:
             done = begin("replay", len(load.work))
             arm = run_arm(deploy, load, sizes, speed=speed, clients=clients, done=done)
-            arms, figures, bars = {"replay": arm}, {}, [hit_bar(arm)] if sizes.redis else []
+            arms, figures, bars = {"replay": arm}, {}, [hit_bar(arm)] if sizes.redis or sizes.disk else []
     if plot is not None and draw is not None:
         draw(arms, plot)
     by_arm = {name: figures_of(arm) for name, arm in arms.items()}

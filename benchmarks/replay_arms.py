@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -43,6 +44,7 @@ class Sizes(NamedTuple):
     device: int
     host: int
     redis: int
+    disk: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,9 @@ class Load:
     accesses: Sequence[Access]
     shape: Shape
 
-    def sizes(self, *, device: int | None = None, host: int | None = None, redis: int | None = None) -> Sizes:
+    def sizes(
+        self, *, device: int | None = None, host: int | None = None, redis: int | None = None, disk: int = 0
+    ) -> Sizes:
         """What is None becomes a share of all that the prompts bring: 0.1 of it on the device (so sessions have ten
         times the device's room), 0.3 in host memory, and Redis has room for all. Any one request fits the device."""
         block_bytes = self.shape.layout.block_bytes
@@ -63,6 +67,7 @@ class Load:
             max(int(total * _DEVICE_SHARE), largest) if device is None else device,
             int(total * _HOST_SHARE) if host is None else host,
             max(int(total * _REDIS_SHARE), _LEAST_REDIS_BYTES) if redis is None else redis,
+            disk,
         )
 
     @property
@@ -147,6 +152,10 @@ def deployed(model: str, shape: Shape, sizes: Sizes) -> Iterator[Deployed]:
         if sizes.redis:
             redis = RedisServer(max_memory_bytes=sizes.redis, eviction_policy="volatile-lru")
             redis_url = stack.enter_context(redis).unix_url
+        flags = ["--block-tokens", str(shape.layout.block_tokens)]
+        if sizes.disk:
+            folder = stack.enter_context(TemporaryDirectory(prefix="rekindle-replay-"))
+            flags += ["--disk-dir", folder, "--disk-bytes", str(sizes.disk)]
         metrics_port = free_port()
         address = stack.enter_context(
             deployment(
@@ -154,7 +163,7 @@ def deployed(model: str, shape: Shape, sizes: Sizes) -> Iterator[Deployed]:
                 redis_url=redis_url,
                 device_cache_bytes=sizes.device,
                 host_cache_bytes=sizes.host,
-                flags=("--block-tokens", str(shape.layout.block_tokens), "--worker-metrics-port", str(metrics_port)),
+                flags=(*flags, "--worker-metrics-port", str(metrics_port)),
             )
         )
         warm_up(address, shape.vocab_size)

@@ -16,7 +16,7 @@ from protos import rekindle_pb2 as pb
 
 Begin = Callable[[str, int], Callable[[], object]]
 
-SOURCES = ("device", "host", "redis", "computed")
+SOURCES = ("device", "host", "disk", "redis", "computed")
 PERCENTILES = (50, 90, 99)
 _TURN_GROUPS = ((1, 1), (2, 2), (3, 3), (4, 7), (8, None))
 

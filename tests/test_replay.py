@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -54,6 +55,8 @@ def small_deployment(sizes: Sizes) -> Iterator[Deployed]:
     with ExitStack() as stack:
         redis_url = stack.enter_context(RedisServer(max_memory_bytes=sizes.redis)).url if sizes.redis else ""
         settings: dict[str, object] = {"device_cache_bytes": sizes.device, "host_cache_bytes": sizes.host}
+        if sizes.disk:
+            settings |= {"disk_dir": stack.enter_context(TemporaryDirectory()), "disk_bytes": sizes.disk}
         worker = stack.enter_context(WorkerProcess("0", redis_url=redis_url, **settings))
         address = stack.enter_context(front_end(redis_url or "memory://", worker))
         yield Deployed(address, int(worker.metrics_address.rpartition(":")[2]))
@@ -145,13 +148,14 @@ def test_no_more_requests_are_sent_at_once_than_there_are_clients(roomy: Deploye
     assert at_once(replay(roomy.address, work, speed=float("inf"), clients=12, done=nothing)) > 3
 
 
-def test_the_tiers_together_hit_what_the_device_alone_cannot() -> None:
+@pytest.mark.parametrize(("coldest", "num_bytes"), [("redis", 64 << 20), ("disk", 16 << 20)])
+def test_the_tiers_together_hit_what_the_device_alone_cannot(coldest: str, num_bytes: int) -> None:
     work = load(conversations=16, turns=4)
-    sizes = Sizes(64 * BLOCK_BYTES, 40 * BLOCK_BYTES, 64 << 20)
+    sizes = Sizes(64 * BLOCK_BYTES, 40 * BLOCK_BYTES, 0)._replace(**{coldest: num_bytes})
     arm = run_arm(small_deployment, work, sizes, speed=2.0, clients=1, done=nothing)
     figures = figures_of(arm)
     sources = figures["tokens by source"]
-    assert sources["host"] + sources["redis"] > 0
+    assert sources[coldest] > 0
     assert hit_rate(arm) == pytest.approx(figures["hit rate, infinite cache"], abs=0.02)
     assert figures["hit rate, best possible for the sizes"] == figures["hit rate, infinite cache"]
     assert sum(sources.values()) == work.prompt_tokens
@@ -194,7 +198,7 @@ def test_figures_are_by_turn_source_and_plan() -> None:
     )
     figures = figures_of(arm)
     assert (figures["hit rate"], figures["lost tokens"]) == (pytest.approx(19 / 60), 11)
-    assert figures["tokens by source"] == {"device": 4, "host": 9, "redis": 6, "computed": 41}
+    assert figures["tokens by source"] == {"device": 4, "host": 9, "disk": 0, "redis": 6, "computed": 41}
     assert (figures["mean ttft, s"], figures["mean ttft from sending, s"]) == (0.5, 0.25)
     assert figures["tpot, s"] == {"p50": 0.5, "p90": 0.5, "p99": 0.5}
     assert {turn: (row["requests"], row["hit rate"]) for turn, row in figures["by turn"].items()} == {
