@@ -105,9 +105,10 @@ def measure_index(*, num_workers: int, num_blocks: int, decisions: int, seed: in
     filled_s = time.perf_counter() - began
     gc.collect()
     memory = _resident_bytes() - before
+    gc.freeze()  # the collector need not look at this benchmark's own sessions again and again
     rng = np.random.default_rng(seed + 1)
     turns = [fleet.sessions[number] for number in rng.integers(len(fleet.sessions), size=decisions)]
-    return {
+    figures = {
         "workers": num_workers,
         "distinct blocks": fleet.index.num_blocks,
         "blocks told": told,
@@ -119,6 +120,8 @@ def measure_index(*, num_workers: int, num_blocks: int, decisions: int, seed: in
         **_resync(fleet),
         "peak MiB of the process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
     }
+    gc.unfreeze()
+    return figures
 
 
 def _decisions(fleet: Fleet, turns: Sequence[_Session]) -> dict[str, Any]:

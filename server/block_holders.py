@@ -2,18 +2,22 @@
 
 Knows slots (a worker's number here, until it leaves), not workers; nothing of load or cost.
 
-All that is known of a block is one int, two bits for each slot. Equal ones are one object: one worker's sessions share
+All that is known of a block is one int, two bits for each slot. Equal ones are kept once: one worker's sessions share
 theirs, and along a prefix they change a few times only, so that a chain is read by bisecting it. A block is looked up
-by 56 bits of its name: one in billions is taken for another, which costs a miss and no more.
+by 64 bits of its name: among ten million, one in a trillion is taken for another, which costs a miss and no more.
 """
 
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
-_KEY_BYTES = 7  # an int of 56 bits takes 32 bytes, one of 64 takes 48
-_SHARD_SHIFT = 44
-_NUM_SHARDS = 1 << (8 * _KEY_BYTES - _SHARD_SHIFT)
+import numpy as np
+
+from server.block_table import BlockTable
+
+_KEY_BYTES = 8
+_TABLE_SHIFT = 58
+_NUM_TABLES = 64  # so many that rebuilding one is hardly felt, and so few that all are in the processor's caches
 _SPARE_SETS = 4096
 
 
@@ -33,29 +37,32 @@ class Segment(NamedTuple):
 
 
 class BlockHolders:
-    """Used by one thread. No call but `sweep` takes time that grows with the number of blocks."""
+    """Used by one thread. No call takes time that grows with the number of blocks, but rebuilding a 64th of them."""
 
     def __init__(self) -> None:
-        self._shards: list[dict[int, int]] = [{} for _ in range(_NUM_SHARDS)]  # none so large that growing it is felt
-        self._sets: dict[int, int] = {}
-        self._free: list[int] = []
+        self._tables = [BlockTable() for _ in range(_NUM_TABLES)]
+        self._sets = [0]
+        """By number: who holds a block. 0 is nobody's, and everywhere."""
+        self._numbers = {0: 0}
+        self._free_numbers: list[int] = []
         self._num_slots = 0
+        self._free_slots: list[int] = []
         self._retired: list[int] = []
         self._sweep: _Sweep | None = None
         self._sets_after_sweep = 0
 
     @property
     def num_blocks(self) -> int:
-        return sum(map(len, self._shards))
+        return sum(map(len, self._tables))
 
     @property
     def num_sets(self) -> int:
         """Different sets of holders that are kept."""
-        return len(self._sets)
+        return len(self._numbers)
 
     def take_slot(self) -> int:
-        if self._free:
-            return self._free.pop()
+        if self._free_slots:
+            return self._free_slots.pop()
         self._num_slots += 1
         return self._num_slots - 1
 
@@ -65,34 +72,31 @@ class BlockHolders:
 
     def add(self, slot: int, tier: Tier, names: Iterable[bytes]) -> None:
         """The slot's worker has these blocks at `tier`."""
-        only, shards, sets = self._bit(slot, tier), self._shards, self._sets
+        assert 0 <= slot < self._num_slots, f"slot {slot} of {self._num_slots}"
+        only, tables, sets = 1 << (2 * slot + tier), self._tables, self._sets
+        number_of_only = self._number(only)
         for name in names:
-            key = int.from_bytes(name[:_KEY_BYTES])
-            shard = shards[key >> _SHARD_SHIFT]
-            held = shard.get(key)
-            if held is None:
-                shard[key] = only
-            elif not held & only:
-                held |= only
-                shard[key] = sets.setdefault(held, held)
+            key = int.from_bytes(name[:_KEY_BYTES]) or 1
+            table = tables[key >> _TABLE_SHIFT]
+            number = table.get(key)
+            held = sets[number]
+            if not held & only:
+                table.put(key, self._number(held | only) if number else number_of_only)
 
     def remove(self, slot: int, tier: Tier, names: Iterable[bytes]) -> None:
         """It no longer has these."""
-        only, shards, sets = self._bit(slot, tier), self._shards, self._sets
+        only, tables, sets = 1 << (2 * slot + tier), self._tables, self._sets
         for name in names:
-            key = int.from_bytes(name[:_KEY_BYTES])
-            shard = shards[key >> _SHARD_SHIFT]
-            held = shard.get(key, 0)
-            if held == only:
-                del shard[key]
-            elif held & only:
-                held ^= only
-                shard[key] = sets.setdefault(held, held)
+            key = int.from_bytes(name[:_KEY_BYTES]) or 1
+            table = tables[key >> _TABLE_SHIFT]
+            held = sets[table.get(key)]
+            if held & only:
+                table.put(key, self._number(held ^ only))
 
     def held(self, name: bytes) -> int:
         """Bit 2 * slot + tier for each worker and tier that has the block, retired slots among them."""
-        key = int.from_bytes(name[:_KEY_BYTES])
-        return self._shards[key >> _SHARD_SHIFT].get(key, 0)
+        key = int.from_bytes(name[:_KEY_BYTES]) or 1
+        return self._sets[self._tables[key >> _TABLE_SHIFT].get(key)]
 
     def segments(self, chain: Sequence[bytes], max_lookups: int) -> list[Segment]:
         """Cut a chain where its holders change, front first.
@@ -125,44 +129,57 @@ class BlockHolders:
         return [Segment(end - start, held) for (start, held), end in zip(changes, ends, strict=True)]
 
     def sweep(self) -> bool:
-        """Clear retired slots, and sets that nobody holds any more, in one of 4096 parts of the table: a millisecond.
+        """Clear retired slots, and sets that nobody holds any more, in one of 64 parts of the table: some milliseconds.
 
         Returns whether more is to be done. Call it when there is nothing better to do.
         """
         if self._sweep is None:
-            if not self._retired and len(self._sets) <= 2 * self._sets_after_sweep + _SPARE_SETS:
+            if not self._retired and len(self._numbers) <= 2 * self._sets_after_sweep + _SPARE_SETS:
                 return False
             self._sweep, self._retired = _Sweep(self._retired), []
-        self._sweep.clear(self._shards[self._sweep.num_done])
-        if self._sweep.num_done == _NUM_SHARDS:
-            self._sets, self._sets_after_sweep = self._sweep.sets, len(self._sweep.sets)
-            self._free += self._sweep.slots
-            self._sweep = None
+        sweep, table = self._sweep, self._tables[self._sweep.num_done]
+        found = table.numbers()
+        living = [self._number(self._sets[number] & sweep.living) for number in found]
+        if living != found:
+            new = np.zeros(len(self._sets), np.uint32)
+            new[found] = living
+            table.map_numbers(new)
+        sweep.num_done += 1
+        if sweep.num_done == _NUM_TABLES:
+            self._end_sweep(sweep)
         return True
 
-    def _bit(self, slot: int, tier: Tier) -> int:
-        assert 0 <= slot < self._num_slots, f"slot {slot} of {self._num_slots}"
-        bit = 1 << (2 * slot + tier)
-        return self._sets.setdefault(bit, bit)
+    def _end_sweep(self, sweep: "_Sweep") -> None:
+        self._sweep = None
+        self._free_slots += sweep.slots
+        for held, number in list(self._numbers.items()):
+            if number not in sweep.in_use:
+                del self._numbers[held]
+                self._sets[number] = 0
+                self._free_numbers.append(number)
+        self._sets_after_sweep = len(self._numbers)
+
+    def _number(self, held: int) -> int:
+        """Of a set of holders, a new one if need be."""
+        number = self._numbers.get(held)
+        if number is None:
+            if self._free_numbers:
+                number = self._free_numbers.pop()
+                self._sets[number] = held
+            else:
+                number = len(self._sets)
+                self._sets.append(held)
+            self._numbers[held] = number
+        if self._sweep is not None:
+            self._sweep.in_use.add(number)
+        return number
 
 
 class _Sweep:
-    """One pass over the table. What is added meanwhile holds no retired slot, and may be one int twice: no harm."""
+    """One pass over the tables. A set that is asked for meanwhile is in use, wherever its blocks lie."""
 
     def __init__(self, slots: list[int]) -> None:
         self.slots = slots
-        self.sets: dict[int, int] = {}
+        self.living = ~sum(0b11 << (2 * slot) for slot in slots)
+        self.in_use = {0}
         self.num_done = 0
-        self._living = ~sum(0b11 << (2 * slot) for slot in slots)
-
-    def clear(self, shard: dict[int, int]) -> None:
-        gone = []
-        for key, held in shard.items():
-            living = held & self._living
-            if living:
-                shard[key] = self.sets.setdefault(living, living)
-            else:
-                gone.append(key)
-        for key in gone:
-            del shard[key]
-        self.num_done += 1

@@ -161,7 +161,7 @@ class RoutingIndex:
         return {worker_id: count for worker_id, count in counts.items() if any(count)}
 
     def sweep(self) -> bool:
-        """Do a millisecond of tidying up. True if more is to be done."""
+        """Do some milliseconds of tidying up. True if more is to be done."""
         return self._holders.sweep()
 
     def _counts(self, segments: Sequence[Segment]) -> _Floats:

@@ -5,9 +5,11 @@ from collections import Counter
 from collections.abc import Sequence
 from random import Random
 
+import numpy as np
 import pytest
 
 from server.block_holders import BlockHolders, Segment, Tier
+from server.block_table import BlockTable
 from server.routing_index import BlocksChanged, Choice, RoutingIndex, Snapshot, WorkerCosts
 
 TOKENS, BYTES = 16, 1000
@@ -246,6 +248,25 @@ def _blocks(segments: Sequence[Segment], slot: int) -> int:
     return sum(num_blocks for num_blocks, held in segments if held >> (2 * slot + Tier.HOST) & 1)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_table_holds_what_a_dict_would_through_crowding_removal_and_growth(seed: int) -> None:
+    random = Random(seed)
+    table, plain = BlockTable(), dict[int, int]()
+    crowded = [random.getrandbits(58) | 1 for _ in range(300)]
+    keys = crowded + [crowded[0] + (number << 1) for number in range(300)]  # all of these want one place
+    for step in range(6000):
+        key = random.choice(keys[: 100 + step // 5])
+        number = random.choice([0, 1, 2, 3])
+        table.put(key, number)
+        plain[key] = number
+        if step % 500 == 0:
+            table.map_numbers(np.array([0, 2, 3, 0], np.uint32))
+            plain = {key: [0, 2, 3, 0][number] for key, number in plain.items()}
+    assert all(table.get(key) == plain.get(key, 0) for key in keys)
+    assert len(table) == sum(number != 0 for number in plain.values())
+    assert set(table.numbers()) - {0} == set(plain.values()) - {0}
+
+
 def test_sets_of_holders_that_nobody_is_in_any_more_are_swept_out() -> None:
     random = Random(11)
     holders = BlockHolders()
@@ -257,7 +278,7 @@ def test_sets_of_holders_that_nobody_is_in_any_more_are_swept_out() -> None:
     assert holders.num_sets > 9000
     while holders.sweep():
         pass
-    assert holders.num_sets <= 100
+    assert holders.num_sets <= 1 + 100, "nobody, and one for each block"
     before = [holders.held(block) for block in chain]
     assert all(bits.bit_count() == 100 for bits in before)
     assert not holders.sweep()
