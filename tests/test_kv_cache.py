@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from cache_store.host_slab import Slab
 from cache_store.layout import KVLayout
 from worker.ids import BlockId
 from worker.tiers.kv_cache import KVCache
@@ -24,6 +25,24 @@ def cache(request: pytest.FixtureRequest) -> KVCache:
     cache = KVCache(LAYOUT, 12, torch.device(request.param))
     cache.data.copy_(torch.randn(cache.data.shape))
     return cache
+
+
+def test_blocks_go_to_and_from_pinned_memory_as_to_and_from_any(cache: KVCache) -> None:
+    slab = Slab.private(capacity_bytes=3 * LAYOUT.block_bytes, block_bytes=LAYOUT.block_bytes)
+    cache.pin(slab.slots)
+    pageable = buffer()
+    cache.read_block(BlockId(5), pageable)
+    cache.read_block(BlockId(5), slab.slot(1))
+    assert slab.slot(1) == pageable
+    assert not any(slab.slot(0)), "only its own slot"
+    assert not any(slab.slot(2))
+    cache.poison([BlockId(7)])
+    cache.write_block(BlockId(7), slab.slot(1))
+    assert torch.equal(cache.view(BlockId(7)), cache.view(BlockId(5)))
+    cache.unpin()
+    cache.read_block(BlockId(4), slab.slot(2))
+    cache.read_block(BlockId(4), pageable)
+    assert slab.slot(2) == pageable
 
 
 def slots(block: int) -> slice:

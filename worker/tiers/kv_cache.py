@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from queue import SimpleQueue
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import torch
 
 from cache_store.layout import KVLayout
 from worker.ids import BlockId
+
+log = structlog.get_logger(__name__)
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -46,6 +50,17 @@ class KVCache:
         """Copy what `read_block` gave into a block. On return the model may attend to it."""
         assert payload.nbytes == self.layout.block_bytes, f"{payload.nbytes} != {self.layout.block_bytes} bytes"
         self._blocks.write(self._first_slot(block), np.frombuffer(payload, np.uint8))
+
+    def pin(self, memory: memoryview) -> None:
+        """Have whole blocks copied straight between this memory and the device, until `unpin`.
+
+        Nothing changes where the device is the host, nor where the driver refuses: then they go through buffers.
+        """
+        self._blocks.pin(np.frombuffer(memory, np.uint8))
+
+    def unpin(self) -> None:
+        """Before the memory that was pinned goes."""
+        self._blocks.unpin()
 
     def view(self, block: BlockId) -> torch.Tensor:
         """A block where it lies, in layout.block_shape: what a codec reads and writes. From any thread, as above."""
@@ -85,13 +100,20 @@ class _HostBlocks:
     def write(self, first_slot: int, payload: _Bytes) -> None:
         np.copyto(self._block(first_slot), payload.reshape(self._block_shape))
 
+    def pin(self, memory: _Bytes) -> None:
+        """There is nobody to pin it for."""
+
+    def unpin(self) -> None:
+        """Nothing is pinned."""
+
     def _block(self, first_slot: int) -> _Bytes:
         first = first_slot * self._slot_bytes
         return self._rows[:, first : first + self._block_shape[1]]
 
 
 class _CudaBlocks:
-    """Blocks of a pool on an accelerator, moved through pinned buffers on side streams of their own.
+    """Blocks of a pool on an accelerator, moved on side streams of their own: straight between it and memory that is
+    pinned, and through pinned buffers for any other.
 
     Each copy first waits for what the model's stream had been given by then: the step that wrote the block's KV, or
     the last step that read what lay there before.
@@ -99,7 +121,8 @@ class _CudaBlocks:
 
     def __init__(self, data: torch.Tensor, layout: KVLayout) -> None:
         self._data = data
-        self._block_tokens = layout.block_tokens
+        self._layout = layout
+        self._pinned: _Bytes | None = None
         self._free: SimpleQueue[tuple[torch.cuda.Stream, torch.Tensor, torch.Tensor]] = SimpleQueue()
         for _ in range(_CUDA_COPIES_AT_ONCE):
             pinned = torch.empty(layout.block_shape, dtype=data.dtype, pin_memory=True)
@@ -109,26 +132,51 @@ class _CudaBlocks:
     def read(self, first_slot: int, into: _Bytes) -> None:
         stream, pinned, on_device = lane = self._free.get()
         try:
+            is_direct = self._is_pinned(into)
             with torch.cuda.stream(stream):
                 stream.wait_stream(torch.cuda.default_stream(self._data.device))
                 on_device.copy_(self._slots(first_slot))  # gather where memory is fast, then one contiguous transfer
-                pinned.copy_(on_device, non_blocking=True)
+                (self._as_block(into) if is_direct else pinned).copy_(on_device, non_blocking=True)
             stream.synchronize()
-            np.copyto(into, pinned.view(torch.uint8).flatten().numpy())
+            if not is_direct:
+                np.copyto(into, pinned.view(torch.uint8).flatten().numpy())
         finally:
             self._free.put(lane)
 
     def write(self, first_slot: int, payload: _Bytes) -> None:
         stream, pinned, on_device = lane = self._free.get()
         try:
-            np.copyto(pinned.view(torch.uint8).flatten().numpy(), payload)
+            is_direct = self._is_pinned(payload)
+            if not is_direct:
+                np.copyto(pinned.view(torch.uint8).flatten().numpy(), payload)
             with torch.cuda.stream(stream):
-                on_device.copy_(pinned, non_blocking=True)
+                on_device.copy_(self._as_block(payload) if is_direct else pinned, non_blocking=True)
                 stream.wait_stream(torch.cuda.default_stream(self._data.device))
                 self._slots(first_slot).copy_(on_device)
             stream.synchronize()
         finally:
             self._free.put(lane)
 
+    def pin(self, memory: _Bytes) -> None:
+        refusal = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+        if refusal:
+            log.warning("host memory is not pinned", cuda_error=refusal, num_bytes=memory.nbytes)
+            with suppress(RuntimeError):  # the driver reports a refusal again to whoever asks it next
+                torch.zeros(1, device=self._data.device)
+        else:
+            self._pinned = memory
+
+    def unpin(self) -> None:
+        memory, self._pinned = self._pinned, None
+        if memory is not None:
+            torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)
+
+    def _is_pinned(self, buffer: _Bytes) -> bool:
+        return self._pinned is not None and np.may_share_memory(buffer, self._pinned)
+
+    def _as_block(self, buffer: _Bytes) -> torch.Tensor:
+        """Memory that is pinned, as a block."""
+        return torch.from_numpy(buffer).view(self._data.dtype).view(self._layout.block_shape)
+
     def _slots(self, first_slot: int) -> torch.Tensor:
-        return self._data[:, :, :, first_slot : first_slot + self._block_tokens]
+        return self._data[:, :, :, first_slot : first_slot + self._layout.block_tokens]

@@ -60,6 +60,7 @@ class Tiers:
             self.store.close()
         if self.disk is not None:
             self.disk.close(flush_s=flush_s)
+        self.device.unpin()
         self.host.close()
 
 
@@ -75,6 +76,8 @@ def open_tiers(config: WorkerConfig, loaded: LoadedModel) -> Tiers:
             block_bytes=layout.block_bytes,
         )
     )
+    if host.slab:
+        device.pin(host.slab)
     disk = _open_disk(config, loaded, host)
     store = open_block_store(
         config.redis_url,
