@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from worker.model.linear_cpu import LinearKernel, NativeLinear, PackedLinear, load_linear_kernel, pack_linears
+from worker.model.linear_cpu import (
+    LinearKernel,
+    NativeLinear,
+    PackedLinear,
+    load_linear_kernel,
+    pack_linears,
+    packed_numel,
+)
 from worker.native.build import NativeUnavailable, load_native
 
 _NO_AMX = ("-mno-amx-bf16", "-mno-amx-tile")
@@ -38,12 +45,16 @@ def random_linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
     return linear
 
 
+def native_linear(linear: nn.Linear, kernel: LinearKernel) -> NativeLinear:
+    return NativeLinear(linear, kernel, torch.full((packed_numel(linear),), float("nan"), dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("inputs", "outputs"), [(32, 16), (96, 50), (512, 1), (1024, 129)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 16), (96, 50), (512, 1), (1056, 129)])
 def test_it_is_the_float32_result_rounded_once(kernel: LinearKernel, inputs: int, outputs: int, bias: bool) -> None:
     linear = random_linear(inputs, outputs, bias=bias)
-    native = NativeLinear(linear, kernel)
-    for rows in (1, 2, 3, 7, 16, 17, 31, 32, 33, 100):
+    native = native_linear(linear, kernel)
+    for rows in (1, 2, 3, 7, 16, 17, 31, 32, 33, 100, 300):
         hidden = torch.randn(1, rows, inputs).bfloat16()
         exact = nn.functional.linear(hidden.double(), linear.weight.double(), linear.bias.double() if bias else None)
         ours = native(hidden)
@@ -52,10 +63,10 @@ def test_it_is_the_float32_result_rounded_once(kernel: LinearKernel, inputs: int
 
 
 def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(kernel: LinearKernel) -> None:
-    native = NativeLinear(random_linear(512, 200, bias=True), kernel)
-    hidden = torch.randn(67, 512).bfloat16()
+    native = native_linear(random_linear(512, 200, bias=True), kernel)
+    hidden = torch.randn(290, 512).bfloat16()
     together = native(hidden)
-    for first, last in ((0, 1), (3, 5), (10, 26), (20, 52), (66, 67)):
+    for first, last in ((0, 1), (3, 5), (10, 26), (20, 52), (250, 290)):
         assert torch.equal(native(hidden[first:last]), together[first:last])
     threads = torch.get_num_threads()
     try:
@@ -68,7 +79,7 @@ def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(ker
 
 def test_what_a_row_holds_stays_in_it(kernel: LinearKernel) -> None:
     """Rows beside a broken one are whole, and neither NaN nor infinity is lost."""
-    native = NativeLinear(random_linear(64, 40, bias=False), kernel)
+    native = native_linear(random_linear(64, 40, bias=False), kernel)
     hidden = torch.randn(20, 64).bfloat16()
     wanted = native(hidden)
     hidden[4, 7], hidden[18, 63] = float("nan"), float("inf")

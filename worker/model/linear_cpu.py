@@ -56,10 +56,11 @@ class LinearKernel:
 class NativeLinear(nn.Module):  # type: ignore[misc]  # torch is untyped here
     """What `linear` computes: sums in float32, each row's the same alone and in any batch."""
 
-    def __init__(self, linear: nn.Linear, kernel: LinearKernel) -> None:
+    def __init__(self, linear: nn.Linear, kernel: LinearKernel, memory: torch.Tensor) -> None:
+        """The weights go into `memory`, of `packed_numel(linear)` elements."""
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        self.weight = panels_of(linear.weight.detach())
+        self.weight = pack(linear.weight.detach(), memory)
         self._kernel = kernel
         bias = None if self.bias is None else self.bias.data_ptr()
         self.layer = Linear(self.weight.data_ptr(), bias, self.in_features, self.out_features)
@@ -84,41 +85,50 @@ class PackedLinear(nn.Module):  # type: ignore[misc]  # torch is untyped here
         return output
 
 
-def panels_of(weight: torch.Tensor) -> torch.Tensor:
-    """[outputs, inputs] in bfloat16 to [ceil(outputs / 16), inputs / 2, 16, 2], in huge pages where they are to be had.
+def packed_numel(linear: nn.Linear) -> int:
+    panels: int = -(-linear.out_features // PANEL)
+    return panels * PANEL * int(linear.in_features)
 
-    Measured: with pages of 4 KiB, a step waits at the end of each for where the next one lies.
-    """
+
+def pack(weight: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """Write [outputs, inputs] into `memory` as [ceil(outputs / 16), inputs / 2, 16, 2], which it returns."""
     outputs, inputs = weight.shape
     panels = -(-outputs // PANEL)
-    packed = _in_huge_pages(panels * inputs * PANEL, weight.dtype).view(panels, inputs // 2, PANEL, 2)
+    packed = memory.view(panels, inputs // 2, PANEL, 2)
     whole = F.pad(weight, (0, 0, 0, panels * PANEL - outputs)) if outputs % PANEL else weight
-    packed.copy_(whole.view(panels, PANEL, inputs // 2, 2).transpose(1, 2))
-    return packed
+    return packed.copy_(whole.view(panels, PANEL, inputs // 2, 2).transpose(1, 2))
 
 
-def _in_huge_pages(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    num_bytes = numel * dtype.itemsize
-    memory = mmap.mmap(-1, -(-num_bytes // _HUGE_PAGE) * _HUGE_PAGE)
+def in_huge_pages(numel: int) -> torch.Tensor:
+    """Memory for bfloat16, in huge pages where they are to be had: with pages of 4 KiB a third less of the memory's
+    speed was measured."""
+    memory = mmap.mmap(-1, numel * torch.bfloat16.itemsize + _HUGE_PAGE)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=numel)
+    unaligned = torch.frombuffer(memory, dtype=torch.bfloat16)
+    first = -unaligned.data_ptr() % _HUGE_PAGE // torch.bfloat16.itemsize
+    return unaligned[first : first + numel]
 
 
 def pack_linears(model: nn.Module) -> None:
     """Replace every plain linear layer in bfloat16 by one for this CPU, where it and the build have the kernels."""
-    kernel = load_linear_kernel() if any(map(_is_native, model.modules())) else None
-    onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    plain = [module for module in model.modules() if _is_plain(module)]
+    native = [linear for linear in plain if linear.in_features % DEPTH == 0]
+    packed: dict[nn.Module, nn.Module] = {}
+    if native and (kernel := load_linear_kernel()) is not None:
+        sizes = [packed_numel(linear) for linear in native]
+        for linear, memory in zip(native, in_huge_pages(sum(sizes)).split(sizes), strict=True):
+            packed[linear] = NativeLinear(linear, kernel, memory)
+            linear.weight = None  # free now, so that a large model needs little more than its own size
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed |= {linear: PackedLinear(linear) for linear in plain if linear not in packed}
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if kernel is not None and _is_native(child):
-                setattr(module, name, NativeLinear(child, kernel))
-            elif onednn and type(child) is nn.Linear and child.weight.dtype == torch.bfloat16:
-                setattr(module, name, PackedLinear(child))
+            if child in packed:
+                setattr(module, name, packed[child])
 
 
-def _is_native(module: nn.Module) -> bool:
-    plain = type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
-    return plain and module.in_features % DEPTH == 0
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
 
 
 def load_linear_kernel() -> LinearKernel | None:
@@ -135,11 +145,12 @@ def load_linear_kernel() -> LinearKernel | None:
 def _check(kernel: LinearKernel) -> None:
     """Multiply a small random case and compare."""
     generator = torch.Generator().manual_seed(0)
-    for rows, inputs, outputs in ((1, 64, 40), (21, 96, 50), (70, 32, 16)):
+    for rows, inputs, outputs in ((1, 64, 40), (21, 96, 50), (70, 32, 16), (40, 320, 32)):
         linear = nn.Linear(inputs, outputs, dtype=torch.bfloat16)
         for parameter in linear.parameters():
             parameter.data.normal_(generator=generator)
         hidden = torch.randn(rows, inputs, generator=generator).bfloat16()
         wanted = F.linear(hidden.float(), linear.weight.float(), linear.bias.float())
-        if not torch.allclose(NativeLinear(linear, kernel)(hidden).float(), wanted, rtol=1e-2, atol=1e-3):
+        native = NativeLinear(linear, kernel, hidden.new_empty(packed_numel(linear)))
+        if not torch.allclose(native(hidden).float(), wanted, rtol=1e-2, atol=1e-3):
             raise NativeUnavailable(f"the compiled kernel gives wrong results for {rows} rows")

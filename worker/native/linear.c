@@ -23,14 +23,16 @@ INLINE void finish(const Linear *linear, int64_t panel, const float *sums, const
 INLINE void linear_pair(const Linear *linear, int64_t pair, const uint16_t *input, int64_t stride, int64_t rows,
                         const uint16_t *residual, uint16_t *output, int64_t output_stride) {
     const int64_t left = 2 * pair, right = left + 1 < panels_of(linear) ? left + 1 : left;
-    float sums[2][MOST_ROWS][PANEL] __attribute__((aligned(CACHE_LINE)));
+    Block sums[MOST_ROWS / BLOCK_ROWS] __attribute__((aligned(CACHE_LINE)));
     for (int64_t first = 0; first < rows; first += MOST_ROWS) {
         const int64_t few = rows - first < MOST_ROWS ? rows - first : MOST_ROWS;
         multiply(input + first * stride, stride, few, panel_of(linear, left), panel_of(linear, right), linear->in, sums);
         for (int64_t row = 0; row < few; row++) {
             const int64_t at = (first + row) * output_stride;
-            finish(linear, left, sums[0][row], residual ? residual + at : 0, output + at);
-            if (right != left) finish(linear, right, sums[1][row], residual ? residual + at : 0, output + at);
+            const uint16_t *before = residual ? residual + at : 0;
+            const float(*block)[BLOCK_ROWS][PANEL] = sums[row / BLOCK_ROWS];
+            finish(linear, left, block[0][row % BLOCK_ROWS], before, output + at);
+            if (right != left) finish(linear, right, block[1][row % BLOCK_ROWS], before, output + at);
         }
     }
 }
@@ -81,12 +83,15 @@ void gated_in_team(const Linear *gate, const Linear *up, const uint16_t *input, 
     const int64_t panels = panels_of(gate);
 #pragma omp for schedule(dynamic, 2 * AT_ONCE)
     for (int64_t panel = 0; panel < panels; panel++) {
-        float sums[2][MOST_ROWS][PANEL] __attribute__((aligned(CACHE_LINE)));
+        Block sums[MOST_ROWS / BLOCK_ROWS] __attribute__((aligned(CACHE_LINE)));
         for (int64_t first = 0; first < rows; first += MOST_ROWS) {
             const int64_t few = rows - first < MOST_ROWS ? rows - first : MOST_ROWS;
             multiply(input + first * stride, stride, few, panel_of(gate, panel), panel_of(up, panel), gate->in, sums);
-            for (int64_t row = 0; row < few; row++)
-                finish_gated(gate, panel, sums[0][row], sums[1][row], up, output + (first + row) * output_stride);
+            for (int64_t row = 0; row < few; row++) {
+                const float(*block)[BLOCK_ROWS][PANEL] = sums[row / BLOCK_ROWS];
+                finish_gated(gate, panel, block[0][row % BLOCK_ROWS], block[1][row % BLOCK_ROWS], up,
+                             output + (first + row) * output_stride);
+            }
         }
     }
 }

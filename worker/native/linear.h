@@ -8,7 +8,8 @@
 #include <stdint.h>
 
 #define PANEL 16
-#define MOST_ROWS 32 /* that see a panel at once */
+#define BLOCK_ROWS 32 /* whose sums stay in tiles */
+#define MOST_ROWS 256 /* that see a panel at once */
 #define DEPTH 32     /* inputs come in multiples of this */
 
 typedef struct {
@@ -17,9 +18,11 @@ typedef struct {
     int64_t in, out;
 } Linear;
 
-/* sums[side][row] = input[row] . panel, for 0 < rows <= MOST_ROWS rows and the panels left and right. */
+typedef float Block[2][BLOCK_ROWS][PANEL]; /* sums of BLOCK_ROWS rows, with a left and a right panel */
+
+/* sums[row / BLOCK_ROWS][side][row % BLOCK_ROWS] = input[row] . panel, for 0 < rows <= MOST_ROWS rows. */
 void multiply(const uint16_t *input, int64_t stride, int64_t rows, const uint16_t *left, const uint16_t *right,
-              int64_t in, float sums[2][MOST_ROWS][PANEL]);
+              int64_t in, Block *sums);
 
 /* Called by every thread of a team, as those below; returns when all is written.
  * output[row] = linear(input[row]), plus `residual[row]` unless that is NULL, which may be the output itself. Strides

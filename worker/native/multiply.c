@@ -6,8 +6,9 @@
 #include "linear.h"
 #include "vectors.h"
 
-#define AHEAD 4096 /* bytes between what is asked of memory and what is used, of each panel */
+#define AHEAD 512 /* bytes between what is asked of memory and what is used, of each panel: measured, half a tile */
 #define STEP (DEPTH * PANEL) /* elements of a panel that one step takes: a tile */
+#define LENGTH 256 /* inputs whose weights stay in the nearest cache */
 
 INLINE void ask_for(const uint16_t *panel) {
     for (int64_t line = 0; line < STEP * 2; line += CACHE_LINE)
@@ -32,33 +33,66 @@ typedef struct {
 #define LEFT_PANEL 6
 #define RIGHT_PANEL 7
 
-void multiply(const uint16_t *input, int64_t stride, int64_t rows, const uint16_t *left, const uint16_t *right,
-              int64_t in, float sums[2][MOST_ROWS][PANEL]) {
-    const int upper = rows < PANEL ? rows : PANEL, lower = rows - upper;
-    const uint16_t *below = input + PANEL * stride;
+/* Make the tiles as high as the rows are many; all of them are 0 then. */
+INLINE void configure(int upper, int lower) {
     Tiles tiles = {.palette = 1};
     for (int tile = 0; tile < 8; tile++) tiles.row_bytes[tile] = CACHE_LINE, tiles.rows[tile] = PANEL;
     tiles.rows[LEFT] = tiles.rows[RIGHT] = tiles.rows[UPPER_INPUT] = upper;
     if (lower) tiles.rows[LOWER_LEFT] = tiles.rows[LOWER_RIGHT] = tiles.rows[LOWER_INPUT] = lower;
-    _tile_loadconfig(&tiles); /* and all tiles are 0 */
-    for (int64_t i = 0; i < in; i += DEPTH, left += STEP, right += STEP) {
-        ask_for(left);
-        ask_for(right);
-        _tile_loadd(LEFT_PANEL, left, CACHE_LINE);
-        _tile_loadd(RIGHT_PANEL, right, CACHE_LINE);
+    _tile_loadconfig(&tiles);
+}
+
+/* Add the inputs [begin, end) to the sums of one block of rows. `asks`: the panels are not in a cache yet. */
+INLINE void add_inputs(const uint16_t *input, int64_t stride, int lower, const uint16_t *left, const uint16_t *right,
+                       int64_t begin, int64_t end, Block sums, int asks) {
+    if (begin) {
+        _tile_loadd(LEFT, sums[0], CACHE_LINE);
+        _tile_loadd(RIGHT, sums[1], CACHE_LINE);
+        if (lower) _tile_loadd(LOWER_LEFT, sums[0][PANEL], CACHE_LINE);
+        if (lower) _tile_loadd(LOWER_RIGHT, sums[1][PANEL], CACHE_LINE);
+    } else {
+        _tile_zero(LEFT);
+        _tile_zero(RIGHT);
+        if (lower) _tile_zero(LOWER_LEFT);
+        if (lower) _tile_zero(LOWER_RIGHT);
+    }
+    for (int64_t i = begin; i < end; i += DEPTH) {
+        if (asks) ask_for(left + i * PANEL);
+        if (asks) ask_for(right + i * PANEL);
+        _tile_loadd(LEFT_PANEL, left + i * PANEL, CACHE_LINE);
+        _tile_loadd(RIGHT_PANEL, right + i * PANEL, CACHE_LINE);
         _tile_loadd(UPPER_INPUT, input + i, stride * 2);
         _tile_dpbf16ps(LEFT, UPPER_INPUT, LEFT_PANEL);
         _tile_dpbf16ps(RIGHT, UPPER_INPUT, RIGHT_PANEL);
         if (!lower) continue;
-        _tile_loadd(LOWER_INPUT, below + i, stride * 2);
+        _tile_loadd(LOWER_INPUT, input + PANEL * stride + i, stride * 2);
         _tile_dpbf16ps(LOWER_LEFT, LOWER_INPUT, LEFT_PANEL);
         _tile_dpbf16ps(LOWER_RIGHT, LOWER_INPUT, RIGHT_PANEL);
     }
     _tile_stored(LEFT, sums[0], CACHE_LINE);
     _tile_stored(RIGHT, sums[1], CACHE_LINE);
-    if (lower) {
-        _tile_stored(LOWER_LEFT, sums[0][PANEL], CACHE_LINE);
-        _tile_stored(LOWER_RIGHT, sums[1][PANEL], CACHE_LINE);
+    if (lower) _tile_stored(LOWER_LEFT, sums[0][PANEL], CACHE_LINE);
+    if (lower) _tile_stored(LOWER_RIGHT, sums[1][PANEL], CACHE_LINE);
+}
+
+/* Whole blocks of rows take the panels in lengths that stay in the nearest cache until all blocks have seen them. What
+ * is left of the rows takes them in one go: the sums of a row are the same ones, in the same order. */
+void multiply(const uint16_t *input, int64_t stride, int64_t rows, const uint16_t *left, const uint16_t *right,
+              int64_t in, Block *sums) {
+    const int64_t blocks = rows / BLOCK_ROWS, left_over = rows % BLOCK_ROWS;
+    if (blocks) {
+        configure(PANEL, PANEL);
+        for (int64_t begin = 0; begin < in; begin += LENGTH) {
+            const int64_t end = begin + LENGTH < in ? begin + LENGTH : in;
+            add_inputs(input, stride, PANEL, left, right, begin, end, sums[0], 1);
+            for (int64_t block = 1; block < blocks; block++)
+                add_inputs(input + block * BLOCK_ROWS * stride, stride, PANEL, left, right, begin, end, sums[block], 0);
+        }
+    }
+    if (left_over) {
+        const int upper = left_over < PANEL ? left_over : PANEL, lower = left_over - upper;
+        configure(upper, lower);
+        add_inputs(input + blocks * BLOCK_ROWS * stride, stride, lower, left, right, 0, in, sums[blocks], !blocks);
     }
     _tile_release();
 }
@@ -108,11 +142,12 @@ INLINE void multiply_few(const uint16_t *input, int64_t stride, int rows, const 
 }
 
 void multiply(const uint16_t *input, int64_t stride, int64_t rows, const uint16_t *left, const uint16_t *right,
-              int64_t in, float sums[2][MOST_ROWS][PANEL]) {
+              int64_t in, Block *sums) {
     for (int64_t row = 0; row < rows;) {
         const uint16_t *from = input + row * stride;
-#define ROWS(few)                                                                             \
-    multiply_few(from, stride, few, left, right, in, &sums[0][row], &sums[1][row]), row += few
+        const int64_t block = row / BLOCK_ROWS, first = row % BLOCK_ROWS; /* few rows never cross a block */
+#define ROWS(few)                                                                                             \
+    multiply_few(from, stride, few, left, right, in, &sums[block][0][first], &sums[block][1][first]), row += few
         if (rows - row >= 8 && FEW >= 8) ROWS(8);
         else if (rows - row >= 4 && FEW >= 4) ROWS(4);
         else if (rows - row >= 2) ROWS(2);
