@@ -23,7 +23,7 @@ def run(
     gap_s: float = 8.0,
     model: str = "preset:qwen3-0.6b",
     scale: float = 32.0,
-    speed: float = 10.0,
+    speed: float = 9.0,
     seconds: float | None = None,
     requests: int = 160,
     seed: int = 0,

@@ -239,6 +239,18 @@ def test_a_comparison_runs_all_arms_on_the_same_work_and_draws_them(
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_command_serves_replays_and_tells_all_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    status = run(model="preset:tiny", generate="agents", requests=12, speed=50.0, disk_bytes=8 << 20, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert status == (0 if all(bar["holds"] for bar in told["bars"]) else 1)
+    figures = told["figures"]
+    assert figures["requests"] == sum(row["requests"] for row in figures["replay"]["by turn"].values())
+    assert figures["prompt tokens"] == sum(figures["replay"]["tokens by source"].values())
+    assert figures["replay"]["tier bytes"]["disk"] == 8 << 20
+
+
 def test_sizes_follow_from_what_the_prompts_bring() -> None:
     work = load(conversations=40, turns=4)
     total = (40 * 10 + 2) * BLOCK_BYTES  # of 192 tokens each, the first 32 in common
