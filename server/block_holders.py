@@ -19,6 +19,8 @@ _KEY_BYTES = 8
 _TABLE_SHIFT = 58
 _NUM_TABLES = 64  # so many that rebuilding one is hardly felt, and so few that all are in the processor's caches
 _SPARE_SETS = 4096
+_FEW = 8
+_MAX_PREFIXES = 1024
 
 
 class Tier(IntEnum):
@@ -50,6 +52,8 @@ class BlockHolders:
         self._retired: list[int] = []
         self._sweep: _Sweep | None = None
         self._sets_after_sweep = 0
+        self._ends_of_shared: dict[int, int] = {}
+        """By the holders of a chain's first block, if they are many: how long the prefix was that they all have."""
 
     @property
     def num_blocks(self) -> int:
@@ -110,7 +114,7 @@ class BlockHolders:
         first_held, last_held = self.held(chain[0]), self.held(chain[last])
         changes: list[tuple[int, int]] = [(0, first_held)]
         unclear = [(0, first_held, last, last_held)]
-        step = 1
+        step, end_of_shared = 1, self._ends_of_shared.get(first_held, 0)
         for low, low_held, high, high_held in unclear:  # grows while it is read
             if low_held == high_held:
                 continue
@@ -121,10 +125,16 @@ class BlockHolders:
             middle = (low + high) // 2
             if not high_held and high - step > middle:  # what nobody has is new, and mostly short: search from the end
                 middle, step = high - step, 2 * step
+            elif low < end_of_shared <= high and not low:  # where the last such chain left its shared prefix
+                middle = end_of_shared - (end_of_shared == high)
             held = self.held(chain[middle])
             unclear.append((low, low_held, middle, held))
             unclear.append((middle, held, high, high_held))
         changes.sort()
+        if len(changes) > 1 and first_held.bit_count() > _FEW:
+            if len(self._ends_of_shared) >= _MAX_PREFIXES:
+                self._ends_of_shared.clear()
+            self._ends_of_shared[first_held] = changes[1][0]
         ends = [*(start for start, _ in changes[1:]), len(chain)]
         return [Segment(end - start, held) for (start, held), end in zip(changes, ends, strict=True)]
 
