@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from itertools import count, islice
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -27,36 +28,44 @@ class Ours:
     """Sequences in blocks of a pool of their own, filled with random KV (which costs what real KV would)."""
 
     def __init__(self, loaded: LoadedModel, batch: int, max_tokens: int) -> None:
-        layout = loaded.layout
-        blocks_each = -(-max_tokens // layout.block_tokens)
-        self._loaded = loaded
-        cache = KVCache(layout, batch * blocks_each, loaded.device)
+        """Room for `batch` sequences of `max_tokens`, or unequally long ones of as many in all."""
+        self._loaded, self._batch = loaded, batch
+        cache = KVCache(loaded.layout, batch * (self._num_blocks(max_tokens) + 1), loaded.device)
         self._runner = ModelRunner(loaded, cache)
         for layer in cache.data:
             layer.normal_()
-        blocks = [BlockId(block) for block in range(batch * blocks_each)]
-        self._tables = [blocks[first : first + blocks_each] for first in range(0, len(blocks), blocks_each)]
 
-    def decode(self, context: int, steps: int) -> float:
-        """Seconds for `steps` greedy steps of all sequences, each `context` tokens long at first."""
-        tokens = [1] * len(self._tables)
+    def decode(self, context: int | Sequence[int], steps: int) -> float:
+        """Seconds for `steps` greedy steps of all sequences, all or each of so many tokens at first."""
+        contexts = [context] * self._batch if isinstance(context, int) else context
+        tables = self._deal([first + steps for first in contexts])
+        tokens = [1] * self._batch
         began = time.perf_counter()
-        for position in range(context, context + steps):
+        for step in range(steps):
             chunks = [
-                Chunk([token], position, table, wants_logits=True)
-                for token, table in zip(tokens, self._tables, strict=True)
+                Chunk([token], first + step, table, wants_logits=True)
+                for token, first, table in zip(tokens, contexts, tables, strict=True)
             ]
             tokens = self._runner.run(chunks).argmax(-1).tolist()
         return time.perf_counter() - began
 
     def prefill(self, prompt: Sequence[int], chunk_tokens: int) -> float:
         """Seconds to the logits of a prompt's last token, in chunks as the engine would run it."""
+        (table,) = self._deal([len(prompt)])
         began = time.perf_counter()
         for start in range(0, len(prompt), chunk_tokens):
             part = prompt[start : start + chunk_tokens]
             last = start + len(part) == len(prompt)
-            self._runner.run([Chunk(part, start, self._tables[0], wants_logits=last)]).argmax(-1).tolist()
+            self._runner.run([Chunk(part, start, table, wants_logits=last)]).argmax(-1).tolist()
         return time.perf_counter() - began
+
+    def _deal(self, lengths: Sequence[int]) -> list[list[BlockId]]:
+        """Each sequence's blocks, one sequence's behind the other's."""
+        blocks = map(BlockId, count())
+        return [list(islice(blocks, self._num_blocks(length))) for length in lengths]
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._loaded.layout.block_tokens)
 
 
 class Theirs:

@@ -11,6 +11,8 @@ from worker.model.load import LoadedModel
 
 _WANTED_AT_1024 = {1: 1.2, 8: 2.0, 32: 3.0}
 """Times faster than transformers, by batch."""
+_WANTED_UNEQUAL = 0.95
+"""Share of the speed of equally long sequences: padded ones would give half."""
 
 
 def run(
@@ -22,7 +24,7 @@ def run(
     rounds: int = 3,
     as_json: bool = False,
 ) -> int:
-    """Measure tokens per second of greedy decoding, all sequences of a batch equally long.
+    """Measure tokens per second of greedy decoding: sequences equally long, and unequally long ones of as many tokens.
 
     Args:
         preset: Shape of the model (random weights).
@@ -46,6 +48,9 @@ def run(
             if context == 1024 and batch in _WANTED_AT_1024:
                 ratio = typical["rekindle"] / typical["transformers"]
                 bars.append(at_least(f"decode {name}: times transformers", ratio, _WANTED_AT_1024[batch]))
+                if batch > 1:
+                    share = typical["unequal lengths"] / typical["rekindle"]
+                    bars.append(at_least(f"decode {name}: unequal lengths against equal", share, _WANTED_UNEQUAL))
             del sides  # before the next ones take as much memory
     return finish("decode", figures, bars, as_json=as_json)
 
@@ -55,7 +60,16 @@ def _sides(
 ) -> dict[str, Callable[[], float]]:
     """Each side's tokens per second."""
     ours, theirs = Ours(loaded, batch, context + steps), Theirs(model, batch)
-    return {
+    sides = {
         "rekindle": lambda: batch * steps / ours.decode(context, steps),
         "transformers": lambda: batch * steps / theirs.decode(context, steps),
     }
+    if batch > 1:
+        lengths = unequal_lengths(context, batch)
+        sides["unequal lengths"] = lambda: batch * steps / ours.decode(lengths, steps)
+    return sides
+
+
+def unequal_lengths(mean: int, batch: int) -> list[int]:
+    """In even steps up to nearly twice the mean, which they have."""
+    return [mean * (2 * number + 1) // batch for number in range(batch)]

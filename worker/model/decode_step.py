@@ -145,12 +145,12 @@ def _refuse(loaded: LoadedModel, pool: torch.Tensor, kernel: DecodeKernel) -> No
     model, attends = loaded.model, loaded.attends
     if type(model) not in _MODELS or model.config.hidden_act != "silu":
         raise NativeUnavailable(f"{type(model).__name__} with {model.config.hidden_act} is none that it knows")
-    if pool.dtype != torch.bfloat16 or not kernel.serves(pool) or attends.head_dim > _WIDEST_HEAD:
-        raise NativeUnavailable(f"it can't serve heads of {attends.head_dim} in {pool.dtype}")
-    if others := [name for name, module in _linears(model).items() if type(module) is not NativeLinear]:
-        raise NativeUnavailable(f"{', '.join(others)} are none of its linear layers")
-    if any(parameter.dtype != torch.bfloat16 for parameter in model.parameters()):
+    if pool.dtype != torch.bfloat16 or any(parameter.dtype != torch.bfloat16 for parameter in model.parameters()):
         raise NativeUnavailable("not all of the model is bfloat16")
+    if not kernel.serves(pool) or attends.head_dim > _WIDEST_HEAD:
+        raise NativeUnavailable(f"it can't serve heads of {attends.head_dim}")
+    if others := [name for name, module in _linears(model).items() if type(module) is not NativeLinear]:
+        raise NativeUnavailable(f"{others[0]} and {len(others) - 1} more are none of its linear layers")
 
 
 def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
