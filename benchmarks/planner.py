@@ -31,7 +31,7 @@ def run(
     *,
     contexts: Sequence[int] = (128, 512, 2048, 8192),
     gb_per_s: Sequence[float] = (0.05, 0.2, 1.0, 5.0),
-    layers: int = 8,
+    layers: int = 4,
     hidden: int = 384,
     kv_heads: int = 6,
     new_tokens: int = 16,
@@ -57,9 +57,10 @@ def run(
     figures: dict[str, Any] = {}
     bars: list[Bar] = []
     with _sides(shape) as (sides, throttle):
-        histories = [sides[0].remember(context) for context in contexts]
+        histories = [sides[-1].remember(context) for context in contexts]  # what it computes it learns from
         for rate in gb_per_s:
             throttle.rate(rate * 1e9)
+            sides[-1].learn(max(histories, key=len))
             for context, history in zip(contexts, histories, strict=True):
                 name = f"{rate:g} GB/s, {context} tokens"
                 calls = {side.plan: side.timed(history, new_tokens) for side in sides}
@@ -134,6 +135,11 @@ class _Side:
         history = (*tokens, reply)
         self.engine.park(_TENANT, history, drop_host=True, ttl_s=0).result(60)
         return history
+
+    def learn(self, history: tuple[int, ...]) -> None:
+        """Bring a conversation here and forget it: a worker that runs knows the link from its traffic."""
+        self.engine.warm(_TENANT, history).result(120)
+        self.engine.drop(_TENANT, history, with_redis=False).result(120)
 
     def timed(self, history: tuple[int, ...], num_new: int) -> Callable[[], float]:
         """A call that runs a turn on the conversation and gives the seconds to its first token."""

@@ -265,7 +265,7 @@ def test_a_tier_that_is_never_used_is_probed_now_and_then(build_engine: EngineFa
     engine._tiers.transfers._now = lambda: time.monotonic() + 60
     turn = generate(engine, history, SECOND)
     assert turn.receipt.redis_tokens == 0
-    eventually(lambda: store.stats().blocks_got == 1)
+    eventually(lambda: store.stats().blocks_got == 4)
 
 
 def test_a_tight_pool_and_many_restores_change_no_token(build_engine: EngineFactory, redis_url: str) -> None:

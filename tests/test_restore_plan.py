@@ -19,54 +19,60 @@ MIB = 1 << 20
 
 def test_coefficients_are_found_from_noisy_observations() -> None:
     numbers = random.Random(1)
-    fit = Fit((1.0, 1.0), (1.0, 100.0), forget=0.98)
-    for _ in range(200):
-        x = (1.0, numbers.uniform(1, 200))
-        fit.observe(x, (3 + 0.5 * x[1]) * numbers.uniform(0.9, 1.1))
+    fit = Fit((1.0, 1.0), newest=0.2)
+    for _ in range(300):
+        size = numbers.uniform(1, 200)
+        fit.observe(int(size).bit_length(), (1.0, size), (3 + 0.5 * size) * numbers.uniform(0.9, 1.1))
     step, slope = fit.coefficients
     assert slope == pytest.approx(0.5, rel=0.1)
-    assert step == pytest.approx(3, abs=3)
+    assert step == pytest.approx(3, rel=0.3)
 
 
 def test_no_coefficient_is_negative_and_the_others_are_the_best_without_it() -> None:
-    fit = Fit((1.0, 1.0), (1.0, 10.0), forget=0.9)
-    for size in (10.0, 20.0, 30.0, 40.0):
-        fit.observe((1.0, size), 2 * size - 10)
+    fit = Fit((1.0, 1.0), newest=0.5)
+    sizes = (10.0, 20.0, 30.0, 40.0)
+    for size in sizes:
+        fit.observe(size, (1.0, size), 2 * size - 10)
     step, slope = fit.coefficients
-    weighed = [(0.9**age, size) for age, size in enumerate((40.0, 30.0, 20.0, 10.0))]
-    best = sum(w * size * (2 * size - 10) for w, size in weighed) / sum(w * size * size for w, size in weighed)
+    rows = [(0.98**age, size / (2 * size - 10)) for age, size in enumerate(reversed(sizes))]
     assert step == 0
-    assert slope == pytest.approx(best, rel=0.01)
+    assert slope == pytest.approx(sum(w * row for w, row in rows) / sum(w * row * row for w, row in rows), rel=0.01)
 
 
-def test_what_nothing_was_seen_of_stays_where_it_was_anchored() -> None:
-    fit = Fit((5.0, 7.0), (1.0, 1.0), forget=0.9)
+def test_what_nothing_was_seen_of_stays_as_it_was_at_the_start() -> None:
+    fit = Fit((5.0, 7.0), newest=0.2)
     assert list(fit.coefficients) == [5, 7]
     for _ in range(50):
-        fit.observe((1.0, 0.0), 2.0)
-    assert fit.coefficients[0] == pytest.approx(2, rel=0.01)
-    assert fit.coefficients[1] == pytest.approx(7)
-    fit.anchor()
-    assert fit.predict((1.0, 1.0)) == pytest.approx(9, rel=0.01)
+        fit.observe("one", (1.0, 0.0), 2.0)
+    assert list(fit.coefficients) == pytest.approx([2, 7], rel=0.01)
+
+
+def test_many_small_steps_do_not_make_it_forget_what_large_ones_take() -> None:
+    fit = Fit((1.0, 1.0), newest=0.2)
+    for size in (16.0, 1024.0):
+        fit.observe(size, (1.0, size), 10 + 0.2 * size)
+    for _ in range(1000):
+        fit.observe(16.0, (1.0, 16.0), 13.2)
+    assert fit.predict((1.0, 1024.0)) == pytest.approx(10 + 0.2 * 1024, rel=0.05)
 
 
 def test_one_stall_moves_an_estimate_little_and_many_move_it_wholly() -> None:
-    fit = Fit((1.0,), (1.0,), forget=0.85)
+    fit = Fit((1.0,), newest=0.15)
     for _ in range(20):
-        fit.observe((1.0,), 1.0)
-    fit.observe((1.0,), 1000.0)
+        fit.observe("one", (1.0,), 1.0)
+    fit.observe("one", (1.0,), 1000.0)
     assert 1 < fit.predict((1.0,)) < 2.5
     for _ in range(40):
-        fit.observe((1.0,), 1000.0)
+        fit.observe("one", (1.0,), 1000.0)
     assert fit.predict((1.0,)) == pytest.approx(1000, rel=0.05)
 
 
 def test_recovery_is_believed_within_a_few_observations() -> None:
-    fit = Fit((1.0,), (1.0,), forget=0.85)
+    fit = Fit((1.0,), newest=0.15)
     for _ in range(20):
-        fit.observe((1.0,), 100.0)
+        fit.observe("one", (1.0,), 100.0)
     for _ in range(8):
-        fit.observe((1.0,), 1.0)
+        fit.observe("one", (1.0,), 1.0)
     assert fit.predict((1.0,)) < 3
 
 
@@ -111,10 +117,28 @@ def land(costs: TransferCosts, clock: Clock, block_s: list[float], num_bytes: in
 def test_latency_and_rate_are_told_apart() -> None:
     clock = Clock()
     costs = TransferCosts(MIB, now=clock)
-    for _ in range(6):
+    for _ in range(12):
         land(costs, clock, [0.025, *[0.005] * 7])
     assert costs.latency_s(Tier.REDIS) == pytest.approx(0.02, rel=0.1)
     assert costs.block_s(Tier.REDIS, "raw") == pytest.approx(0.005, rel=0.1)
+
+
+def test_bursts_are_seen_at_their_mean_rate() -> None:
+    clock = Clock()
+    costs = TransferCosts(MIB, now=clock)
+    for _ in range(6):
+        land(costs, clock, [0.001, *([0.040] + [1e-5] * 9) * 3])
+    assert costs.block_s(Tier.REDIS, "raw") == pytest.approx(0.004, rel=0.5)
+
+
+def test_a_link_that_becomes_faster_or_slower_is_noticed_within_one_restore() -> None:
+    clock = Clock()
+    costs = TransferCosts(MIB, now=clock)
+    land(costs, clock, [0.001] * 100)
+    land(costs, clock, [0.020] * 40)
+    assert costs.block_s(Tier.REDIS, "raw") == pytest.approx(0.020, rel=0.3)
+    land(costs, clock, [0.001] * 100)
+    assert costs.block_s(Tier.REDIS, "raw") == pytest.approx(0.001, rel=0.5)
 
 
 def test_a_codecs_decoding_counts_where_it_takes_longer_than_the_transfer() -> None:
@@ -184,7 +208,7 @@ def test_where_both_take_equally_long_they_meet_in_the_middle_in_half_the_time()
 
 def test_a_busy_accelerator_moves_the_meeting_point_to_the_front() -> None:
     idle = meet(blocks(64, 0.016), LAST, linear, busy_s=0, wait_s=0).num_computed
-    busy = meet(blocks(64, 0.016), LAST, linear, busy_s=0.5, wait_s=0).num_computed
+    busy = meet(blocks(64, 0.016), LAST, linear, busy_s=0.2, wait_s=0).num_computed
     assert 0 < busy < idle
 
 
@@ -218,7 +242,8 @@ def test_no_other_meeting_point_is_much_better(
 
     plan = meet(coming, last, prefill_s, busy_s=busy_s, wait_s=wait_s)
     assert plan.predicted_s == pytest.approx(total(plan.num_computed))
-    assert plan.predicted_s <= min(map(total, range(count + 1))) / 0.95 + 1e-9
+    assert plan.predicted_s <= min(total(0), total(count)) + 1e-9
+    assert plan.predicted_s <= min(map(total, range(count + 1))) / 0.75 + 1e-9
 
 
 def test_spans_that_touch_become_one() -> None:

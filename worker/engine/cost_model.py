@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from worker.engine.fit import Fit
 from worker.engine.plan import Span
 
-_FORGET = 0.95
+_NEWEST = 0.2
 _START = (2e-3, 1e-3, 1e-8)
 """Seconds a step, a token, and a token and token of context: only until something was measured."""
-_TYPICAL = (1.0, 256.0, 256.0 * 1024.0)
 _STEPS_SHARE = 0.1
 
 
@@ -21,17 +20,14 @@ class CostModel:
     def __init__(self, *, max_prefill_tokens: int) -> None:
         """`max_prefill_tokens` fit into one step."""
         self._max_prefill_tokens = max_prefill_tokens
-        self._fit = Fit(_START, _TYPICAL, forget=_FORGET)
+        self._fit = Fit(_START, newest=_NEWEST)
 
     def ran(self, spans: Sequence[Span], seconds: float) -> None:
         """Learn from a step that ran these spans of prompts and nothing else."""
         tokens = sum(span.tokens for span in spans)
         attended = sum(span.tokens * (span.start + span.tokens / 2) for span in spans)
-        self._fit.observe((1.0, tokens, attended), seconds, weight=1 / max(seconds, 1e-6) ** 2)  # errors are relative
-
-    def settle(self) -> None:
-        """What was measured until now is what is believed where later steps say nothing."""
-        self._fit.anchor()
+        kind = (tokens.bit_length(), int(attended / tokens).bit_length())
+        self._fit.observe(kind, (1.0, tokens, attended), seconds)
 
     def prefill_s(self, span: Span) -> float:
         """Seconds for a span alone. 0 for an empty one."""

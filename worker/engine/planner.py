@@ -18,7 +18,7 @@ from worker.tiers.transfer_costs import TransferCosts
 
 _OVERDUE = 4.0
 """Blocks are late when they take so many times as long as those before them,"""
-_PATIENCE_S = 0.02
+_PATIENCE_S = 0.05
 """and at least this long: a thread may have been kept waiting for a core."""
 
 

@@ -43,7 +43,6 @@ def measure_prefill(
     for span in shapes:
         if span.end <= room and time.perf_counter() + cost_model.prefill_s(span) <= ends_s:
             cost_model.ran([span], _run(runner, span, block_tokens))
-    cost_model.settle()
 
 
 def _run(runner: Runner, span: Span, block_tokens: int) -> float:

@@ -29,6 +29,8 @@ from worker.tiers.moves import Content, MoveCounter, Tier, log_bug
 from worker.tiers.transfer_costs import TransferCosts
 
 _THREADS = 2
+_PROBE_BLOCKS = 4
+"""Enough to tell a tier's rate from its latency."""
 _DECODERS = min(4, os.cpu_count() or 1)
 
 _MISS = {
@@ -198,7 +200,7 @@ class Restorer:
         claims, costs = job.claims, self._costs
         pending = [index for index in batch if claims.is_pending(index)]
         is_probe = not pending and costs.is_due_for_probe(Tier.REDIS)
-        asked = self._reserve(job, batch[:1] if is_probe else pending, landing)
+        asked = self._reserve(job, batch[:_PROBE_BLOCKS] if is_probe else pending, landing)
         begun: set[int] = set()
         hits: list[Encoding] = []
 

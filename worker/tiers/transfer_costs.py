@@ -3,17 +3,23 @@
 Any thread may call.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from worker.engine.fit import Fit
 from worker.tiers.moves import Tier
 
-_FORGET = 0.85
-_START = (1e-3, 1 / 1e9)
-"""Seconds before the first block, and a byte: only until something landed."""
+_NEWEST = 0.15
+_START_LATENCY_S, _START_BYTE_S = 1e-3, 1 / 1e9
+"""Only until something landed."""
+_FORGET = 0.95
+_FORGET_IN_S = 0.5
+"""What landed counts less with every later landing, and with the time that it took: blocks that arrive in bursts, as a
+socket's buffer hands them over, don't outweigh the wait before them."""
+_STALL_S, _MOST = 0.1, 8.0
+"""A landing counts as this long at the most, or as so many times what was expected: one stall is only one."""
 _START_COPY_BYTE_S = 1 / 4e9
 _PROBE_AFTER_S = 10.0
 """A tier that nothing came from for so long is asked for a block that nobody waits for, to see how it does now."""
@@ -23,14 +29,32 @@ _PROBE_AFTER_S = 10.0
 class _Line:
     """One tier's way to host memory."""
 
-    fit: Fit
     heard_s: float
     """When an answer came last."""
+    latency_s: float = _START_LATENCY_S
+    seconds: float = _START_BYTE_S
+    num_bytes: float = 1.0
+    """Their quotient is the time of a byte."""
     in_flight: int = 0
     is_first: bool = True
     """Nothing came since the line was idle."""
     since_s: float = 0.0
     """When the latest answer came, or the line began to be busy."""
+
+    @property
+    def byte_s(self) -> float:
+        return self.seconds / self.num_bytes
+
+    def landed(self, num_bytes: int, now_s: float) -> None:
+        most_s = max(_STALL_S, _MOST * num_bytes * self.byte_s)
+        elapsed_s = min(now_s - self.since_s, most_s)
+        if self.is_first:
+            self.latency_s += 2 * _NEWEST * (max(0.0, elapsed_s - num_bytes * self.byte_s) - self.latency_s)
+        elif num_bytes:
+            kept = _FORGET * math.exp(-elapsed_s / _FORGET_IN_S)
+            self.seconds = kept * self.seconds + elapsed_s
+            self.num_bytes = kept * self.num_bytes + num_bytes
+        self.is_first, self.since_s = False, now_s
 
 
 class TransferCosts:
@@ -58,15 +82,14 @@ class TransferCosts:
             if num_bytes is None:
                 return
             line.heard_s = self._now()
-            line.fit.observe((float(line.is_first), num_bytes), line.heard_s - line.since_s)
-            line.is_first, line.since_s = False, line.heard_s
+            line.landed(num_bytes, line.heard_s)
 
     def decoded(self, codec: str, num_bytes: int, seconds: float) -> None:
         """A payload of a session of this codec was written to the device: `seconds` from that to the next one's."""
         with self._lock:
             for averages, value in ((self._payload_bytes, num_bytes), (self._decode_s, seconds)):
                 was = averages.get(codec, float(value))
-                averages[codec] = was + (1 - _FORGET) * (value - was)
+                averages[codec] = was + _NEWEST * (value - was)
 
     def is_due_for_probe(self, tier: Tier) -> bool:
         """Was nothing heard of this tier for long? Says so once for each time that it is."""
@@ -80,7 +103,7 @@ class TransferCosts:
     def latency_s(self, tier: Tier) -> float:
         """Until the first block comes, beside what its bytes take."""
         with self._lock:
-            return 0.0 if tier is Tier.HOST else float(self._line(tier).fit.coefficients[0])
+            return 0.0 if tier is Tier.HOST else self._line(tier).latency_s
 
     def block_s(self, tier: Tier, codec: str) -> float:
         """Seconds from one block's landing on the device to the next one's. `codec` is the session's."""
@@ -89,9 +112,9 @@ class TransferCosts:
             decode_s = self._decode_s.get(codec, self._block_bytes * _START_COPY_BYTE_S)
             if tier is Tier.HOST:
                 return decode_s
-            return max(decode_s, num_bytes * float(self._line(tier).fit.coefficients[1]))
+            return max(decode_s, num_bytes * self._line(tier).byte_s)
 
     def _line(self, tier: Tier) -> _Line:
         if tier not in self._lines:
-            self._lines[tier] = _Line(Fit(_START, (1.0, self._block_bytes), forget=_FORGET), self._now())
+            self._lines[tier] = _Line(self._now())
         return self._lines[tier]
