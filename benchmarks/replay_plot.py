@@ -19,6 +19,7 @@ from benchmarks.replay_report import (
 )
 
 Arms = Mapping[str, Arm]
+_MARKERS = {"load": "o", "compute": "^", "both_ends": "s"}
 
 
 class PlotsMissing(ImportError):
@@ -71,7 +72,7 @@ def _times(axes: Any, arms: Arms, label: str, of_one: Callable[[Any], Sequence[f
                 label=f"{name}, p{percent}",
             )
     axes.set(xlabel="turn", ylabel=label, yscale="log")
-    axes.legend(fontsize="x-small")
+    _legend(axes)
 
 
 def _sources(axes: Any, arms: Arms) -> None:
@@ -81,7 +82,7 @@ def _sources(axes: Any, arms: Arms) -> None:
         axes.bar(list(arms), tokens, bottom=bottom, label=source)
         bottom = [below + more for below, more in zip(bottom, tokens, strict=True)]
     axes.set(ylabel="prompt tokens")
-    axes.legend(fontsize="x-small")
+    _legend(axes)
 
 
 def _hit_rates(axes: Any, arms: Arms) -> None:
@@ -108,14 +109,14 @@ def _lost(axes: Any, arms: Arms) -> None:
 def _plans(axes: Any, arms: Arms) -> None:
     """Each plan's outcome beside what it promised: on the line where it kept its word."""
     for number, (name, arm) in enumerate(arms.items()):
-        for marker, (kind, plans) in zip("o^s", plans_of(arm.served).items(), strict=False):
+        for kind, plans in plans_of(arm.served).items():
             predicted, actual = [plan.predicted_ms for plan in plans], [plan.actual_ms for plan in plans]
-            axes.scatter(predicted, actual, color=f"C{number}", marker=marker, label=f"{name}, {kind}")
+            axes.scatter(predicted, actual, color=f"C{number}", marker=_MARKERS.get(kind, "x"), label=f"{name}, {kind}")
             axes.plot([*predicted, *actual], [*predicted, *actual], color="0.8", zorder=0)
     axes.set(xlabel="predicted, ms", ylabel="actual, ms")
     if axes.collections:
         axes.set(xscale="log", yscale="log")
-        axes.legend(fontsize="x-small")
+        _legend(axes)
 
 
 def _beside(axes: Any, rows: Mapping[str, Mapping[str, float]]) -> None:
@@ -125,4 +126,9 @@ def _beside(axes: Any, rows: Mapping[str, Mapping[str, float]]) -> None:
         axes.bar([group + number * width for group in range(len(row))], list(row.values()), width, label=label)
         axes.set_xticks([group + 0.4 - width / 2 for group in range(len(row))], list(row))
     if rows:
-        axes.legend(fontsize="x-small")
+        _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    """Beside the figure: within it, it would hide some of it."""
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
