@@ -88,8 +88,9 @@ class RoutingIndex:
         self._next_number: dict[str, int] = {}  # of workers whose blocks are known without a gap
         self._device_bits = 0
         self._row = lru_cache(_ROWS)(self._row_of)
-        self._queue_s, self._missing_s = np.zeros(0, np.float32), np.zeros(0, np.float32)  # by slot
-        self._saved_s = np.zeros((2, 0), np.float32)  # by tier and slot: what a block there is worth
+        self._queue_s = np.zeros(0, np.float32)  # by slot
+        self._missing_s = np.zeros(0, np.float32)  # what a block costs, weighted,
+        self._saved_s = np.zeros((2, 0), np.float32)  # and by tier and slot, what of that is saved where it lies there
 
     @property
     def num_blocks(self) -> int:
@@ -133,9 +134,9 @@ class RoutingIndex:
         slot = self._slot_of(worker_id)
         missing_s = min(costs.token_s * self._block_tokens, costs.shared_byte_s * self._block_bytes)
         self._queue_s[slot] = costs.queue_s
-        self._missing_s[slot] = missing_s
+        self._missing_s[slot] = _WORK_WEIGHT * missing_s
         host_saves_s = max(0.0, missing_s - costs.host_byte_s * self._block_bytes)
-        self._saved_s[:, slot] = missing_s, host_saves_s
+        self._saved_s[:, slot] = _WORK_WEIGHT * missing_s, _WORK_WEIGHT * host_saves_s
 
     def choose(self, chain: Sequence[bytes], *, key: str, last_worker_id: str = "") -> Choice | None:
         """The worker where a prompt of these blocks costs least, queue and work, or None where none has reported.
@@ -145,13 +146,15 @@ class RoutingIndex:
         if not self._workers:
             return None
         counts = self._counts(self._holders.segments(chain, _MAX_LOOKUPS))
-        work_s = len(chain) * self._missing_s
+        costs_s = len(chain) * self._missing_s
+        costs_s += self._queue_s
         for saved_s in counts * self._saved_s:
-            work_s -= saved_s
-        slot = self._cheapest(self._queue_s + _WORK_WEIGHT * work_s, key, self._slots.get(last_worker_id))
+            costs_s -= saved_s
+        slot = self._cheapest(costs_s, key, self._slots.get(last_worker_id))
         if slot is None:
             return None
-        expected_s = float(self._queue_s[slot] + work_s[slot])
+        queue_s = float(self._queue_s[slot])
+        expected_s = queue_s + (float(costs_s[slot]) - queue_s) / _WORK_WEIGHT
         return Choice(self._workers[slot], expected_s, int(counts[Tier.DEVICE, slot]), int(counts[Tier.HOST, slot]))
 
     def held(self, chain: Sequence[bytes]) -> Mapping[str, tuple[int, int]]:
@@ -203,9 +206,10 @@ class RoutingIndex:
         if last is not None and costs_s[last] <= least_s + self._sticky_s:
             return last
         good = (costs_s <= least_s + _SAME_S).nonzero()[0]
-        if len(good) > 1:
-            queue_s = self._queue_s[good]
-            good = good[queue_s == queue_s.min()]
+        if len(good) == 1:
+            return int(good[0])
+        queue_s = self._queue_s[good]
+        good = good[queue_s == queue_s.min()]
         return int(good[zlib.crc32(key.encode()) % len(good)])
 
     def _slot_of(self, worker_id: str) -> int:
