@@ -154,9 +154,12 @@ class _Side:
         return measure
 
     def plans(self, num: int) -> list[str]:
-        """What the latest turns had planned, with predicted and actual ms."""
-        plans = [receipt.plan for receipt in self._receipts[-num:]]
-        return [f"{plan.kind.name} {plan.predicted_ms:.0f} {plan.actual_ms:.0f}" for plan in plans if plan is not None]
+        """What the latest turns had planned: predicted and actual ms, and the tokens computed instead of loaded."""
+        plans = [receipt.plan for receipt in self._receipts[-num:] if receipt.plan is not None]
+        return [
+            f"{plan.kind.name} {plan.predicted_ms:.0f} {plan.actual_ms:.0f} {plan.computed_instead_tokens}"
+            for plan in plans
+        ]
 
     def _turn(self, history: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, float, Receipt]:
         """The one token of the reply, the seconds until it came, and what it cost."""

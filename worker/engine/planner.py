@@ -16,6 +16,8 @@ from worker.engine.restoring import FirstPlan, Restoring
 from worker.tiers.claims import Claims, State
 from worker.tiers.transfer_costs import TransferCosts
 
+_PARTS = 4
+"""What is to be computed from the front is begun in so many parts: a step that was begun is run to its end."""
 _OVERDUE = 4.0
 """Blocks are late when they take so many times as long as those before them,"""
 _PATIENCE_S = 0.05
@@ -113,11 +115,11 @@ class CostPlanner:
         return (0.0 if has_begun else first_s), False
 
     def _take(self, restoring: Restoring, coming: list[tuple[int, State]], num: int, *, is_late: bool) -> None:
-        """Take the first `num` blocks that come, or half of them where that is enough for a step: by the next one more
-        is known of when the others come."""
+        """Take the first `num` blocks that come, or a part of them where that is enough for a step: by the next one
+        more is known of when the others come."""
         spans = [restoring.span_of(restoring.asked[number].want) for number, _ in coming]
         tokens = sum(span.tokens for span in spans[:num])
-        enough = tokens if num == len(coming) else max(tokens // 2, self._cost_model.worthwhile_tokens)
+        enough = tokens if num == len(coming) else max(tokens // _PARTS, self._cost_model.worthwhile_tokens)
         taken = 0
         for (number, _), span in list(zip(coming, spans, strict=True))[:num]:
             reason = MissReason.LATE if is_late else MissReason.FASTER
