@@ -16,13 +16,28 @@ from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from protos.rekindle_worker_pb2_grpc import WorkerStub
 from protos.status import DETAILS_KEY
+from rekindle.display import receipt_line, to_dict
 from tests.fake_engine import FakeEngine
-from worker.calls import Event, Failed, FinishReason, Receipt, Token, TokenLogprobs
+from worker.calls import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerateCall,
+    MissReason,
+    PlanKind,
+    Receipt,
+    RestorePlan,
+    Sampling,
+    Token,
+    TokenLogprobs,
+)
 from worker.errors import ContextTooLong, DeadlinePassed, Draining, Overloaded
 from worker.metrics import WorkerMetrics
 from worker.model.presets_tokenizer import byte_tokenizer
 from worker.service import WorkerService, start_server
 from worker.text import TextCodec
+from worker.translate import finished_event
 
 CODEC = TextCodec(byte_tokenizer(1000))
 
@@ -397,6 +412,31 @@ def scrape(address: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"^(rekindle_\S+) (\S+)$", text, re.MULTILINE)}
 
 
+@pytest.mark.parametrize("kind", PlanKind)
+def test_a_plan_arrives_with_its_receipt_and_is_shown(kind: PlanKind) -> None:
+    plan = RestorePlan(kind=kind, predicted_ms=12.4, actual_ms=15.6, computed_instead_tokens=48)
+    receipt = Receipt(device_tokens=0, host_tokens=0, redis_tokens=1, computed_tokens=48, plan=plan)
+    call = GenerateCall(
+        request_id="r", tenant="t", history=(1,), input=(2,) * 48, sampling=Sampling(), max_new_tokens=1
+    )
+    event = finished_event(
+        call,
+        Finished(FinishReason.LENGTH, receipt, 1),
+        num_tokens=1,
+        last_token_id=3,
+        stop_string=None,
+        worker_id="w-1",
+    )
+    shown = receipt_line(event.finished)
+    assert f"plan {kind.name.lower().replace('_', ' ')}: 16 ms, 12 predicted, 48 tokens computed instead" in shown
+    assert to_dict(event.finished.receipt)["plan"]["kind"] == f"PLAN_KIND_{kind.name}"
+
+
+@pytest.mark.parametrize("reason", MissReason)
+def test_every_reason_of_a_miss_has_its_word_in_the_protocol(reason: MissReason) -> None:
+    assert pb.MissReason.Value(f"MISS_REASON_{reason.name}") == reason.value
+
+
 def test_metrics_show_the_engines_figures_and_each_kind_of_turn(engine: FakeEngine) -> None:
     metrics = WorkerMetrics(engine.stats)
     address = f"127.0.0.1:{metrics.serve('127.0.0.1', 0)}"
@@ -410,6 +450,7 @@ def test_metrics_show_the_engines_figures_and_each_kind_of_turn(engine: FakeEngi
                 restored_bytes=64,
                 ttft_ms=30,
                 decode_ms=80,
+                plan=RestorePlan(kind=PlanKind.BOTH_ENDS, predicted_ms=20, actual_ms=25, computed_instead_tokens=1),
             )
             metrics.turn_finished(receipt, completion_tokens=9)
         found = scrape(address)
@@ -425,6 +466,8 @@ def test_metrics_show_the_engines_figures_and_each_kind_of_turn(engine: FakeEngi
     assert found[f"rekindle_moved_seconds_total{labels}"] == 0.5
     assert found["rekindle_prefill_saved_seconds_total"] == 2.5
     assert found["rekindle_restored_bytes_total"] == 4 * 64
+    assert found['rekindle_planned_seconds_total{kind="both_ends"}'] == pytest.approx(0.08)
+    assert found['rekindle_planned_actual_seconds_total{kind="both_ends"}'] == pytest.approx(0.1)
     assert found["rekindle_stores_dropped_total"] == 7
     assert found["rekindle_evicted_then_needed_total"] == 8
     assert found['rekindle_queue_requests{state="waiting"}'] == 10

@@ -36,6 +36,15 @@ class WorkerMetrics:
         self._queue = self._histogram("queue", "From a request's arrival to its admission.", _LATENCY_BUCKETS_S)
         self._restore = self._histogram("restore", "Bringing a prompt's blocks back.", _LATENCY_BUCKETS_S)
         self._prefill = self._histogram("prefill", "Computing what was missing of a prompt.", _LATENCY_BUCKETS_S)
+        self._planned = Counter(
+            "rekindle_planned_seconds_total",
+            "To the first token of turns whose restore was planned, as predicted.",
+            ["kind"],
+            registry=self.registry,
+        )
+        self._planned_took = Counter(
+            "rekindle_planned_actual_seconds_total", "The same, as it was.", ["kind"], registry=self.registry
+        )
         self._restored_bytes = Counter(
             "rekindle_restored_bytes_total", "Bytes of KV brought back for turns.", registry=self.registry
         )
@@ -49,6 +58,10 @@ class WorkerMetrics:
         self._restore.labels(kind).observe(receipt.restore_ms / 1e3)
         self._prefill.labels(kind).observe(receipt.prefill_ms / 1e3)
         self._restored_bytes.inc(receipt.restored_bytes)
+        if receipt.plan is not None:
+            plan = receipt.plan.kind.name.lower()
+            self._planned.labels(plan).inc(receipt.plan.predicted_ms / 1e3)
+            self._planned_took.labels(plan).inc(receipt.plan.actual_ms / 1e3)
         if completion_tokens > 1:
             self._tpot.labels(kind).observe(receipt.decode_ms / 1e3 / (completion_tokens - 1))
 
