@@ -17,10 +17,10 @@ SHORT, FITTING = "short unrelated prompts", "everything fits on the device"
 _ROUNDS = 9
 """The first one is not counted."""
 _CLIENTS = 4
-_SHORT_REQUESTS = 8
+_SHORT_REQUESTS = 6
 _SHORT_TOKENS, _SHORT_REPLY = 64, 16
 _FIRST_ID = 1 << 60
-_FITTING_SHARE = 0.35
+_FITTING_SHARE = 0.2
 """Of the trace's requests, for the arms where everything fits on the device."""
 _ROOM = 1.25
 """Of the device for all of that and its replies: concurrent turns may compute a block twice."""

@@ -49,7 +49,7 @@ def by_turn(served: Sequence[Served]) -> dict[str, list[Served]]:
     """Requests by turn number, late turns together."""
     groups = {}
     for first, last in _TURN_GROUPS:
-        name = f"{first}" if first == last else f"{first} to {last}" if last else f"{first} and later"
+        name = f"{first}" if first == last else f"{first}-{last}" if last else f"{first}+"
         groups[name] = [one for one in served if first <= one.request.turn and (not last or one.request.turn <= last)]
     return {name: members for name, members in groups.items() if members}
 

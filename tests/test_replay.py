@@ -167,7 +167,7 @@ def test_the_tiers_together_hit_what_the_device_alone_cannot(coldest: str, num_b
         "1": 16,
         "2": 16,
         "3": 16,
-        "4 to 7": 16,
+        "4-7": 16,
     }
 
 
@@ -204,7 +204,7 @@ def test_figures_are_by_turn_source_and_plan() -> None:
     assert {turn: (row["requests"], row["hit rate"]) for turn, row in figures["by turn"].items()} == {
         "1": (1, 0.0),
         "2": (1, 0.5),
-        "8 and later": (2, 0.3),
+        "8+": (2, 0.3),
     }
     load, compute = figures["plans"]["load"], figures["plans"]["compute"]
     assert (load["turns"], load["predicted ms, median"], load["actual ms, median"]) == (2, 30.0, 35.0)
@@ -233,7 +233,7 @@ def test_a_comparison_runs_all_arms_on_the_same_work_and_draws_them(
     assert json.loads(json.dumps(figures_of(arms[ALL]))) == figures_of(arms[ALL])
     for name, arm in arms.items():
         show(name, figures_of(arm))
-    assert "4 to 7" in capsys.readouterr().out
+    assert "4-7" in capsys.readouterr().out
     files = load_plots()(arms, tmp_path / "plots")
     assert len(files) == len({file.name for file in files}) >= 6
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
