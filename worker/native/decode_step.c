@@ -35,7 +35,7 @@ typedef struct {
     const uint16_t *cos, *sin;    /* [rows, head_dim] */
     const int64_t *wanted;        /* [num_wanted]: rows that logits are for */
     uint16_t *hidden;             /* [rows, hidden]: the tokens' embeddings, overwritten */
-    uint16_t *normed, *parts, *attended, *gated; /* scratch, a row: hidden; heads + 2 kv_heads heads; heads; intermediate */
+    uint16_t *normed, *parts, *attended, *gated; /* scratch; a row of parts: all heads of queries, keys and values */
     uint16_t *logits; /* [num_wanted, vocab] */
     int64_t rows, num_wanted, num_threads;
 } Batch;
@@ -88,17 +88,17 @@ static void norm_in_team(const Model *model, const Batch *batch, const uint16_t 
 
 static void layer_in_team(const Model *model, const Layer *layer, const Batch *batch, const Step *attention) {
     const int64_t rows = batch->rows, hidden = model->hidden, width = width_of(model);
-    const int64_t parts = model->heads + 2 * model->kv_heads, attended = model->heads * model->head_dim;
+    const int64_t parts = model->heads + 2 * model->kv_heads;
     norm_in_team(model, batch, layer->before_attention, layer->epsilon);
-    linears_in_team(layer->attention_in, 3, batch->normed, hidden, rows, batch->parts, width);
+    linears_in_team(layer->attention_in, 3, batch->normed, rows, batch->parts, width);
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < rows * parts; item++) place_head(model, layer, batch, item / parts, item % parts);
     attend_in_team(attention, batch->parts, width, model->head_dim, layer->keys, layer->values, batch->attended,
                    layer->scaling);
-    linear_in_team(&layer->attention_out, batch->attended, attended, rows, batch->hidden, batch->hidden, hidden);
+    linear_in_team(&layer->attention_out, batch->attended, 0, rows, batch->hidden, batch->hidden, hidden);
     norm_in_team(model, batch, layer->before_mlp, layer->epsilon);
-    gated_in_team(&layer->gate, &layer->up, batch->normed, hidden, rows, batch->gated, model->intermediate);
-    linear_in_team(&layer->down, batch->gated, model->intermediate, rows, batch->hidden, batch->hidden, hidden);
+    gated_in_team(&layer->gate, &layer->up, batch->normed, rows, batch->gated, model->intermediate);
+    linear_in_team(&layer->down, batch->gated, 0, rows, batch->hidden, batch->hidden, hidden);
 }
 
 void decode_step(const Model *model, const Batch *batch) {
@@ -111,6 +111,6 @@ void decode_step(const Model *model, const Batch *batch) {
         for (int64_t i = 0; i < batch->num_wanted; i++)
             norm(batch->hidden + batch->wanted[i] * hidden, model->last_norm, hidden, model->last_epsilon,
                  batch->normed + i * hidden);
-        linear_in_team(&model->head, batch->normed, hidden, batch->num_wanted, 0, batch->logits, model->head.out);
+        linear_in_team(&model->head, batch->normed, 0, batch->num_wanted, 0, batch->logits, model->head.out);
     }
 }

@@ -20,13 +20,14 @@ INLINE void finish(const Linear *linear, int64_t panel, const float *sums, const
     }
 }
 
-INLINE void linear_pair(const Linear *linear, int64_t pair, const uint16_t *input, int64_t stride, int64_t rows,
+INLINE void linear_pair(const Linear *linear, int64_t pair, const uint16_t *input, int packed, int64_t rows,
                         const uint16_t *residual, uint16_t *output, int64_t output_stride) {
     const int64_t left = 2 * pair, right = left + 1 < panels_of(linear) ? left + 1 : left;
     Block sums[MOST_ROWS / BLOCK_ROWS] __attribute__((aligned(CACHE_LINE)));
     for (int64_t first = 0; first < rows; first += MOST_ROWS) {
         const int64_t few = rows - first < MOST_ROWS ? rows - first : MOST_ROWS;
-        multiply(input + first * stride, stride, few, panel_of(linear, left), panel_of(linear, right), linear->in, sums);
+        multiply(input + first * linear->in, packed, few, panel_of(linear, left), panel_of(linear, right), linear->in,
+                 sums);
         for (int64_t row = 0; row < few; row++) {
             const int64_t at = (first + row) * output_stride;
             const uint16_t *before = residual ? residual + at : 0;
@@ -37,15 +38,15 @@ INLINE void linear_pair(const Linear *linear, int64_t pair, const uint16_t *inpu
     }
 }
 
-void linear_in_team(const Linear *linear, const uint16_t *input, int64_t stride, int64_t rows,
+void linear_in_team(const Linear *linear, const uint16_t *input, int packed, int64_t rows,
                     const uint16_t *residual, uint16_t *output, int64_t output_stride) {
     const int64_t pairs = (panels_of(linear) + 1) / 2;
 #pragma omp for schedule(dynamic, AT_ONCE)
     for (int64_t pair = 0; pair < pairs; pair++)
-        linear_pair(linear, pair, input, stride, rows, residual, output, output_stride);
+        linear_pair(linear, pair, input, packed, rows, residual, output, output_stride);
 }
 
-void linears_in_team(const Linear *linears, int64_t num_linears, const uint16_t *input, int64_t stride, int64_t rows,
+void linears_in_team(const Linear *linears, int64_t num_linears, const uint16_t *input, int64_t rows,
                      uint16_t *output, int64_t output_stride) {
     int64_t all = 0;
     for (int64_t i = 0; i < num_linears; i++) all += (panels_of(&linears[i]) + 1) / 2;
@@ -53,8 +54,9 @@ void linears_in_team(const Linear *linears, int64_t num_linears, const uint16_t 
     for (int64_t item = 0; item < all; item++) {
         const Linear *linear = linears;
         int64_t pair = item, column = 0;
-        for (int64_t pairs; pair >= (pairs = (panels_of(linear) + 1) / 2); linear++) pair -= pairs, column += linear->out;
-        linear_pair(linear, pair, input, stride, rows, 0, output + column, output_stride);
+        for (int64_t pairs; pair >= (pairs = (panels_of(linear) + 1) / 2); linear++)
+            pair -= pairs, column += linear->out;
+        linear_pair(linear, pair, input, 0, rows, 0, output + column, output_stride);
     }
 }
 
@@ -78,7 +80,7 @@ INLINE void finish_gated(const Linear *gate, int64_t panel, const float *gates, 
     }
 }
 
-void gated_in_team(const Linear *gate, const Linear *up, const uint16_t *input, int64_t stride, int64_t rows,
+void gated_in_team(const Linear *gate, const Linear *up, const uint16_t *input, int64_t rows,
                    uint16_t *output, int64_t output_stride) {
     const int64_t panels = panels_of(gate);
 #pragma omp for schedule(dynamic, 2 * AT_ONCE)
@@ -86,7 +88,7 @@ void gated_in_team(const Linear *gate, const Linear *up, const uint16_t *input, 
         Block sums[MOST_ROWS / BLOCK_ROWS] __attribute__((aligned(CACHE_LINE)));
         for (int64_t first = 0; first < rows; first += MOST_ROWS) {
             const int64_t few = rows - first < MOST_ROWS ? rows - first : MOST_ROWS;
-            multiply(input + first * stride, stride, few, panel_of(gate, panel), panel_of(up, panel), gate->in, sums);
+            multiply(input + first * gate->in, 0, few, panel_of(gate, panel), panel_of(up, panel), gate->in, sums);
             for (int64_t row = 0; row < few; row++) {
                 const float(*block)[BLOCK_ROWS][PANEL] = sums[row / BLOCK_ROWS];
                 finish_gated(gate, panel, block[0][row % BLOCK_ROWS], block[1][row % BLOCK_ROWS], up,
@@ -96,8 +98,24 @@ void gated_in_team(const Linear *gate, const Linear *up, const uint16_t *input, 
     }
 }
 
-/* One layer by a team of its own: input [rows, in] and output [rows, out], contiguous. */
-void linear(const Linear *layer, const uint16_t *input, int64_t rows, uint16_t *output, int64_t num_threads) {
+/* Put rows [rows, in] in the order of tiles: [ceil(rows / PANEL)][in / DEPTH][PANEL][DEPTH]. */
+static void pack_in_team(const uint16_t *input, int64_t rows, int64_t in, uint16_t *packed) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        uint16_t *first = packed + row / PANEL * PANEL * in + row % PANEL * DEPTH;
+        for (int64_t i = 0; i < in; i += DEPTH) memcpy(first + i * PANEL, input + row * in + i, DEPTH * sizeof *input);
+    }
+}
+
+/* One layer by a team of its own: input [rows, in] and output [rows, out], contiguous. `scratch` may be NULL; with room
+ * for the input in whole tiles, many rows are put in their order first: rows a power of two apart keep driving each
+ * other out of the caches. */
+void linear(const Linear *layer, const uint16_t *input, int64_t rows, uint16_t *scratch, uint16_t *output,
+            int64_t num_threads) {
+    const int packed = TILES && scratch;
 #pragma omp parallel num_threads(num_threads)
-    linear_in_team(layer, input, layer->in, rows, 0, output, layer->out);
+    {
+        if (packed) pack_in_team(input, rows, layer->in, scratch);
+        linear_in_team(layer, packed ? scratch : input, packed, rows, 0, output, layer->out);
+    }
 }

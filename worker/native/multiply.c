@@ -15,7 +15,7 @@ INLINE void ask_for(const uint16_t *panel) {
         __builtin_prefetch((const char *)panel + AHEAD + line);
 }
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#if TILES
 
 typedef struct {
     uint8_t palette, start_row, reserved[14];
@@ -43,8 +43,9 @@ INLINE void configure(int upper, int lower) {
 }
 
 /* Add the inputs [begin, end) to the sums of one block of rows. `asks`: the panels are not in a cache yet. */
-INLINE void add_inputs(const uint16_t *input, int64_t stride, int lower, const uint16_t *left, const uint16_t *right,
-                       int64_t begin, int64_t end, Block sums, int asks) {
+INLINE void add_inputs(const uint16_t *input, int64_t in, int packed, int lower, const uint16_t *left,
+                       const uint16_t *right, int64_t begin, int64_t end, Block sums, int asks) {
+    const int64_t row_bytes = (packed ? DEPTH : in) * 2, step = packed ? PANEL : 1;
     if (begin) {
         _tile_loadd(LEFT, sums[0], CACHE_LINE);
         _tile_loadd(RIGHT, sums[1], CACHE_LINE);
@@ -61,11 +62,11 @@ INLINE void add_inputs(const uint16_t *input, int64_t stride, int lower, const u
         if (asks) ask_for(right + i * PANEL);
         _tile_loadd(LEFT_PANEL, left + i * PANEL, CACHE_LINE);
         _tile_loadd(RIGHT_PANEL, right + i * PANEL, CACHE_LINE);
-        _tile_loadd(UPPER_INPUT, input + i, stride * 2);
+        _tile_loadd(UPPER_INPUT, input + i * step, row_bytes);
         _tile_dpbf16ps(LEFT, UPPER_INPUT, LEFT_PANEL);
         _tile_dpbf16ps(RIGHT, UPPER_INPUT, RIGHT_PANEL);
         if (!lower) continue;
-        _tile_loadd(LOWER_INPUT, input + PANEL * stride + i, stride * 2);
+        _tile_loadd(LOWER_INPUT, input + PANEL * in + i * step, row_bytes);
         _tile_dpbf16ps(LOWER_LEFT, LOWER_INPUT, LEFT_PANEL);
         _tile_dpbf16ps(LOWER_RIGHT, LOWER_INPUT, RIGHT_PANEL);
     }
@@ -77,22 +78,22 @@ INLINE void add_inputs(const uint16_t *input, int64_t stride, int lower, const u
 
 /* Whole blocks of rows take the panels in lengths that stay in the nearest cache until all blocks have seen them. What
  * is left of the rows takes them in one go: the sums of a row are the same ones, in the same order. */
-void multiply(const uint16_t *input, int64_t stride, int64_t rows, const uint16_t *left, const uint16_t *right,
+void multiply(const uint16_t *input, int packed, int64_t rows, const uint16_t *left, const uint16_t *right,
               int64_t in, Block *sums) {
     const int64_t blocks = rows / BLOCK_ROWS, left_over = rows % BLOCK_ROWS;
     if (blocks) {
         configure(PANEL, PANEL);
         for (int64_t begin = 0; begin < in; begin += LENGTH) {
             const int64_t end = begin + LENGTH < in ? begin + LENGTH : in;
-            add_inputs(input, stride, PANEL, left, right, begin, end, sums[0], 1);
-            for (int64_t block = 1; block < blocks; block++)
-                add_inputs(input + block * BLOCK_ROWS * stride, stride, PANEL, left, right, begin, end, sums[block], 0);
+            for (int64_t block = 0; block < blocks; block++)
+                add_inputs(input + block * BLOCK_ROWS * in, in, packed, PANEL, left, right, begin, end, sums[block],
+                           block == 0);
         }
     }
     if (left_over) {
         const int upper = left_over < PANEL ? left_over : PANEL, lower = left_over - upper;
         configure(upper, lower);
-        add_inputs(input + blocks * BLOCK_ROWS * stride, stride, lower, left, right, 0, in, sums[blocks], !blocks);
+        add_inputs(input + blocks * BLOCK_ROWS * in, in, packed, lower, left, right, 0, in, sums[blocks], !blocks);
     }
     _tile_release();
 }
@@ -122,8 +123,8 @@ INLINE Sums add_pairs(Sums sums, uint32_t inputs, Pairs weights) {
 #endif
 }
 
-INLINE void multiply_few(const uint16_t *input, int64_t stride, int rows, const uint16_t *left, const uint16_t *right,
-                         int64_t in, float first[][PANEL], float second[][PANEL]) {
+INLINE void multiply_few(const uint16_t *input, int rows, const uint16_t *left, const uint16_t *right, int64_t in,
+                         float first[][PANEL], float second[][PANEL]) {
     Sums sums[2][FEW] = {0};
     for (int64_t i = 0; i < in; i += 2, left += 2 * PANEL, right += 2 * PANEL) {
         Pairs weights[2];
@@ -133,7 +134,7 @@ INLINE void multiply_few(const uint16_t *input, int64_t stride, int rows, const 
         __builtin_prefetch((const char *)right + AHEAD);
         for (int row = 0; row < rows; row++) {
             uint32_t inputs;
-            memcpy(&inputs, input + row * stride + i, sizeof inputs);
+            memcpy(&inputs, input + row * in + i, sizeof inputs);
             for (int side = 0; side < 2; side++) sums[side][row] = add_pairs(sums[side][row], inputs, weights[side]);
         }
     }
@@ -141,13 +142,14 @@ INLINE void multiply_few(const uint16_t *input, int64_t stride, int rows, const 
     memcpy(second, sums[1], rows * sizeof(Sums));
 }
 
-void multiply(const uint16_t *input, int64_t stride, int64_t rows, const uint16_t *left, const uint16_t *right,
+void multiply(const uint16_t *input, int packed, int64_t rows, const uint16_t *left, const uint16_t *right,
               int64_t in, Block *sums) {
+    (void)packed; /* never, without tiles */
     for (int64_t row = 0; row < rows;) {
-        const uint16_t *from = input + row * stride;
+        const uint16_t *from = input + row * in;
         const int64_t block = row / BLOCK_ROWS, first = row % BLOCK_ROWS; /* few rows never cross a block */
 #define ROWS(few)                                                                                             \
-    multiply_few(from, stride, few, left, right, in, &sums[block][0][first], &sums[block][1][first]), row += few
+    multiply_few(from, few, left, right, in, &sums[block][0][first], &sums[block][1][first]), row += few
         if (rows - row >= 8 && FEW >= 8) ROWS(8);
         else if (rows - row >= 4 && FEW >= 4) ROWS(4);
         else if (rows - row >= 2) ROWS(2);
