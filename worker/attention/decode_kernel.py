@@ -104,13 +104,14 @@ class DecodeKernel:
         if query.stride(2) != 1:
             query = query.contiguous()
         if plan.step is None or plan.step.heads != len(query):
-            self._prepare(plan, len(query), keys)
+            self.prepare(plan, len(query), keys)
         self._function(
             *(plan.step, query.data_ptr(), query.stride(1), query.stride(0)),
             *(keys.data_ptr(), values.data_ptr(), output.data_ptr(), scaling),
         )
 
-    def _prepare(self, plan: DecodePlan, heads: int, keys: torch.Tensor) -> None:
+    def prepare(self, plan: DecodePlan, heads: int, keys: torch.Tensor) -> None:
+        """Make `plan.step` and its scratch; `keys` are any layer's."""
         kv_heads, _, head_dim = keys.shape
         attended = torch.empty(len(plan.pieces), heads, head_dim)
         sums = torch.empty(len(plan.pieces), heads, 2)
