@@ -24,6 +24,11 @@ _PATIENCE_S = 0.05
 """and at least this long: a thread may have been kept waiting for a core."""
 
 
+_WORTH_LEAVING = 0.5
+"""A plan to load everything is left in mid-load only where blocks are late, or this share of the time would be left:
+what has begun to come mostly comes, and the estimates of a short load are the noisiest."""
+
+
 class Planner(Protocol):
     """Takes from a restore what is to be computed instead. Called before the restore begins, and before each step."""
 
@@ -77,6 +82,12 @@ class CostPlanner:
         meeting = self._meet(request, restoring, [number for number, _ in coming], ahead, wait_s)
         if restoring.plan is None:
             restoring.plan = FirstPlan(_kind(meeting, len(coming)), meeting.predicted_s)
+        elif (
+            restoring.plan.kind is PlanKind.LOAD
+            and not is_late
+            and meeting.predicted_s > _WORTH_LEAVING * meeting.loading_s
+        ):
+            return
         self._take(restoring, coming, meeting.num_computed, is_late=is_late)
 
     def _meet(

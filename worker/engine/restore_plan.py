@@ -25,6 +25,8 @@ class Meeting(NamedTuple):
     """So many of the blocks, from the front, are to be computed; the others are waited for."""
     predicted_s: float
     """From now until the prompt's last token was computed."""
+    loading_s: float
+    """The same if all of them are waited for."""
 
 
 def meet(
@@ -65,4 +67,4 @@ def meet(
     alone = min((0, count), key=total_s)
     both = min((max(low - 1, 0), low), key=total_s)
     best = both if total_s(both) <= _WORTH * total_s(alone) else alone
-    return Meeting(best, total_s(best))
+    return Meeting(best, total_s(best), total_s(0))
