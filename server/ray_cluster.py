@@ -124,6 +124,8 @@ class RayCluster:
 
     def _connect(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's own choice is 15: beside anybody else's process, a worker would hardly run.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "error"}
         if self._address:
             ray.init(address=self._address, **common)

@@ -129,7 +129,7 @@ def load_decode_kernel() -> DecodeKernel | None:
     try:
         kernel = DecodeKernel(load_native().decode_attention)
         _check(kernel)
-    except (NativeUnavailable, AttributeError) as error:
+    except NativeUnavailable as error:
         _log.warning("decode_kernel_unavailable", reason=str(error), instead="torch's flash attention")
         return None
     return kernel

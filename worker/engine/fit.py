@@ -58,8 +58,7 @@ class Fit:
     def observe(self, kind: Hashable, x: Sequence[float], y: float) -> None:
         """`y` is above 0."""
         newest = self._newest
-        if self._num_seen >= _TRUSTED:
-            expected = self.predict(x)
+        if self._num_seen >= _TRUSTED and (expected := self.predict(x)) > 0:
             y = min(y, _MOST * expected)
             if y < expected / 2:
                 newest = max(newest, _RECOVERY)

@@ -136,7 +136,7 @@ def load_decode_step(loaded: LoadedModel, pool: torch.Tensor, kernel: DecodeKern
         library = load_native()
         _check(loaded, library, kernel)
         return DecodeStep(loaded, pool, library, kernel)
-    except (NativeUnavailable, AttributeError) as error:
+    except NativeUnavailable as error:
         _log.info("decode_step_unavailable", reason=str(error), instead="the model's modules")
         return None
 

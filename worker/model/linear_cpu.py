@@ -140,7 +140,7 @@ def load_linear_kernel() -> LinearKernel | None:
     try:
         kernel = LinearKernel(load_native())
         _check(kernel)
-    except (NativeUnavailable, AttributeError) as error:
+    except NativeUnavailable as error:
         _log.warning("linear_kernel_unavailable", reason=str(error), instead="oneDNN's, or torch's own")
         return None
     return kernel

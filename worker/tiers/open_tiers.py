@@ -94,7 +94,7 @@ def open_tiers(config: WorkerConfig, loaded: LoadedModel) -> Tiers:
         host,
         store,
         moves,
-        max_pinned_blocks=max(1, device.num_blocks // 8),
+        max_pinned_blocks=device.num_blocks,  # a prompt fills its blocks in a few steps, and each is offloaded once
         max_queued_stores=max(1, config.store_queue_bytes // layout.block_bytes),
         enabled=config.host_cache_bytes > 0 or store is not None or disk is not None,
         disk=disk,

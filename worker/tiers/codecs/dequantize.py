@@ -66,6 +66,6 @@ def load_dequantizer() -> Dequantizer | None:
     """Load the kernel. None if there is none to be had; the log says why."""
     try:
         return Dequantizer(load_native().dequantize)
-    except (NativeUnavailable, AttributeError) as error:
+    except NativeUnavailable as error:
         _log.warning("dequantizer_unavailable", reason=str(error), instead="torch's operations")
         return None
