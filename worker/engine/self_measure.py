@@ -58,25 +58,32 @@ def measure_store(store: BlockStore, layout: KVLayout, transfers: TransferCosts,
     payload = memoryview(os.urandom(layout.block_bytes))
     try:
         store.put([Store(name, layout.block_tokens, payload, _TTL_S) for name in names])
-        into = memoryview(bytearray(layout.block_bytes))
+        buffers = [memoryview(bytearray(layout.block_bytes)) for _ in names]  # a cluster's nodes answer side by side
         for _ in range(2):  # the first time pays for pages and connections
-            fetches = [Fetch(name, layout.block_tokens, into, wanted=_noting(transfers)) for name in names]
-            store.get(fetches, _ending(transfers), deadline_s=time.monotonic() + within_s)
+            begun: set[int] = set()
+            fetches = [
+                Fetch(name, layout.block_tokens, into, wanted=_noting(transfers, begun, index))
+                for index, (name, into) in enumerate(zip(names, buffers, strict=True))
+            ]
+            store.get(fetches, _ending(transfers, begun), deadline_s=time.monotonic() + within_s)
         store.delete(names)
     except StoreError as error:
         log.info("store not measured", error=str(error))
 
 
-def _noting(transfers: TransferCosts) -> Callable[[], bool]:
+def _noting(transfers: TransferCosts, begun: set[int], index: int) -> Callable[[], bool]:
     def is_wanted() -> bool:
-        transfers.asked(Tier.REDIS)
+        if index not in begun:  # else it is asked for again, elsewhere
+            begun.add(index)
+            transfers.asked(Tier.REDIS)
         return True
 
     return is_wanted
 
 
-def _ending(transfers: TransferCosts) -> Callable[[int, Fetched, Encoding | None], None]:
+def _ending(transfers: TransferCosts, begun: set[int]) -> Callable[[int, Fetched, Encoding | None], None]:
     def landed(index: int, outcome: Fetched, encoding: Encoding | None) -> None:
-        transfers.ended(Tier.REDIS, encoding.num_bytes if encoding is not None else None)
+        if index in begun:  # the others were refused without being asked for
+            transfers.ended(Tier.REDIS, encoding.num_bytes if encoding is not None else None)
 
     return landed

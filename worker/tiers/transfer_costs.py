@@ -78,6 +78,7 @@ class TransferCosts:
         """The answer is here, with so many bytes. None: it did not come, or says nothing of the tier's speed."""
         with self._lock:
             line = self._line(tier)
+            assert line.in_flight > 0, f"{tier.name} answered what it was not asked for"
             line.in_flight -= 1
             if num_bytes is None:
                 return
