@@ -153,6 +153,27 @@ def test_a_codecs_decoding_counts_where_it_takes_longer_than_the_transfer() -> N
     assert costs.latency_s(Tier.HOST) == 0
 
 
+def test_one_slow_write_to_the_device_is_only_one() -> None:
+    costs = TransferCosts(MIB, now=Clock())
+    for _ in range(50):
+        costs.decoded("raw", MIB, 2e-4)
+    costs.decoded("raw", MIB, 0.3)
+    assert costs.block_s(Tier.HOST, "raw") < 5e-4
+    for _ in range(4):
+        costs.decoded("raw", MIB, 2e-4)
+    assert costs.block_s(Tier.HOST, "raw") < 2.6e-4
+
+
+def test_a_device_that_was_slow_is_given_a_new_chance_though_nothing_was_loaded_since() -> None:
+    clock = Clock()
+    costs = TransferCosts(MIB, now=clock)
+    for _ in range(20):
+        costs.decoded("raw", MIB, 0.3)
+    assert costs.block_s(Tier.HOST, "raw") == pytest.approx(0.3)
+    clock.now_s += 300
+    assert costs.block_s(Tier.HOST, "raw") < 1e-3
+
+
 def test_a_tier_that_was_not_heard_of_for_long_is_due_for_a_probe_once() -> None:
     clock = Clock()
     costs = TransferCosts(MIB, now=clock)

@@ -21,6 +21,9 @@ socket's buffer hands them over, don't outweigh the wait before them."""
 _STALL_S, _MOST = 0.1, 8.0
 """A landing counts as this long at the most, or as so many times what was expected: one stall is only one."""
 _START_COPY_BYTE_S = 1 / 4e9
+_DOUBTED_IN_S = 30.0
+"""What decoding takes is believed less and less while nothing is decoded: an estimate that has everything computed
+would never meet another block that corrects it."""
 _PROBE_AFTER_S = 10.0
 """A tier that nothing came from for so long is asked for a block that nobody waits for, to see how it does now."""
 
@@ -57,6 +60,30 @@ class _Line:
         self.is_first, self.since_s = False, now_s
 
 
+class _Decoding:
+    """What one codec's payload takes from host memory to the device."""
+
+    def __init__(self, start_s: float) -> None:
+        self._start_s = start_s
+        self._seconds: float | None = None
+        self._heard_s = 0.0
+
+    def at(self, now_s: float) -> float:
+        if self._seconds is None:
+            return self._start_s
+        kept = math.exp(-max(0.0, now_s - self._heard_s) / _DOUBTED_IN_S)
+        return self._start_s + kept * (self._seconds - self._start_s)
+
+    def took(self, seconds: float, now_s: float) -> None:
+        if self._seconds is None:
+            self._seconds = seconds
+        else:
+            was = self.at(now_s)
+            seconds = min(seconds, _MOST * was)
+            self._seconds = was + (_NEWEST if seconds > was else 2 * _NEWEST) * (seconds - was)
+        self._heard_s = now_s
+
+
 class TransferCosts:
     def __init__(self, block_bytes: int, *, now: Callable[[], float] = time.monotonic) -> None:
         self._block_bytes = block_bytes
@@ -64,7 +91,7 @@ class TransferCosts:
         self._lock = threading.Lock()
         self._lines: dict[Tier, _Line] = {}
         self._payload_bytes: dict[str, float] = {}
-        self._decode_s: dict[str, float] = {}
+        self._decoding: dict[str, _Decoding] = {}
 
     def asked(self, tier: Tier) -> None:
         """A tier below host memory is being asked for a block: `ended` follows."""
@@ -88,9 +115,9 @@ class TransferCosts:
     def decoded(self, codec: str, num_bytes: int, seconds: float) -> None:
         """A payload of a session of this codec was written to the device: `seconds` from that to the next one's."""
         with self._lock:
-            for averages, value in ((self._payload_bytes, num_bytes), (self._decode_s, seconds)):
-                was = averages.get(codec, float(value))
-                averages[codec] = was + _NEWEST * (value - was)
+            was = self._payload_bytes.get(codec, float(num_bytes))
+            self._payload_bytes[codec] = was + _NEWEST * (num_bytes - was)
+            self._decoding_of(codec).took(seconds, self._now())
 
     def is_due_for_probe(self, tier: Tier) -> bool:
         """Was nothing heard of this tier for long? Says so once for each time that it is."""
@@ -110,7 +137,7 @@ class TransferCosts:
         """Seconds from one block's landing on the device to the next one's. `codec` is the session's."""
         with self._lock:
             num_bytes = self._payload_bytes.get(codec, self._block_bytes)
-            decode_s = self._decode_s.get(codec, self._block_bytes * _START_COPY_BYTE_S)
+            decode_s = self._decoding_of(codec).at(self._now())
             if tier is Tier.HOST:
                 return decode_s
             return max(decode_s, num_bytes * self._line(tier).byte_s)
@@ -119,3 +146,8 @@ class TransferCosts:
         if tier not in self._lines:
             self._lines[tier] = _Line(self._now())
         return self._lines[tier]
+
+    def _decoding_of(self, codec: str) -> _Decoding:
+        if codec not in self._decoding:
+            self._decoding[codec] = _Decoding(self._block_bytes * _START_COPY_BYTE_S)
+        return self._decoding[codec]
