@@ -108,6 +108,22 @@ def test_neither_batch_nor_place_changes_a_bit(loaded: LoadedModel) -> None:
         assert torch.equal(alone[0], together[number])
 
 
+def test_a_prompt_in_the_same_step_changes_no_bit_of_a_decoding_sequence(loaded: LoadedModel) -> None:
+    tables = scattered_tables(3)
+    token = Chunk([7], PROMPTS[0], tables[0], wants_logits=True)
+    new, silent = (
+        Chunk(prompt_of(40, seed=5 + number), 0, tables[1 + number], wants_logits=not number) for number in range(2)
+    )
+    steps = {"alone": [token], "mixed": [new, token, silent]}
+    logits = {}
+    for name, chunks in steps.items():
+        runner, _ = runner_of(loaded)
+        runner.run([Chunk(prompt_of(PROMPTS[0], seed=0), 0, tables[0], wants_logits=False)])
+        logits[name] = runner.run(chunks)
+    first, _ = runner_of(loaded)
+    assert torch.equal(logits["mixed"], torch.cat([first.run([new]), logits["alone"]]))
+
+
 def test_more_rows_than_the_kernels_take_at_once(tmp_path: Path) -> None:
     loaded = load(tmp_path, "qwen3")
     lengths = [1 + number % (BLOCK_TOKENS - STEPS) for number in range(NUM_BLOCKS)]

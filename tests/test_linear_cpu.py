@@ -17,7 +17,7 @@ from worker.model.linear_cpu import (
 )
 from worker.native.build import NativeUnavailable, load_native
 
-_NO_AMX = ("-mno-amx-bf16", "-mno-amx-tile")
+_NO_AMX = ("-DNO_TILES",)
 FLAGS = {
     "as the CPU is": (),
     "without AMX": _NO_AMX,

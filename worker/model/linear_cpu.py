@@ -6,6 +6,7 @@ it by oneDNN's, or as torch has them.
 
 import ctypes
 import mmap
+from contextlib import suppress
 from typing import Final
 
 import structlog
@@ -25,6 +26,10 @@ _MANY_ROWS: Final = 64
 """As many are worth being put in the order of tiles first: at 512 rows, a third to a half less time was measured."""
 _ROWS_HINT: Final = 32
 """Rows of input that oneDNN's layout is chosen for. Measured: it is good from 1 to 1024, layouts for 1 are not."""
+_ROWS_OF_PROMPTS: Final = 128
+_MOST_TWICE: Final = 4 << 30
+"""Weights of up to so many bytes are kept in oneDNN's order too, for steps of many rows, which it runs a fifth to a
+third faster; of larger models the memory matters more. By the model alone, so that workers compute alike."""
 _HUGE_PAGE: Final = 2 << 20
 
 
@@ -58,19 +63,24 @@ class LinearKernel:
 
 
 class NativeLinear(nn.Module):  # type: ignore[misc]  # torch is untyped here
-    """What `linear` computes: sums in float32, each row's the same alone and in any batch."""
+    """What `linear` computes: sums in float32, each row's the same alone and in any batch of few rows."""
 
-    def __init__(self, linear: nn.Linear, kernel: LinearKernel, memory: torch.Tensor) -> None:
-        """The weights go into `memory`, of `packed_numel(linear)` elements."""
+    def __init__(
+        self, linear: nn.Linear, kernel: LinearKernel, memory: torch.Tensor, prompts: nn.Module | None = None
+    ) -> None:
+        """The weights go into `memory`, of `packed_numel(linear)` elements. `prompts` does the same for many rows."""
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         self.weight = pack(linear.weight.detach(), memory)
-        self._kernel = kernel
+        self._kernel, self._prompts = kernel, prompts
         bias = None if self.bias is None else self.bias.data_ptr()
         self.layer = Linear(self.weight.data_ptr(), bias, self.in_features, self.out_features)
         """As the kernels read it. Holds as long as this module."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._prompts is not None and hidden.numel() >= _ROWS_OF_PROMPTS * self.in_features:
+            output: torch.Tensor = self._prompts(hidden)
+            return output
         return self._kernel.run(self.layer, hidden)
 
 
@@ -106,8 +116,10 @@ def pack(weight: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
 def in_huge_pages(numel: int) -> torch.Tensor:
     """Memory for bfloat16, in huge pages where they are to be had: with pages of 4 KiB a third less of the memory's
     speed was measured."""
-    memory = mmap.mmap(-1, numel * torch.bfloat16.itemsize + _HUGE_PAGE)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    num_bytes = numel * torch.bfloat16.itemsize + _HUGE_PAGE
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no huge pages
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     unaligned = torch.frombuffer(memory, dtype=torch.bfloat16)
     first = -unaligned.data_ptr() % _HUGE_PAGE // torch.bfloat16.itemsize
     return unaligned[first : first + numel]
@@ -120,15 +132,20 @@ def pack_linears(model: nn.Module) -> None:
     packed: dict[nn.Module, nn.Module] = {}
     if native and (kernel := load_linear_kernel()) is not None:
         sizes = [packed_numel(linear) for linear in native]
+        twice = _has_onednn() and sum(sizes) * torch.bfloat16.itemsize <= _MOST_TWICE
         for linear, memory in zip(native, in_huge_pages(sum(sizes)).split(sizes), strict=True):
-            packed[linear] = NativeLinear(linear, kernel, memory)
+            packed[linear] = NativeLinear(linear, kernel, memory, PackedLinear(linear) if twice else None)
             linear.weight = None  # free now, so that a large model needs little more than its own size
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if _has_onednn():
         packed |= {linear: PackedLinear(linear) for linear in plain if linear not in packed}
     for module in list(model.modules()):
         for name, child in module.named_children():
             if child in packed:
                 setattr(module, name, packed[child])
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _is_plain(module: nn.Module) -> bool:

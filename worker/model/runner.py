@@ -1,6 +1,7 @@
 """Run one step of the model: many sequences' tokens in one row, their KV in the block pool, logits out."""
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,46 @@ class ModelRunner:
         returns when the KV is written; else whoever reads the logits has waited for it.
         """
         assert chunks, "a step has work"
+        with torch.inference_mode():
+            if self._decode_step is None:
+                return self._run_modules(chunks)
+            # A decoding sequence has the same kernel whoever else is in the step: its bits don't depend on them.
+            # Last: what else there is of its sequence has earlier positions.
+            decoding = [len(chunk.token_ids) == 1 and chunk.wants_logits for chunk in chunks]
+            if not any(decoding):
+                return self._run_modules(chunks)
+            others = [chunk for chunk, is_decoding in zip(chunks, decoding, strict=True) if not is_decoding]
+            prompts = self._run_modules(others) if others else None
+            decoded = self._run_decode_step(list(compress(chunks, decoding)))
+            if prompts is None or not len(prompts):
+                return decoded
+            is_decoded = torch.tensor(list(compress(decoding, (chunk.wants_logits for chunk in chunks))))
+            logits = decoded.new_empty(len(is_decoded), decoded.shape[1])
+            logits[is_decoded], logits[~is_decoded] = decoded, prompts
+            return logits
+
+    def _run_decode_step(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        assert self._decode_step is not None
+        return self._decode_step.run(Rows(*self._inputs(chunks))).float()
+
+    def _run_modules(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        ids, positions, slots, wanted, spans = self._inputs(chunks)
+        output = self._loaded.model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=wanted,
+            step=AttentionStep(self._backend, self._kv_cache.data, spans, slots),
+        )
+        if not len(wanted) and self._loaded.device.type == "cuda":
+            torch.cuda.current_stream(self._loaded.device).synchronize()
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+    def _inputs(
+        self, chunks: Sequence[Chunk]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[Span]]:
+        """Ids, positions and slots [rows], the rows that logits are for, and each chunk's span of rows."""
         spans = self._spans(chunks)
         rows = [
             span.row + span.num_queries - 1 for span, chunk in zip(spans, chunks, strict=True) if chunk.wants_logits
@@ -45,20 +86,7 @@ class ModelRunner:
             np.concatenate([slots_of(clip(span.runs, span.start, span.end)) for span in spans]),
             np.asarray(rows, dtype=np.int64),
         )
-        with torch.inference_mode():
-            if self._decode_step is not None and all(span.num_queries == 1 for span in spans):
-                return self._decode_step.run(Rows(ids, positions, slots, wanted, spans)).float()
-            output = self._loaded.model(
-                input_ids=ids[None],
-                position_ids=positions[None],
-                use_cache=False,
-                logits_to_keep=wanted,
-                step=AttentionStep(self._backend, self._kv_cache.data, spans, slots),
-            )
-        if not rows and self._loaded.device.type == "cuda":
-            torch.cuda.current_stream(self._loaded.device).synchronize()
-        logits: torch.Tensor = output.logits[0].float()
-        return logits
+        return ids, positions, slots, wanted, spans
 
     def _spans(self, chunks: Sequence[Chunk]) -> list[Span]:
         spans, row = [], 0

@@ -18,7 +18,7 @@ _SOURCES: Final = tuple(sorted(_FOLDER.glob("*.c")))
 _HEADERS: Final = tuple(sorted(_FOLDER.glob("*.h")))
 _FLAGS: Final = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 _BUILD_TIMEOUT_S: Final = 120.0
-_NO_AMX: Final = ("-mno-amx-bf16", "-mno-amx-tile")
+_NO_TILES: Final = ("-DNO_TILES",)
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_TILEDATA = 158, 0x1023, 18
 """How a process on x86-64 Linux asks to use AMX's tiles, for all its threads."""
 
@@ -34,7 +34,7 @@ def load_native(flags: Sequence[str] = ()) -> ctypes.CDLL:
     """
     try:
         openmp = _openmp_of_torch()
-        library = ctypes.CDLL(str(_library(openmp, (*_FLAGS, *(() if _may_use_amx() else _NO_AMX), *flags))))
+        library = ctypes.CDLL(str(_library(openmp, (*_FLAGS, *(() if _may_use_amx() else _NO_TILES), *flags))))
         if _openmp_of_torch() != openmp:  # two teams that wait spinning would starve each other
             raise NativeUnavailable("it brought another OpenMP runtime than torch's")
     except (OSError, subprocess.SubprocessError) as error:
@@ -61,7 +61,7 @@ def _openmp_of_torch() -> Path:
 
 def _library(openmp: Path, flags: Sequence[str]) -> Path:
     """The library for these sources, flags and machine, from the cache or built. Processes may race: the last stays."""
-    cpu = sorted({line for line in _lines("/proc/cpuinfo") if line.startswith(("model name", "flags"))})
+    cpu = sorted({line for line in _lines("/proc/cpuinfo") if line.startswith(("model name", "flags", "CPU part", "Features"))})
     what = "\0".join((*(source.read_text() for source in (*_SOURCES, *_HEADERS)), *flags, *cpu, str(openmp)))
     digest = hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rekindle"

@@ -7,7 +7,7 @@
 #pragma once
 #include <stdint.h>
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && !defined(NO_TILES)
 #define TILES 1
 #else
 #define TILES 0
