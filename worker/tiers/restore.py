@@ -75,6 +75,7 @@ class Restorer:
         self._open: list[Claims] = []  # the engine's thread's
         self._threads = ThreadPoolExecutor(_THREADS, "restore")
         self._decoders = ThreadPoolExecutor(_DECODERS, "decode")
+        self._readers = ThreadPoolExecutor(_DECODERS, "disk-read")  # a disk that hangs holds up no block in memory
         self._closed = False
 
     # Asked by the engine's thread
@@ -125,16 +126,15 @@ class Restorer:
         slot = self._host.pin(job.blocks[index].content.name)
         if slot is None:
             return False
-        if job.claims.write(index):
-            self._soon(slot.encoding, lambda: self._land(job, index, slot), landing)
-        else:
-            self._host.unpin(slot)
+        self._soon(slot.encoding, lambda: self._land(job, index, slot), landing)
         return True
 
     def _land(self, job: _Job, index: int, slot: Slot) -> None:
-        """Write a pinned block, which is claimed, to the device."""
+        """Write a pinned block to the device where it is still wanted there."""
         content, encoding = job.blocks[index].content, slot.encoding
         try:
+            if not job.claims.write(index):
+                return
             if self._decoded(job, index, slot.payload, encoding):
                 job.claims.landed(index, Restored(Tier.HOST, encoding))
             else:
@@ -143,14 +143,14 @@ class Restorer:
             self._host.unpin(slot)
 
     def _from_disk(self, job: _Job, order: Sequence[int], landing: list[Future[None]]) -> list[int]:
-        """Hand the blocks that the disk has to the decoders, several at a time. Returns the others."""
+        """Hand the blocks that the disk has to the readers, several at a time. Returns the others."""
         if self._disk is None:
             return list(order)
         here = [index for index in order if self._disk.contains(job.blocks[index].content.name)]
         pending = [index for index in here if job.claims.is_pending(index)]
         is_probe = bool(here) and not pending and self._costs.is_due_for_probe(Tier.DISK)
         wanted = here[:1] if is_probe else pending
-        landing += [self._decoders.submit(self._read, job, index, self._disk) for index in wanted]
+        landing += [self._readers.submit(self._read, job, index, self._disk) for index in wanted]
         rest = set(order).difference(here)
         return [index for index in order if index in rest]
 
@@ -291,7 +291,7 @@ class Restorer:
 
     @contextmanager
     def _decoding(self) -> Iterator[list[Future[None]]]:
-        """On leaving, all that was handed to the decoders has landed: nobody writes the targets any more."""
+        """On leaving, all that was handed to decoders and readers has landed: nobody writes the targets any more."""
         landing: list[Future[None]] = []
         try:
             yield landing
@@ -311,6 +311,7 @@ class Restorer:
         self._closed = True
         self._threads.shutdown(wait=True)
         self._decoders.shutdown(wait=True)
+        self._readers.shutdown(wait=True)
 
 
 def _fetch(content: Content, slot: Slot, is_wanted: Callable[[], bool] | None) -> Fetch:
