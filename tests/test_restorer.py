@@ -166,3 +166,27 @@ def test_a_disk_that_hangs_holds_up_no_block_in_memory(
     eventually(lambda: in_memory.is_settled)
     may.set()
     eventually(lambda: from_disk.is_settled)
+
+
+def test_what_nobody_wants_any_more_is_not_read_from_the_disk(
+    open_restorer: OpenRestorer, host: HostTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restorer = open_restorer(on_disk=range(10))
+    begun: list[BlockHash] = []
+    may = threading.Event()
+    read = BlockFiles.read
+
+    def slow(self: BlockFiles, fetch: Fetch) -> Encoding:
+        begun.append(fetch.block)
+        assert may.wait(10)
+        return read(self, fetch)
+
+    monkeypatch.setattr(BlockFiles, "read", slow)
+    claims = restore(restorer, *range(10))
+    eventually(lambda: len(begun) == _DECODERS)
+    claims.take_all(MissReason.LATE)
+    assert claims.is_settled
+    may.set()
+    restorer.close()
+    assert len(begun) == _DECODERS
+    assert host.use().blocks == _DECODERS, "what was read stays"

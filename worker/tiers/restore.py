@@ -150,12 +150,14 @@ class Restorer:
         pending = [index for index in here if job.claims.is_pending(index)]
         is_probe = bool(here) and not pending and self._costs.is_due_for_probe(Tier.DISK)
         wanted = here[:1] if is_probe else pending
-        landing += [self._readers.submit(self._read, job, index, self._disk) for index in wanted]
+        landing += [self._readers.submit(self._read, job, index, self._disk, is_probe) for index in wanted]
         rest = set(order).difference(here)
         return [index for index in order if index in rest]
 
-    def _read(self, job: _Job, index: int, disk: DiskTier) -> None:
+    def _read(self, job: _Job, index: int, disk: DiskTier, is_probe: bool) -> None:
         """Bring a block from the disk. What it can't give is asked for elsewhere."""
+        if not is_probe and not job.claims.is_pending(index):
+            return
         content = job.blocks[index].content
         if time.monotonic() >= job.deadline_s:
             job.claims.missed(index, MissReason.LATE)
