@@ -7,7 +7,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -193,12 +193,17 @@ class Lanes:
     def _on_nodes(
         self, routes: Mapping[str, list[int]], batch: Batch, deadline_s: float, *, asking: bool = False
     ) -> list[Refused]:
-        """Each node's share side by side, the first on this thread."""
+        """Each node's share side by side, the first on this thread. On leaving, none of them runs any more."""
         shares = list(routes.items())
         others = [
             self._threads.submit(self._on_node, node, share, batch, deadline_s, asking) for node, share in shares[1:]
         ]
-        refused = [lost for node, share in shares[:1] for lost in self._on_node(node, share, batch, deadline_s, asking)]
+        try:
+            refused = [
+                lost for node, share in shares[:1] for lost in self._on_node(node, share, batch, deadline_s, asking)
+            ]
+        finally:
+            wait(others)
         for other in others:
             refused += other.result()
         return refused

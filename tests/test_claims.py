@@ -48,6 +48,16 @@ def test_a_block_that_is_being_written_is_not_taken_by_any_means() -> None:
     assert claims.outcomes() == [FOUND]
 
 
+def test_who_gives_up_leaves_what_is_being_written_to_its_writer() -> None:
+    claims, told = claims_of(2)
+    assert claims.write(0)
+    claims.give_up()
+    assert claims.states() == [State.WRITING, State.MISSED]
+    assert told == []
+    claims.landed(0, FOUND)
+    assert told == ["settled"]
+
+
 def test_a_block_asked_for_twice_on_a_redirect_is_still_wanted() -> None:
     claims, _ = claims_of(1)
     assert claims.fetch(0)

@@ -16,10 +16,11 @@ from cache_store.host_slab import Slab
 from cache_store.host_tier import HostTier
 from cache_store.ids import BlockHash, chain, root_hash
 from cache_store.layout import KVLayout
-from cache_store.store import BlockStore, Encoding, Fetch, Store
+from cache_store.memory_store import MemoryBlockStore
+from cache_store.store import BlockStore, Encoding, Fetch, Landed, Store
 from worker.calls import MissReason
 from worker.ids import BlockId
-from worker.tiers.claims import Claims
+from worker.tiers.claims import Claims, Restored
 from worker.tiers.coder import BlockCoder
 from worker.tiers.kv_cache import KVCache
 from worker.tiers.moves import Content, MoveCounter
@@ -190,3 +191,38 @@ def test_what_nobody_wants_any_more_is_not_read_from_the_disk(
     restorer.close()
     assert len(begun) == _DECODERS
     assert host.use().blocks == _DECODERS, "what was read stays"
+
+
+def test_a_decoder_that_fails_leaves_a_miss(
+    open_restorer: OpenRestorer, host: HostTier, codec: GatedCodec, tmp_path: Path
+) -> None:
+    keep(host, *range(6), codec=LOSSLESS)
+    codec.error = MemoryError("the device has no room to decode")
+    claims = restore(open_restorer(), *range(6))
+    eventually(lambda: codec.begun == _DECODERS)
+    assert claims.num_open == 6
+    codec.may.set()
+    eventually(lambda: claims.is_settled)
+    assert claims.outcomes() == [MissReason.ABSENT] * 6
+
+
+class BrokenStore(MemoryBlockStore):
+    """Brings one block, and breaks."""
+
+    def get(self, wanted: Sequence[Fetch], landed: Landed, *, deadline_s: float) -> None:
+        assert all(fetch.wanted is not None and fetch.wanted() for fetch in wanted)
+        super().get(wanted[:1], landed, deadline_s=deadline_s)
+        raise RuntimeError("a bug")
+
+
+def test_a_store_that_breaks_leaves_misses_and_no_slot_taken(
+    open_restorer: OpenRestorer, host: HostTier, codec: GatedCodec
+) -> None:
+    store = BrokenStore()
+    store.put([Store(name(number), 16, memoryview(payload(number)), 0) for number in range(4)])
+    restorer = open_restorer(store)
+    claims = restore(restorer, *range(4))
+    eventually(lambda: claims.is_settled)
+    assert [isinstance(outcome, Restored) for outcome in claims.outcomes()] == [False] * 3 + [True]
+    restorer.close()
+    assert host.use().blocks == 1

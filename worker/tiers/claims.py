@@ -97,9 +97,9 @@ class Claims:
         self._close(index, State.MISSED, reason)
 
     def give_up(self) -> None:
-        """Nobody brings any of them any more."""
+        """Nobody brings any more what is not being written: that is closed by whoever writes it."""
         for index in range(len(self._states)):
-            self.missed(index, MissReason.ABSENT)
+            self._close(index, State.MISSED, MissReason.ABSENT, unless=State.WRITING)
 
     # The engine's
 
@@ -125,9 +125,9 @@ class Claims:
             self._states[index] = target
             return True
 
-    def _close(self, index: int, state: State, outcome: Outcome) -> None:
+    def _close(self, index: int, state: State, outcome: Outcome, *, unless: State | None = None) -> None:
         with self._lock:
-            if not self._states[index].is_open:
+            if not self._states[index].is_open or self._states[index] is unless:
                 return
             self._states[index], self._outcomes[index] = state, outcome
             self._num_open -= 1

@@ -171,7 +171,12 @@ class Restorer:
             return
         self._costs.asked(Tier.DISK)
         began = time.perf_counter()
-        found = disk.read(_fetch(content, slot, None))
+        try:
+            found = disk.read(_fetch(content, slot, None))
+        except BaseException:
+            self._costs.ended(Tier.DISK, None)
+            self._host.abort(slot)
+            raise
         if isinstance(found, Encoding):
             self._costs.ended(Tier.DISK, found.num_bytes)
             self._counter.add(Tier.DISK, Tier.HOST, [found], time.perf_counter() - began)
@@ -204,6 +209,7 @@ class Restorer:
         is_probe = not pending and costs.is_due_for_probe(Tier.REDIS)
         asked = self._reserve(job, batch[:_PROBE_BLOCKS] if is_probe else pending, landing)
         begun: set[int] = set()
+        ended: set[int] = set()
         hits: list[Encoding] = []
 
         def is_wanted(number: int) -> bool:
@@ -216,6 +222,7 @@ class Restorer:
 
         def landed(number: int, outcome: Fetched, encoding: Encoding | None) -> None:
             index, slot = asked[number]
+            ended.add(number)
             if number in begun:
                 costs.ended(Tier.REDIS, _num_bytes(outcome, encoding))
             if encoding is None:
@@ -230,19 +237,29 @@ class Restorer:
             _fetch(job.blocks[index].content, slot, partial(is_wanted, number))
             for number, (index, slot) in enumerate(asked)
         ]
-        self._store.get(fetches, landed, deadline_s=job.deadline_s)
+        try:
+            self._store.get(fetches, landed, deadline_s=job.deadline_s)
+        except BaseException:
+            for number in set(range(len(asked))) - ended:
+                landed(number, Fetched.UNAVAILABLE, None)
+            raise
         self._counter.add(Tier.REDIS, Tier.HOST, hits, time.perf_counter() - began)
 
     def _reserve(self, job: _Job, batch: Sequence[int], landing: list[Future[None]]) -> list[tuple[int, Slot]]:
         """A slot of the host tier for each block that is neither there nor on its way there."""
         reserved: list[tuple[int, Slot]] = []
-        for index in batch:
-            content = job.blocks[index].content
-            slot = self._host.reserve(content.name, content.num_tokens)
-            if slot is not None:
-                reserved.append((index, slot))
-            elif not self._wait_for(job, index) and not self._from_host(job, index, landing):
-                job.claims.missed(index, MissReason.NO_ROOM)
+        try:
+            for index in batch:
+                content = job.blocks[index].content
+                slot = self._host.reserve(content.name, content.num_tokens)
+                if slot is not None:
+                    reserved.append((index, slot))
+                elif not self._wait_for(job, index) and not self._from_host(job, index, landing):
+                    job.claims.missed(index, MissReason.NO_ROOM)
+        except BaseException:
+            for _, slot in reserved:
+                self._host.abort(slot)
+            raise
         return reserved
 
     def _wait_for(self, job: _Job, index: int) -> bool:
@@ -285,6 +302,9 @@ class Restorer:
             if self._disk is not None:
                 self._disk.drop([block.content.name])
             return False
+        except BaseException:
+            job.claims.missed(index, MissReason.ABSENT)
+            raise
         seconds = time.perf_counter() - began
         self._counter.add(Tier.HOST, Tier.DEVICE, [encoding], seconds)
         at_once = 1 if encoding.codec is RAW else _DECODERS
