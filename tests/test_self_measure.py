@@ -3,10 +3,16 @@
 import threading
 from collections.abc import Sequence
 
+import pytest
+import torch
+
 from cache_store.layout import KVLayout
 from cache_store.memory_store import MemoryBlockStore
 from cache_store.store import Fetch, Fetched, Landed
-from worker.engine.self_measure import measure_store
+from worker.engine.cost_model import CostModel
+from worker.engine.plan import Span
+from worker.engine.self_measure import measure_prefill, measure_store
+from worker.engine.step import Chunk
 from worker.tiers.moves import Tier
 from worker.tiers.transfer_costs import TransferCosts
 
@@ -64,3 +70,46 @@ def test_a_store_too_slow_to_be_measured_is_probed_later() -> None:
 
 def test_a_store_that_redirects_is_probed_later() -> None:
     assert is_probed_after(MovedStore())
+
+
+class SmallRunner:
+    """Runs steps of up to so many tokens, and remembers them."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.ran: list[Span] = []
+
+    def run(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        [chunk] = chunks
+        if len(chunk.token_ids) > self.max_tokens:
+            raise torch.OutOfMemoryError("no room for this step")
+        self.ran.append(Span(chunk.start, chunk.start + len(chunk.token_ids)))
+        return torch.zeros(1, 8)
+
+
+def measured(runner: SmallRunner, *, max_tokens: int, max_context_tokens: int) -> list[Span]:
+    model = CostModel(max_prefill_tokens=max_tokens)
+    measure_prefill(
+        runner,
+        model,
+        num_blocks=1000,
+        block_tokens=16,
+        max_tokens=max_tokens,
+        max_context_tokens=max_context_tokens,
+        within_s=60,
+    )
+    return runner.ran
+
+
+def test_no_step_is_measured_that_no_request_may_have() -> None:
+    ran = measured(SmallRunner(1 << 20), max_tokens=256, max_context_tokens=1 << 20)
+    assert max(span.tokens for span in ran) == 256
+    assert max(span.end for span in ran) > 1024
+    ran = measured(SmallRunner(1 << 20), max_tokens=4096, max_context_tokens=512)
+    assert max(span.end for span in ran) == 256
+
+
+@pytest.mark.parametrize("max_tokens", [0, 100])
+def test_a_step_that_fails_ends_the_measuring_and_not_the_worker(max_tokens: int) -> None:
+    ran = measured(SmallRunner(max_tokens), max_tokens=4096, max_context_tokens=4096)
+    assert len(ran) == (4 + 1 if max_tokens else 0)

@@ -57,7 +57,7 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
     scheduler = Scheduler(tables, planner, auditor, block_tokens=block_tokens, max_running=config.max_running)
     runner = ModelRunner(loaded, tiers.device)
     if config.restore_plan == "auto" and config.self_measure_s:
-        _measure(config.self_measure_s, runner, cost_model, tiers)
+        _measure(config, loaded, runner, cost_model, tiers)
     stepper = Stepper(
         scheduler,
         runner,
@@ -81,14 +81,18 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
     return Engine(config, loaded, tiers, inbox, pool, sampler, auditor, scheduler, stepper, histories)
 
 
-def _measure(within_s: float, runner: ModelRunner, cost_model: CostModel, tiers: Tiers) -> None:
+def _measure(
+    config: WorkerConfig, loaded: LoadedModel, runner: ModelRunner, cost_model: CostModel, tiers: Tiers
+) -> None:
     """Give three parts of the time to the model, one to the store."""
-    layout = tiers.device.layout
+    layout, within_s = tiers.device.layout, config.self_measure_s
     measure_prefill(
         runner,
         cost_model,
         num_blocks=tiers.device.num_blocks,
         block_tokens=layout.block_tokens,
+        max_tokens=config.max_prefill_tokens,
+        max_context_tokens=loaded.max_context_tokens,
         within_s=0.75 * within_s,
     )
     if tiers.store is not None and tiers.store.available():

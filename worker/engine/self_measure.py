@@ -31,18 +31,33 @@ _TTL_S = 60
 
 
 def measure_prefill(
-    runner: Runner, cost_model: CostModel, *, num_blocks: int, block_tokens: int, within_s: float
+    runner: Runner,
+    cost_model: CostModel,
+    *,
+    num_blocks: int,
+    block_tokens: int,
+    max_tokens: int,
+    max_context_tokens: int,
+    within_s: float,
 ) -> None:
-    """Run prompts of growing length in the first blocks of the pool, as far as they are expected to end in time."""
+    """Run prompts of growing length in the first blocks of the pool, as far as they are expected to end in time.
+
+    None has more than `max_tokens` new ones. What fails is logged: requests can do with less, and will tell.
+    """
     ends_s = time.perf_counter() + within_s
-    room = num_blocks * block_tokens
+    room = min(num_blocks * block_tokens, max_context_tokens)
     context, new = _CONTEXT
     shapes = [Span(0, tokens) for tokens in _NEW_TOKENS[:3]]
     shapes += [Span(context, context + new), *(Span(0, tokens) for tokens in _NEW_TOKENS[3:])]
-    _run(runner, shapes[0], block_tokens)  # the first step of all pays for what later ones find ready
-    for span in shapes:
-        if span.end <= room and time.perf_counter() + cost_model.prefill_s(span) <= ends_s:
-            cost_model.ran([span], _run(runner, span, block_tokens))
+    fitting = [span for span in shapes if span.tokens <= max_tokens and span.end <= room]
+    try:
+        for span in fitting[:1]:
+            _run(runner, span, block_tokens)  # the first step of all pays for what later ones find ready
+        for span in fitting:
+            if time.perf_counter() + cost_model.prefill_s(span) <= ends_s:
+                cost_model.ran([span], _run(runner, span, block_tokens))
+    except RuntimeError as error:  # such as no memory on the device
+        log.warning("prefill not measured", error=str(error))
 
 
 def _run(runner: Runner, span: Span, block_tokens: int) -> float:
