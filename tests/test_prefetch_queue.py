@@ -140,6 +140,15 @@ def test_what_is_found_wrong_while_it_comes_is_not_kept(prefetcher: Prefetcher, 
     assert not here(host)
 
 
+def test_a_step_that_still_runs_while_the_worker_closes_may_ask(
+    prefetcher: Prefetcher, host: HostTier, store: Store40
+) -> None:
+    prefetcher.close()
+    assert prefetcher.fetch(contents(*range(20)), lambda: True)
+    assert not store.batches
+    assert not here(host)
+
+
 def test_a_queued_turn_finds_its_blocks_in_host_memory_when_it_is_let_in(
     build_engine: EngineFactory, redis_url: str
 ) -> None:

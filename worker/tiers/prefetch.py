@@ -4,6 +4,7 @@ A few blocks at a time: a request that is let in meanwhile waits for those at mo
 no more than half of the host tier, and there nothing that anybody has pinned.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ class Prefetcher:
         self._jobs: list[_Job] = []
         self._epoch = 0
         self._closed = False
+        self._closing = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "prefetch")
 
     def fetch(self, contents: Sequence[Content], is_waiting: Callable[[], bool]) -> bool:
@@ -50,7 +52,9 @@ class Prefetcher:
             return False
         job = _Job(contents[: -room - 1 : -1], is_waiting, self._epoch)
         self._jobs.append(job)
-        self._thread.submit(self._run, job).add_done_callback(log_bug)
+        with self._closing:
+            if not self._closed:
+                self._thread.submit(self._run, job).add_done_callback(log_bug)
         return True
 
     def disown(self) -> None:
@@ -58,7 +62,8 @@ class Prefetcher:
         self._epoch += 1
 
     def close(self) -> None:
-        self._closed = True
+        with self._closing:
+            self._closed = True
         self._thread.shutdown(wait=True)
 
     def _run(self, job: _Job) -> None:

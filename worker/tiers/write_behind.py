@@ -71,6 +71,7 @@ class WriteBehind:
         self._to_store: list[tuple[Slot, Content, int]] = []
         self._pending: Counter[BlockHash] = Counter()
         self._tails: dict[BlockHash, tuple[Content, int]] = {}
+        self._takes_offloads = True
         self._closed = False
         self.stores_dropped = 0
         self._copier = ThreadPoolExecutor(1, "offload", initializer=stand_back)
@@ -83,17 +84,15 @@ class WriteBehind:
             job.done()
             return
         with self._changed:
-            if self._closed or self._copying >= self._max_pinned:
-                self.stores_dropped += 1
-                full = True
-            else:
-                full = False
+            is_taken = self._takes_offloads and self._copying < self._max_pinned
+            if is_taken:
                 self._copying += 1
                 self._pending[job.content.name] += 1
-        if full:
+                self._copier.submit(self._copy_down, job).add_done_callback(log_bug)
+            else:
+                self.stores_dropped += 1
+        if not is_taken:
             job.done()
-        else:
-            self._copier.submit(self._copy_down, job).add_done_callback(log_bug)
 
     def _copy_down(self, job: Offload) -> None:
         try:
@@ -278,6 +277,8 @@ class WriteBehind:
 
     def close(self, *, flush_s: float) -> None:
         """Write out what is queued, within `flush_s`; drop the rest (counted)."""
+        with self._changed:
+            self._takes_offloads = False  # the engine's step may still run
         self._copier.shutdown(wait=True)
         deadline = time.monotonic() + flush_s
         with self._changed:
