@@ -36,7 +36,7 @@ class DiskStats(NamedTuple):
     """Blocks not written: the queue was full, or the disk failed."""
     corrupt: int
     failures: int
-    """Reads and writes that the disk refused."""
+    """Reads and writes that the disk refused, or that failed otherwise."""
 
 
 class DiskTier:
@@ -174,7 +174,7 @@ class DiskTier:
                 self._writing = store.block
             try:
                 self._write(store)
-            except OSError as error:
+            except Exception as error:  # else nobody would write, and give back, what is queued behind this one
                 self._note_failure("write", error)
                 with self._changed:
                     self._dropped += 1
@@ -228,11 +228,11 @@ class DiskTier:
                     self._note_failure("delete", error)
         return forgotten
 
-    def _note_failure(self, what: str, error: OSError) -> None:
+    def _note_failure(self, what: str, error: Exception) -> None:
         with self._changed:
             self._failures += 1
             self._failed_in_a_row += 1
-        log.warning(f"the disk cache could not {what}", error=str(error))
+        log.warning(f"the disk cache could not {what}", error=repr(error))
         if self._failed_in_a_row == _FAILURES_IN_A_ROW:
             log.error("the disk cache is off until the worker is started again", folder=str(self._claim.path))
 

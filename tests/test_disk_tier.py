@@ -296,6 +296,23 @@ def test_a_disk_that_fails_is_left_alone_after_a_while_and_nobody_hears_of_it(
     assert tier.stats()[3:] == (6, 0, 5)
 
 
+def test_a_write_that_fails_by_a_bug_gives_its_payload_back_and_the_next_one_is_written(
+    open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier()
+
+    def fail(*_: object) -> Path:
+        raise ValueError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockFiles, "write", fail)
+        keep(tier, store(1))
+    keep(tier, store(2))
+    assert not has(tier, 1)
+    assert has(tier, 2)
+    assert tier.stats()[3:] == (1, 0, 1)
+
+
 def test_a_read_that_the_disk_refuses_is_a_miss(open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch) -> None:
     tier = open_tier()
     keep(tier, store(1))
