@@ -13,7 +13,7 @@ from cache_store.disk_files import BlockFiles
 from cache_store.disk_tier import DiskTier, open_disk_tier
 from cache_store.frame import Framer
 from cache_store.host_slab import Slab
-from cache_store.host_tier import HostTier
+from cache_store.host_tier import HostTier, Slot
 from cache_store.ids import BlockHash, chain, root_hash
 from cache_store.layout import KVLayout
 from cache_store.memory_store import MemoryBlockStore
@@ -226,3 +226,25 @@ def test_a_store_that_breaks_leaves_misses_and_no_slot_taken(
     assert [isinstance(outcome, Restored) for outcome in claims.outcomes()] == [False] * 3 + [True]
     restorer.close()
     assert host.use().blocks == 1
+
+
+def test_a_block_whose_bringer_gives_up_just_then_is_brought_all_the_same(
+    open_restorer: OpenRestorer, host: HostTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryBlockStore()
+    store.put([Store(name(0), 16, memoryview(payload(0)), 0)])
+    reserve = host.reserve
+    others = [reserve(name(0), 16)]
+
+    def meet_another(block: BlockHash, num_tokens: int) -> Slot | None:
+        slot = reserve(block, num_tokens)
+        for other in others:
+            assert other is not None
+            host.abort(other)
+        others.clear()
+        return slot
+
+    monkeypatch.setattr(host, "reserve", meet_another)
+    claims = restore(open_restorer(store), 0)
+    eventually(lambda: claims.is_settled)
+    assert isinstance(claims.outcomes()[0], Restored)

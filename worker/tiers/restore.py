@@ -252,9 +252,13 @@ class Restorer:
             for index in batch:
                 content = job.blocks[index].content
                 slot = self._host.reserve(content.name, content.num_tokens)
+                if slot is None:
+                    if self._wait_for(job, index) or self._from_host(job, index, landing):
+                        continue
+                    slot = self._host.reserve(content.name, content.num_tokens)  # who brought it may have given up
                 if slot is not None:
                     reserved.append((index, slot))
-                elif not self._wait_for(job, index) and not self._from_host(job, index, landing):
+                else:
                     job.claims.missed(index, MissReason.NO_ROOM)
         except BaseException:
             for _, slot in reserved:
