@@ -307,6 +307,12 @@ def test_a_pool_too_small_for_all_makes_some_wait_and_changes_no_token(build_eng
     assert many(tight, 8, [Sampling()], 60) == many(roomy, 8, [Sampling()], 60)
 
 
+def test_a_turn_that_gave_way_in_mid_reply_says_how_long_its_first_prefill_took(build_engine: EngineFactory) -> None:
+    engine = build_engine(device_cache_bytes=24 * build_engine().layout.block_bytes)
+    streams = [start(engine, (), (*PROMPT, number), max_new_tokens=60) for number in range(8)]
+    assert all(stream.result().receipt.prefill_ms >= 0 for stream in streams)
+
+
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_busy_batch(build_engine: EngineFactory) -> None:
     engine = build_engine()
     sampling = Sampling(temperature=0.9, top_p=0.95, seed=42)

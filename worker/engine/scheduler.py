@@ -69,7 +69,7 @@ class Scheduler:
         if lookup is None:
             return False
         self.running.append(request)
-        request.admitted_s = request.restored_s = time.monotonic()
+        request.admitted_s = time.monotonic()
         request.phase = Phase.RESTORING
         restoring = self._tables.ask(request, lookup, lambda: self._settled(request, restoring))
         request.restoring = restoring
@@ -113,8 +113,9 @@ class Scheduler:
         if request.cancelled:
             self._leave(request)
             return
-        request.restored_s = time.monotonic()
         first_time = request.receipt is None
+        if first_time:
+            request.restored_s = time.monotonic()
         request.account(restoring)
         receipt = request.receipt
         if first_time and receipt is not None:
