@@ -36,7 +36,18 @@ class SlotState(Enum):
 class Slot:
     """One block's place in the slab. Its fields are the tier's to change."""
 
-    __slots__ = ("arrival", "block", "buffer", "encoding", "is_proven", "num_tokens", "number", "pins", "state")
+    __slots__ = (
+        "arrival",
+        "block",
+        "buffer",
+        "encoding",
+        "is_dropped",
+        "is_proven",
+        "num_tokens",
+        "number",
+        "pins",
+        "state",
+    )
 
     def __init__(self, number: int, buffer: memoryview) -> None:
         self.number = number
@@ -50,6 +61,8 @@ class Slot:
         self.pins = 0
         self.is_proven = True
         """False of what an earlier life left, until its checksum has been verified."""
+        self.is_dropped = False
+        """Of a reserved slot whose block was dropped meanwhile: what comes is not to be found."""
         self.arrival: Future[bool] | None = None
         """Of a reserved slot that somebody waits for."""
 
@@ -125,17 +138,21 @@ class HostTier:
             return slot
 
     def publish(self, slot: Slot, encoding: Encoding) -> None:
-        """The slot is filled, with what `encoding` says: from now on it is found."""
+        """The slot is filled, with what `encoding` says: from now on it is found, unless it was dropped meanwhile."""
         assert 0 < encoding.num_bytes <= len(slot.buffer), f"{encoding.num_bytes} bytes in a slot of {len(slot.buffer)}"
         if encoding.checksum is None:  # here, once, with the bytes still in the processor's caches
             encoding = encoding._replace(checksum=xxhash.xxh3_64_intdigest(slot.buffer[: encoding.num_bytes]))
         with self._lock:
             arrival = self._unreserve(slot)
-            slot.state, slot.encoding, slot.is_proven = SlotState.PUBLISHED, encoding, True
-            self._published[slot.block] = slot
-            self._slab.write(slot.number, slot.record, self._next_tick())
+            is_kept = not slot.is_dropped
+            if is_kept:
+                slot.state, slot.encoding, slot.is_proven = SlotState.PUBLISHED, encoding, True
+                self._published[slot.block] = slot
+                self._slab.write(slot.number, slot.record, self._next_tick())
+            else:
+                self._release(slot)
         if arrival is not None:
-            arrival.set_result(True)
+            arrival.set_result(is_kept)
 
     def abort(self, slot: Slot) -> None:
         """The slot will not be filled."""
@@ -146,7 +163,7 @@ class HostTier:
             arrival.set_result(False)
 
     def awaited(self, block: BlockHash) -> Future[bool] | None:
-        """What a reserved block will come to: True once it is published, False when it was aborted.
+        """What a reserved block will come to: True once it is published, False when it was aborted or dropped.
 
         None when it is not on its way: it is here, or nobody is bringing it. All who ask share one future, which
         can't be cancelled; what is added as its callback runs on the thread that publishes or aborts, outside the lock.
@@ -197,7 +214,10 @@ class HostTier:
                 self._release(slot)
 
     def drop(self, blocks: Iterable[BlockHash]) -> int:
-        """Forget blocks; say how many were here. A pinned one is found no more, and its slot free once unpinned."""
+        """Forget blocks, also those on their way here; say how many were here.
+
+        A pinned one is found no more, and its slot free once unpinned.
+        """
         dropped = 0
         with self._lock:
             for block in blocks:
@@ -206,6 +226,8 @@ class HostTier:
                     slot = self._forget(block)
                     if not slot.pins:
                         self._release(slot)
+                elif block in self._reserved:
+                    self._reserved[block].is_dropped = True
         return dropped
 
     def contains(self, block: BlockHash) -> bool:
@@ -245,7 +267,8 @@ class HostTier:
             assert {slot.number: slot.record for slot in self._published.values()} == {
                 found.number: found.record for found in self._slab.found() if self._slots
             }
-            assert all(slot.arrival is None for slot in self._slots if slot.state is not SlotState.RESERVED)
+            unreserved = [slot for slot in self._slots if slot.state is not SlotState.RESERVED]
+            assert not any(slot.arrival is not None or slot.is_dropped for slot in unreserved)
 
     def _evicted(self) -> Slot | None:
         slot = next((slot for slot in self._published.values() if not slot.pins), None)
@@ -273,5 +296,5 @@ class HostTier:
         return arrival
 
     def _release(self, slot: Slot) -> None:
-        slot.state, slot.block, slot.num_tokens = SlotState.FREE, BlockHash(b""), 0
+        slot.state, slot.block, slot.num_tokens, slot.is_dropped = SlotState.FREE, BlockHash(b""), 0, False
         self._free.append(slot)

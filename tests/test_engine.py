@@ -354,6 +354,44 @@ def test_warming_brings_a_parked_conversation_to_the_device(build_engine: Engine
     assert second.reply == undisturbed(build_engine)[1].reply
 
 
+def test_what_is_still_on_its_way_up_when_a_conversation_is_dropped_comes_to_no_tier(
+    build_engine: EngineFactory, own_redis: RedisServer
+) -> None:
+    engine = build_engine(redis_url=own_redis.url, redis_timeout_s=30, restore_timeout_s=60)
+    history = (*PROMPT, *generate(engine, (), PROMPT).reply)
+    engine.park(TENANT, history, drop_host=True, ttl_s=60).result(30)
+    own_redis.pause()
+    warming = engine.warm(TENANT, history)
+    while not engine._tiers.host.use().blocks:
+        time.sleep(0.001)
+    engine.drop(TENANT, history, with_redis=False).result(30)
+    own_redis.resume()
+    assert warming.result(30).device_tokens == 0
+    located = engine.locate(TENANT, history, with_redis=False).result(30)
+    assert (located.device_tokens, located.host_tokens) == (0, 0)
+    engine.check()
+
+
+def test_what_comes_up_while_redis_is_being_asked_to_delete_it_is_gone_with_it(
+    build_engine: EngineFactory, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build_engine(redis_url=redis_url)
+    history = (*PROMPT, *generate(engine, (), PROMPT).reply)
+    engine.park(TENANT, history, drop_host=True, ttl_s=60).result(30)
+    store = engine._tiers.store
+    assert store is not None
+    delete = store.delete
+
+    def late(names: Sequence[BlockHash]) -> int:
+        assert engine.warm(TENANT, history).result(30).restored_tokens == len(history) - 1
+        return delete(names)
+
+    monkeypatch.setattr(store, "delete", late)
+    engine.drop(TENANT, history, with_redis=True).result(30)
+    located = engine.locate(TENANT, history, with_redis=True).result(30)
+    assert (located.device_tokens, located.host_tokens, located.redis_tokens) == (0, 0, 0)
+
+
 def test_tiers_are_told_apart_and_dropped_together(build_engine: EngineFactory, redis_url: str) -> None:
     engine = build_engine(redis_url=redis_url)
     history = (*PROMPT, *generate(engine, (), PROMPT).reply)

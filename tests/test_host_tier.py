@@ -155,6 +155,24 @@ def test_a_pinned_block_that_is_dropped_keeps_its_bytes_until_unpinned() -> None
     tier.check()
 
 
+def test_a_block_dropped_while_it_comes_is_not_found_when_it_is_there() -> None:
+    tier = tier_of(1)
+    slot = tier.reserve(name(1), 1)
+    assert slot is not None
+    awaited = tier.awaited(name(1))
+    assert awaited is not None
+    assert tier.drop([name(1)]) == 0, "it is not here yet"
+    tier.check()
+    tier.publish(slot, WHOLE)
+    tier.check()
+    assert awaited.result(timeout=0) is False
+    assert not tier.contains(name(1))
+    assert tier.use().blocks == 0
+    keep(tier, 1)
+    assert tier.contains(name(1)), "whoever brings it anew is believed"
+    tier.check()
+
+
 def test_slots_do_not_overlap_and_lie_in_the_slab() -> None:
     tier = tier_of(5)
     slots = [keep(tier, number) for number in range(5)]

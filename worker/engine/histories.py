@@ -54,7 +54,8 @@ class Histories:
         self._fingerprint = fingerprint
         self._restore_timeout_s = restore_timeout_s
         self._post = post
-        self._num_discards = 0
+        self._warming: list[set[BlockHash]] = []
+        """Of each warm under way, what it may keep of what it brings."""
         self._threads = ThreadPoolExecutor(4, "histories")
 
     def park(
@@ -98,13 +99,17 @@ class Histories:
         missing = [want for want in wanted if self._pool.find(want.name) is None and self._may_restore(want.name)]
         targets = self._pool.take(min(len(missing), self._pool.available)) or []
         missing = missing[: len(targets)]
-        num_discards = self._num_discards
+        wanted_still = {want.name for want in missing}
+        self._warming.append(wanted_still)
 
         def landed() -> None:
-            outcomes = claims.outcomes()
-            if num_discards != self._num_discards:  # what was on its way may be what was found wrong meanwhile
-                self._write_behind.forget([want.name for want in missing])
-                outcomes = [MissReason.ABSENT] * len(missing)
+            self._warming = [others for others in self._warming if others is not wanted_still]
+            gone = [want.name for want in missing if want.name not in wanted_still]
+            self._write_behind.forget(gone)
+            outcomes = [
+                outcome if want.name in wanted_still else MissReason.ABSENT
+                for want, outcome in zip(missing, claims.outcomes(), strict=True)
+            ]
             for want, target, outcome in zip(missing, targets, outcomes, strict=True):
                 if isinstance(outcome, Restored):
                     if outcome.encoding.codec.lossy:
@@ -156,10 +161,22 @@ class Histories:
         def delete() -> tuple[int, int]:
             self._write_behind.flush(names, timeout_s=_FLUSH_S)
             host = self._write_behind.forget(names)
-            return host, self._store().delete(names) if with_redis and self._write_behind.store is not None else 0
+            if not with_redis or self._write_behind.store is None:
+                return host, 0
+            deleted = self._store().delete(names)
+            return host + self._write_behind.forget(names), deleted  # what came up from there meanwhile
 
-        device = self._pool.drop(names)
-        self._later(delete, future, lambda counts: future.set_result(DropReport(device, *counts)))
+        def gone(counts: tuple[int, int]) -> None:
+            future.set_result(DropReport(device + self._drop_here(names), *counts))
+
+        device = self._drop_here(names)
+        self._later(delete, future, gone)
+
+    def _drop_here(self, names: Sequence[BlockHash]) -> int:
+        """Forget contents on the device, and those that a warm is bringing there."""
+        for wanted_still in self._warming:
+            wanted_still.difference_update(names)
+        return self._pool.drop(names)
 
     def discard(self, names: Sequence[BlockHash], future: Future[None]) -> None:
         """Forget contents that were found wrong, and what was computed on them: at once here, then in the store.
@@ -167,7 +184,8 @@ class Histories:
         Other workers' copies stay until they are evicted. Raises StoreUnavailable where the store could not be asked:
         it is not asked again, its copies stay, and this worker distrusts the names for as long as it lives.
         """
-        self._num_discards += 1
+        for wanted_still in self._warming:
+            wanted_still.clear()  # what is on its way may be computed on what is wrong
         wrong = list(self._scheduler.distrust(names))
         store = self._write_behind.store
         self._write_behind.forget(wrong)
@@ -177,6 +195,7 @@ class Histories:
             self._write_behind.forget(wrong)  # what was on its way there
             if store is not None:
                 store.delete(wrong)
+                self._write_behind.forget(wrong)  # what came up from there meanwhile
 
         def gone(_: None) -> None:
             self._tables.trust(wrong)
