@@ -61,7 +61,8 @@ def _openmp_of_torch() -> Path:
 
 def _library(openmp: Path, flags: Sequence[str]) -> Path:
     """The library for these sources, flags and machine, from the cache or built. Processes may race: the last stays."""
-    cpu = sorted({line for line in _lines("/proc/cpuinfo") if line.startswith(("model name", "flags", "CPU part", "Features"))})
+    kinds = ("model name", "flags", "CPU part", "Features")
+    cpu = sorted({line for line in _lines("/proc/cpuinfo") if line.startswith(kinds)})
     what = "\0".join((*(source.read_text() for source in (*_SOURCES, *_HEADERS)), *flags, *cpu, str(openmp)))
     digest = hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rekindle"
