@@ -37,7 +37,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "redis": ("cache_store/", "benchmarks/"),
     "torch": ("worker/", "models/", "benchmarks/"),
     "transformers": ("worker/", "models/", "benchmarks/"),
-    "prometheus_client": ("server/metrics.py", "worker/metrics.py"),
+    "prometheus_client": ("server/metrics.py", "worker/metrics.py", "benchmarks/"),
 }
 """Libraries, and the only places that know them."""
 

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(120)]
 _SERVE = (
     *("serve", "--num-workers", "2", "--port", "0", "--metrics-port", "0", "--block-tokens", str(BLOCK_TOKENS)),
     *("--device-cache-bytes", "16777216", "--host-cache-bytes", "16777216", "--worker-poll-s", "0.2"),
+    *("--restore-plan", "load"),  # so short histories would be computed sooner
 )
 _LONG = "A sentence that is long enough to fill more than one block. "
 

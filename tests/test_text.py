@@ -59,6 +59,13 @@ def in_pieces(data: st.DataObject, items: Any) -> list[Any]:
 
 
 @CODECS
+def test_a_long_run_of_bytes_that_ends_within_a_character_is_held_to_the_last_whole_one(codec: TextCodec) -> None:
+    token_ids = codec.encode("0" + "\U00010000" * 12, is_first=False)
+    detokenizer = codec.detokenizer()
+    assert not any("\ufffd" in detokenizer.push(piece) for piece in (token_ids[:-2], token_ids[-2:]))
+
+
+@CODECS
 @settings(deadline=None)
 @given(text=unicode_text, data=st.data())
 def test_pieces_add_up_to_the_text_and_hold_no_broken_character(

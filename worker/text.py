@@ -29,7 +29,11 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Return the text that is certain now: never half a character."""
-        self._window += token_ids
+        # One at a time: a run of bytes that ends within a character may be whole after any token before.
+        return "".join(map(self._push, token_ids))
+
+    def _push(self, token_id: int) -> str:
+        self._window.append(token_id)
         text = self._decode(self._window)
         if not text.endswith(_BROKEN):
             return self._show(text)
