@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ import structlog
 
 from cache_store.codecs import CodecInfo, fidelity_of
 from cache_store.ids import BlockHash
-from cache_store.store import Encoding
+from cache_store.store import Encoding, Fetch
 from worker.calls import Moved
 from worker.engine.prefix import Wanted
 
@@ -52,6 +52,18 @@ class Content:
 
 def content_of(want: Wanted, block_tokens: int, codec: str) -> Content:
     return Content(want.name, want.content_tokens, want.index * block_tokens, codec)
+
+
+def fetch_of(content: Content, into: memoryview, wanted: Callable[[], bool] | None = None) -> Fetch:
+    """What disk or store is asked for this block."""
+    return Fetch(
+        content.name,
+        content.num_tokens,
+        into,
+        first_position=content.first_position,
+        fidelity=content.fidelity,
+        wanted=wanted,
+    )
 
 
 class MoveCounter:

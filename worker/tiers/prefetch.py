@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cache_store.host_tier import HostTier
-from cache_store.store import BlockStore, Encoding, Fetch, Fetched
-from worker.tiers.moves import Content, MoveCounter, Tier, log_bug
+from cache_store.store import BlockStore, Encoding, Fetched
+from worker.tiers.moves import Content, MoveCounter, Tier, fetch_of, log_bug
 
 _BATCH_BLOCKS = 8
 
@@ -90,19 +90,9 @@ class Prefetcher:
                 self._host.drop([name])
 
         began = time.perf_counter()
-        fetches = [_fetch(by_name[slot.block], slot.buffer) for slot in slots]
+        fetches = [fetch_of(by_name[slot.block], slot.buffer) for slot in slots]
         self._store.get(fetches, landed, deadline_s=time.monotonic() + self._timeout_s)
         self._counter.add(Tier.REDIS, Tier.HOST, hits, time.perf_counter() - began)
 
     def _is_trusted(self, job: _Job) -> bool:
         return job.epoch == self._epoch
-
-
-def _fetch(content: Content, into: memoryview) -> Fetch:
-    return Fetch(
-        content.name,
-        content.num_tokens,
-        into,
-        first_position=content.first_position,
-        fidelity=content.fidelity,
-    )

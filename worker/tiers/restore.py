@@ -20,12 +20,12 @@ from cache_store.disk_tier import DiskTier
 from cache_store.errors import BlockCorrupt, BlockForeign
 from cache_store.host_tier import HostTier, Slot
 from cache_store.ids import BlockHash
-from cache_store.store import BlockStore, Encoding, Fetch, Fetched
+from cache_store.store import BlockStore, Encoding, Fetched
 from worker.calls import MissReason
 from worker.ids import BlockId
 from worker.tiers.claims import Claims, Restored
 from worker.tiers.coder import BlockCoder
-from worker.tiers.moves import Content, MoveCounter, Tier, log_bug
+from worker.tiers.moves import Content, MoveCounter, Tier, fetch_of, log_bug
 from worker.tiers.transfer_costs import TransferCosts
 
 _THREADS = 2
@@ -172,7 +172,7 @@ class Restorer:
         self._costs.asked(Tier.DISK)
         began = time.perf_counter()
         try:
-            found = disk.read(_fetch(content, slot, None))
+            found = disk.read(fetch_of(content, slot.buffer))
         except BaseException:
             self._costs.ended(Tier.DISK, None)
             self._host.abort(slot)
@@ -234,7 +234,7 @@ class Restorer:
 
         began = time.perf_counter()
         fetches = [
-            _fetch(job.blocks[index].content, slot, partial(is_wanted, number))
+            fetch_of(job.blocks[index].content, slot.buffer, partial(is_wanted, number))
             for number, (index, slot) in enumerate(asked)
         ]
         try:
@@ -338,17 +338,6 @@ class Restorer:
         self._threads.shutdown(wait=True)
         self._decoders.shutdown(wait=True)
         self._readers.shutdown(wait=True)
-
-
-def _fetch(content: Content, slot: Slot, is_wanted: Callable[[], bool] | None) -> Fetch:
-    return Fetch(
-        content.name,
-        content.num_tokens,
-        slot.buffer,
-        first_position=content.first_position,
-        fidelity=content.fidelity,
-        wanted=is_wanted,
-    )
 
 
 def _num_bytes(outcome: Fetched, encoding: Encoding | None) -> int | None:
