@@ -140,6 +140,18 @@ def test_what_is_found_wrong_while_it_comes_is_not_kept(prefetcher: Prefetcher, 
     assert not here(host)
 
 
+def test_a_store_that_breaks_leaves_no_slot_taken(prefetcher: Prefetcher, host: HostTier, store: Store40) -> None:
+    def fail() -> None:
+        raise RuntimeError("a bug")
+
+    store.before_landing = fail
+    assert prefetcher.fetch(contents(*range(8)), lambda: True)
+    eventually(lambda: store.batches == [8])
+    prefetcher.close()
+    assert host.use().blocks == 0
+    assert host.awaited(name(0)) is None
+
+
 def test_a_step_that_still_runs_while_the_worker_closes_may_ask(
     prefetcher: Prefetcher, host: HostTier, store: Store40
 ) -> None:

@@ -53,6 +53,8 @@ class BlockTables:
         """Have brought to the host tier, while a request waits, what only the store has. False: ask again later."""
         if self._prefetcher is None:
             return True
+        if self._prefetcher.room <= 0:  # asked at each step while it is so: before blocks are named and looked for
+            return False
         missing = [
             content_of(want, self._block_tokens, request.call.codec)
             for want in self._wanted(request)

@@ -25,7 +25,7 @@ class _Job:
 
 
 class Prefetcher:
-    """`fetch` and `disown` are the engine's thread's; the bringing is done on one of its own."""
+    """`fetch`, `room` and `disown` are the engine's thread's; the bringing is done on one of its own."""
 
     def __init__(self, host: HostTier, store: BlockStore, counter: MoveCounter, *, timeout_s: float) -> None:
         """No batch takes longer than `timeout_s`."""
@@ -44,10 +44,9 @@ class Prefetcher:
 
         False where those of others that wait already take all the room there is: ask again later.
         """
-        self._jobs = [job for job in self._jobs if job.is_waiting()]
-        room = self._host.use().capacity // 2 - sum(len(job.contents) for job in self._jobs)
         if not contents or not self._store.available():
             return True
+        room = self.room
         if room <= 0:
             return False
         job = _Job(contents[: -room - 1 : -1], is_waiting, self._epoch)
@@ -56,6 +55,12 @@ class Prefetcher:
             if not self._closed:
                 self._thread.submit(self._run, job).add_done_callback(log_bug)
         return True
+
+    @property
+    def room(self) -> int:
+        """Blocks that may be brought beside those of others that wait; less than 1 where there is none."""
+        self._jobs = [job for job in self._jobs if job.is_waiting()]
+        return self._host.use().capacity // 2 - sum(len(job.contents) for job in self._jobs)
 
     def disown(self) -> None:
         """Something in the store was found wrong: of what is on its way now, nothing is kept."""
@@ -77,9 +82,11 @@ class Prefetcher:
         slots = [slot for content in contents if (slot := self._host.reserve(content.name, content.num_tokens))]
         by_name = {content.name: content for content in contents}
         hits: list[Encoding] = []
+        coming = set(range(len(slots)))
 
         def landed(number: int, outcome: Fetched, encoding: Encoding | None) -> None:
             slot = slots[number]
+            coming.discard(number)
             if encoding is None or not self._is_trusted(job):
                 self._host.abort(slot)
                 return
@@ -91,7 +98,11 @@ class Prefetcher:
 
         began = time.perf_counter()
         fetches = [fetch_of(by_name[slot.block], slot.buffer) for slot in slots]
-        self._store.get(fetches, landed, deadline_s=time.monotonic() + self._timeout_s)
+        try:
+            self._store.get(fetches, landed, deadline_s=time.monotonic() + self._timeout_s)
+        finally:
+            for number in coming:  # the store failed by a bug: whoever waits for these blocks must not wait for ever
+                self._host.abort(slots[number])
         self._counter.add(Tier.REDIS, Tier.HOST, hits, time.perf_counter() - began)
 
     def _is_trusted(self, job: _Job) -> bool:
