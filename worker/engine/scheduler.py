@@ -236,7 +236,7 @@ class Scheduler:
                 continue
             wrong.update(request.relies_on, request.names)
             if request.restoring is not None:
-                request.distrusted = request.restoring.claims.disowned = True
+                request.distrusted = True
                 self._let_go(request, request.restoring)
             else:
                 self._preempt(request)

@@ -47,8 +47,6 @@ class Claims:
 
     def __init__(self, num_blocks: int, settled: Callable[[], None]) -> None:
         """`settled` is called once, on the restorer's thread that settles the last block; not where the engine does."""
-        self.disowned = False
-        """What still comes is believed to be wrong: it is to be kept nowhere."""
         self.progress_s = time.monotonic()
         """When the latest block came or was missed; before that, when the restore began."""
         self._settled = settled

@@ -284,13 +284,11 @@ class Restorer:
         except BaseException:
             self._host.abort(slot)
             raise
-        if not is_good or job.claims.disowned:
+        if not is_good:
             self._host.abort(slot)
-        else:
-            self._host.publish(slot, encoding)
-            if job.claims.disowned:  # since: whoever dropped it from the host tier may have come too early
-                self._host.drop([job.blocks[index].content.name])
-        if is_wanted and is_good:
+            return
+        self._host.publish(slot, encoding)
+        if is_wanted:
             job.claims.landed(index, Restored(tier, encoding))
 
     def _decoded(self, job: _Job, index: int, payload: memoryview, encoding: Encoding) -> bool:
