@@ -1,4 +1,5 @@
-"""Attention over the block pool on a CPU: our kernel for decoding, and torch's flash kernel on views of the pool.
+"""Attention over the block pool on a CPU: our kernels for decoding and for prompts, where there are such, and torch's
+flash kernel on views of the pool.
 
 Flash attends to each long run where it lies, and the pieces are merged by log-sum-exp.
 """
@@ -10,6 +11,7 @@ import torch
 
 from worker.attention.decode_kernel import DecodeKernel, DecodePlan
 from worker.attention.paged import Run, Span, clip, slots_of
+from worker.attention.prompt_kernel import PromptKernel, PromptPlan
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -42,30 +44,42 @@ class CpuSpan:
 class CpuPlan:
     decoding: DecodePlan | None
     """The spans that the decode kernel takes, all in one call."""
+    prompts: PromptPlan | None
+    """Those that the prompt kernel takes, the same."""
     others: list[CpuSpan]
 
 
 class CpuAttention:
     """No padding, and no copy of the history: long runs are attended to where they lie.
 
-    Decoding queries go to the decode kernel, all in one call; without one, each attends to the pool's runs by flash. A
-    chunk of queries attends to the past without a mask, and causally to itself; where a sliding window's edge cuts
-    through the chunk, the keys around the edge go with the chunk's own into one masked piece.
+    Decoding queries go to the decode kernel, all in one call, and chunks of prompts to the prompt kernel; without one,
+    each attends to the pool's runs by flash. There a chunk of queries attends to the past without a mask, and causally
+    to itself; where a sliding window's edge cuts through the chunk, the keys around the edge go with the chunk's own
+    into one masked piece.
     """
 
-    def __init__(self, pool: torch.Tensor, decode_kernel: DecodeKernel | None = None) -> None:
-        """`pool` is KVCache.data. Without `decode_kernel`, or where it can't serve the pool, flash does all."""
+    def __init__(
+        self,
+        pool: torch.Tensor,
+        decode_kernel: DecodeKernel | None = None,
+        prompt_kernel: PromptKernel | None = None,
+    ) -> None:
+        """`pool` is KVCache.data. Without a kernel, or where it can't serve the pool, flash does its work."""
+        self._prompt_kernel = prompt_kernel if prompt_kernel is not None and prompt_kernel.serves(pool) else None
         self._kernel = decode_kernel if decode_kernel is not None and decode_kernel.serves(pool) else None
         self._mask_dtype = pool.dtype
         self._keys = [layer[0][None] for layer in pool]  # [1, kv_heads, slots, head_dim]
         self._values = [layer[1][None] for layer in pool]
 
     def plan(self, spans: Sequence[Span], window: int | None) -> CpuPlan:
-        if self._kernel is None:
-            return CpuPlan(None, [self._plan_span(span, window) for span in spans])
         decoding = [span for span in spans if span.num_queries == 1]
-        chunks = [self._plan_span(span, window) for span in spans if span.num_queries > 1]
-        return CpuPlan(self._kernel.plan(decoding, window) if decoding else None, chunks)
+        prompts = [span for span in spans if span.num_queries > 1]
+        others = (decoding if self._kernel is None else []) + (prompts if self._prompt_kernel is None else [])
+        return CpuPlan(
+            self._kernel.plan(decoding, window) if self._kernel is not None and decoding else None,
+            self._prompt_kernel.plan(prompts, window) if self._prompt_kernel is not None and prompts else None,
+            [self._plan_span(span, window) for span in others],
+        )
 
     def _plan_span(self, span: Span, window: int | None) -> CpuSpan:
         if span.num_queries == 1:
@@ -104,6 +118,9 @@ class CpuAttention:
         if plan.decoding is not None:
             assert self._kernel is not None
             self._kernel.attend(plan.decoding, query[0], keys[0], values[0], attended[0], scaling)
+        if plan.prompts is not None:
+            assert self._prompt_kernel is not None
+            self._prompt_kernel.attend(plan.prompts, query[0], keys[0], values[0], attended[0], scaling)
         for span in plan.others:
             queries = query.narrow(2, span.row, span.num_queries)
             outputs = [_attend_piece(queries, keys, values, piece, scaling) for piece in span.pieces]

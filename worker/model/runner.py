@@ -11,6 +11,7 @@ from worker.attention.cpu import CpuAttention
 from worker.attention.cuda import choose_cuda_attention
 from worker.attention.decode_kernel import DecodeKernel, load_decode_kernel
 from worker.attention.paged import AttentionBackend, AttentionStep, ExactAttention, Span, clip, runs_of, slots_of
+from worker.attention.prompt_kernel import load_prompt_kernel
 from worker.engine.step import Chunk
 from worker.model.decode_step import Rows, load_decode_step
 from worker.model.load import LoadedModel
@@ -116,4 +117,4 @@ def _choose_backend(loaded: LoadedModel, kv_cache: KVCache, kernel: DecodeKernel
         return choose_cuda_attention(
             kv_cache.data, kv_cache.layout.block_tokens, attends.num_heads, sorted(set(attends.windows), key=str)
         )
-    return CpuAttention(kv_cache.data, kernel)
+    return CpuAttention(kv_cache.data, kernel, load_prompt_kernel())

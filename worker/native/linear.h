@@ -5,13 +5,8 @@
  * depends on nothing but the number of inputs: a row's result is the same alone and in any batch.
  */
 #pragma once
-#include <stdint.h>
+#include "tiles.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && !defined(NO_TILES)
-#define TILES 1
-#else
-#define TILES 0
-#endif
 #define PANEL 16
 #define BLOCK_ROWS 32 /* whose sums stay in tiles */
 #define MOST_ROWS 256 /* that see a panel at once */

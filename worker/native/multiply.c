@@ -17,12 +17,6 @@ INLINE void ask_for(const uint16_t *panel) {
 
 #if TILES
 
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} Tiles;
-
 /* The tiles, by number: the compiler writes them into the instructions' names. */
 #define LEFT 0
 #define RIGHT 1
@@ -35,8 +29,7 @@ typedef struct {
 
 /* Make the tiles as high as the rows are many; all of them are 0 then. */
 INLINE void configure(int upper, int lower) {
-    Tiles tiles = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) tiles.row_bytes[tile] = CACHE_LINE, tiles.rows[tile] = PANEL;
+    Tiles tiles = whole_tiles();
     tiles.rows[LEFT] = tiles.rows[RIGHT] = tiles.rows[UPPER_INPUT] = upper;
     if (lower) tiles.rows[LOWER_LEFT] = tiles.rows[LOWER_RIGHT] = tiles.rows[LOWER_INPUT] = lower;
     _tile_loadconfig(&tiles);
