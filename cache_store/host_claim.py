@@ -76,8 +76,10 @@ def deployment_folder(under: Path = Path("/dev/shm")) -> Iterator[Path | None]:
     except OSError:
         yield None
         return
-    owner = _held(folder / _OWNER, _open_file)
-    assert owner is not None, "nobody else knows this folder"
+    new = folder / f"{_OWNER}.new"
+    owner = _held(new, _open_file)
+    assert owner is not None, "nobody else looks at this name"
+    new.rename(folder / _OWNER)  # held before anybody who sweeps can find it
     try:
         yield folder
     finally:

@@ -1,11 +1,13 @@
 """A host tier's slab outlives its worker: what was published is found again, and nothing else is believed."""
 
+import fcntl
 import mmap
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
@@ -315,6 +317,24 @@ with deployment_folder(Path({str(tmp_path)!r})) as folder:
         assert first.exists()
         (first / "slab").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["rekindle-named-by-hand"]
+
+
+def test_a_folder_that_is_being_made_is_not_swept_by_who_starts_at_the_same_instant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, others = fcntl.flock, ExitStack()
+
+    def flock(descriptor: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        others.enter_context(deployment_folder(tmp_path))  # another comes before the lock is taken
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with others, deployment_folder(tmp_path) as folder:
+        assert folder is not None
+        assert folder.is_dir()
+        assert len(list(tmp_path.iterdir())) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_shared_memory_a_deployment_has_no_folder(tmp_path: Path) -> None:
