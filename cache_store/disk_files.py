@@ -2,7 +2,7 @@
 
 One file a block, because a payload has the size that its codec gave it, LRU then frees just what it should, and beside
 the writing of a megabyte the creating of a file is nothing. Knows frames and files. What is kept is the tier's
-business. All methods raise OSError for what the disk does.
+business. All methods raise OSError for what the disk does. One thread at a time, but for `write` and `read`.
 """
 
 import os
@@ -38,9 +38,15 @@ class BlockFiles:
     def __init__(self, folder: Path, framer: Framer) -> None:
         self._folder = folder
         self._framer = framer
+        self._left: dict[Path, int] = {}
+
+    @property
+    def left_bytes(self) -> int:
+        """Size of the files that are to go and that the disk does not let go. Any thread may ask."""
+        return sum(list(self._left.values()))
 
     def scan(self) -> list[Kept]:
-        """Every block whose header is right, least recently used first. Whatever else is in the folder is deleted."""
+        """Every block whose header is right, least recently used first. Other files in the folder are deleted."""
         return sorted(self._scan(), key=lambda kept: kept.used_ns)
 
     def _scan(self) -> Iterator[Kept]:
@@ -50,8 +56,9 @@ class BlockFiles:
                 if kept is not None:
                     yield kept
                 else:
-                    with suppress(OSError):  # a folder, or a disk that can't: it stays, and nobody finds it
-                        (self._folder / entry.name).unlink()
+                    with suppress(OSError):  # it stays, is counted, and nobody finds it
+                        if not entry.is_dir(follow_symlinks=False):
+                            self._unlink(self._folder / entry.name, entry.stat(follow_symlinks=False).st_size)
 
     def _judge(self, name: str) -> Kept | None:
         """What a file's header says, if it can be believed."""
@@ -72,12 +79,13 @@ class BlockFiles:
             os.close(descriptor)
         return Kept(block, about.st_size, about.st_mtime_ns)
 
-    def write(self, store: Store) -> Path:
-        """Write a block where nobody finds it. It is there once `publish` has renamed it.
+    def write(self, store: Store) -> None:
+        """Write a block where nobody finds it. It is there once `publish` has renamed it; then, and where that did not
+        come about, `tidy`.
 
         Not synced: what a loss of power leaves of it is found out by its checksums.
         """
-        path = self._path(store.block).with_suffix(".new")
+        path = self._unpublished(store.block)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             for part in (memoryview(self._framer.header(store)), store.payload.cast("B")):
@@ -85,15 +93,17 @@ class BlockFiles:
                 while written < len(part):
                     written += os.write(descriptor, part[written:])
             _mark_used(descriptor)
-        except BaseException:
-            path.unlink()
-            raise
         finally:
             os.close(descriptor)
-        return path
 
-    def publish(self, written: Path) -> None:
-        written.rename(written.with_suffix(""))
+    def publish(self, block: BlockHash) -> None:
+        path = self._path(block)
+        self._unpublished(block).rename(path)
+        self._left.pop(path, None)  # it was in this one's place
+
+    def tidy(self, block: BlockHash, num_bytes: int) -> None:
+        """Leave nothing of a write, of so many bytes at most, that was not published."""
+        self._unlink(self._unpublished(block), num_bytes)
 
     def read(self, fetch: Fetch) -> Encoding:
         """Read a payload, verified, into the fetch's buffer. Raises BlockCorrupt, BlockForeign; FileNotFoundError."""
@@ -114,11 +124,26 @@ class BlockFiles:
             os.close(descriptor)
         return Encoding(frame.codec, frame.num_bytes, frame.checksum)
 
-    def delete(self, block: BlockHash) -> None:
-        self._path(block).unlink(missing_ok=True)
+    def delete(self, block: BlockHash, num_bytes: int) -> None:
+        """What the disk does not let go of stays in `left_bytes`."""
+        self._unlink(self._path(block), num_bytes)
+
+    def delete_left(self) -> None:
+        """Try again what could not be deleted. Never raises."""
+        for path, num_bytes in list(self._left.items()):
+            with suppress(OSError):
+                self._unlink(path, num_bytes)
+
+    def _unlink(self, path: Path, num_bytes: int) -> None:
+        self._left[path] = num_bytes
+        path.unlink(missing_ok=True)
+        del self._left[path]
 
     def _path(self, block: BlockHash) -> Path:
         return self._folder / block.hex()
+
+    def _unpublished(self, block: BlockHash) -> Path:
+        return self._path(block).with_suffix(".new")
 
 
 def _mark_used(descriptor: int) -> None:

@@ -7,6 +7,7 @@ after some failures in a row the tier leaves it alone. Any thread may call.
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from errno import ENOSPC
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ _FAILURES_IN_A_ROW = 3
 class DiskStats(NamedTuple):
     blocks: int
     used_bytes: int
-    """Headers included."""
+    """Headers included, and what was to be deleted and could not be."""
     capacity_bytes: int
     dropped: int
     """Blocks not written: the queue was full, or the disk failed."""
@@ -59,7 +60,7 @@ class DiskTier:
         self._changed = threading.Condition()
         found = self._files.scan()
         self._kept = OrderedDict((kept.block, kept.num_bytes) for kept in found)  # least recently used first
-        self._used_bytes = sum(self._kept.values())
+        self._kept_bytes = sum(self._kept.values())
         self._make_room(0)
         self._queue: deque[tuple[Store, Callable[[], None]]] = deque()
         self._writing: BlockHash | None = None
@@ -142,7 +143,7 @@ class DiskTier:
     def check(self) -> None:
         """Prove that the accounts balance and stay within their bounds."""
         with self._changed:
-            assert self._used_bytes == sum(self._kept.values())
+            assert self._kept_bytes == sum(self._kept.values())
             assert self._used_bytes <= self._capacity_bytes
             assert len(self._queue) <= self._max_queued
 
@@ -157,8 +158,9 @@ class DiskTier:
         for _, done in left:
             done()
         self._writer.join()
+        self._files.delete_left()
         self._kept.clear()
-        self._used_bytes = 0
+        self._kept_bytes = 0
         self._claim.release()
 
     # On the thread that writes
@@ -192,24 +194,33 @@ class DiskTier:
             return
         with self._changed:
             self._make_room(num_bytes)
-        written = self._files.write(store)
-        with self._changed:
-            if self._writing != store.block:  # dropped meanwhile
-                written.unlink()
-                return
-            self._files.publish(written)
-            self._kept[store.block] = num_bytes
-            self._used_bytes += num_bytes
-            self._failed_in_a_row = 0
+        try:
+            self._files.write(store)
+            with self._changed:
+                if self._writing == store.block:  # else it was dropped meanwhile
+                    self._files.publish(store.block)
+                    self._kept[store.block] = num_bytes
+                    self._kept_bytes += num_bytes
+                    self._failed_in_a_row = 0
+        finally:
+            with self._changed:
+                self._files.tidy(store.block, num_bytes)
 
     # Under the lock, or before anybody else is there
 
+    @property
+    def _used_bytes(self) -> int:
+        return self._kept_bytes + self._files.left_bytes
+
     def _make_room(self, num_bytes: int) -> None:
-        """Delete what was least recently used until there is room. Raises OSError."""
+        """Delete what is to go already, then what was least recently used, until there is room. Raises OSError."""
+        self._files.delete_left()
         while self._used_bytes + num_bytes > self._capacity_bytes:
+            if not self._kept:
+                raise OSError(ENOSPC, "files that can't be deleted take all the room")
             block, freed = self._kept.popitem(last=False)
-            self._used_bytes -= freed
-            self._files.delete(block)
+            self._kept_bytes -= freed
+            self._files.delete(block, freed)
 
     # Anywhere
 
@@ -221,10 +232,10 @@ class DiskTier:
                 if num_bytes is None:
                     continue
                 forgotten += 1
-                self._used_bytes -= num_bytes
+                self._kept_bytes -= num_bytes
                 try:
-                    self._files.delete(block)
-                except OSError as error:  # the next worker may find it again
+                    self._files.delete(block, num_bytes)
+                except OSError as error:  # tried again; the next worker may find it
                     self._note_failure("delete", error)
         return forgotten
 

@@ -230,10 +230,10 @@ def test_a_dropped_block_is_gone_also_when_it_was_still_on_its_way(
     writing, may = threading.Event(), threading.Event()
     write = BlockFiles.write
 
-    def slow(self: BlockFiles, block: Store) -> Path:
+    def slow(self: BlockFiles, block: Store) -> None:
         writing.set()
         assert may.wait(10)
-        return write(self, block)
+        write(self, block)
 
     tier = open_tier()
     keep(tier, store(0))
@@ -256,7 +256,12 @@ def test_a_dropped_block_is_gone_also_when_it_was_still_on_its_way(
 def test_a_queue_that_is_full_drops_and_counts(open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch) -> None:
     may = threading.Event()
     write = BlockFiles.write
-    monkeypatch.setattr(BlockFiles, "write", lambda self, block: may.wait(10) and write(self, block))
+
+    def slow(self: BlockFiles, block: Store) -> None:
+        assert may.wait(10)
+        write(self, block)
+
+    monkeypatch.setattr(BlockFiles, "write", slow)
     tier = open_tier(max_queued=1, capacity_bytes=9 * FILE_BYTES)
     told: list[int] = []
     for number in range(6):
@@ -269,13 +274,83 @@ def test_a_queue_that_is_full_drops_and_counts(open_tier: OpenTier, monkeypatch:
     assert sorted(told) == list(range(6))
 
 
+def bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("rekindle-blocks-*/*"))
+
+
+def test_what_cannot_be_deleted_stays_counted_and_goes_as_soon_as_it_can(
+    open_tier: OpenTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier()
+    keep(tier, store(1), store(2), store(3))
+    with monkeypatch.context() as patch:
+        refuse_to_unlink(patch, name(1).hex(), name(2).hex())
+        keep(tier, store(4))  # 1 is to go for it, and stays
+        assert tier.stats()[3:] == (1, 0, 1)
+        assert tier.drop([name(2)]) == 1
+        for number in (5, 6, 7):
+            keep(tier, store(number))
+            tier.check()
+            assert tier.stats()[:2] == (1, 3 * FILE_BYTES)
+            assert bytes_in(tmp_path) == 3 * FILE_BYTES
+        assert [has(tier, number) for number in range(1, 8)] == [False] * 6 + [True]
+    keep(tier, store(8))
+    assert tier.stats()[:2] == (2, 2 * FILE_BYTES)
+    assert bytes_in(tmp_path) == 2 * FILE_BYTES
+
+
+def test_a_write_that_can_neither_be_finished_nor_deleted_stays_counted(
+    open_tier: OpenTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier(capacity_bytes=2 * FILE_BYTES)
+
+    def refuse(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockFiles, "publish", refuse)
+        refuse_to_unlink(patch, f"{name(1).hex()}.new")
+        keep(tier, store(1))
+        assert tier.stats()[:2] == (0, FILE_BYTES) == (0, bytes_in(tmp_path))
+    keep(tier, store(1))
+    assert has(tier, 1)
+    assert tier.stats()[:2] == (1, FILE_BYTES) == (1, bytes_in(tmp_path))
+
+
+def test_what_an_earlier_worker_left_and_cannot_be_deleted_is_counted(
+    open_tier: OpenTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier()
+    keep(tier, store(1))
+    spoil(file_of(tmp_path, 1), 0)
+    close(tier)
+    with monkeypatch.context() as patch:
+        refuse_to_unlink(patch, name(1).hex())
+        again = open_tier()
+        assert again.stats()[:2] == (0, FILE_BYTES)
+        close(again)
+    assert bytes_in(tmp_path) == FILE_BYTES
+    assert open_tier().stats()[:2] == (0, 0)
+
+
+def refuse_to_unlink(patch: pytest.MonkeyPatch, *names: str) -> None:
+    unlink = Path.unlink
+
+    def refusing(path: Path, missing_ok: bool = False) -> None:
+        if path.name in names:
+            raise PermissionError(13, "Permission denied")
+        unlink(path, missing_ok=missing_ok)
+
+    patch.setattr(Path, "unlink", refusing)
+
+
 def test_a_disk_that_fails_is_left_alone_after_a_while_and_nobody_hears_of_it(
     open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tier = open_tier()
     keep(tier, store(1))
 
-    def refuse(*_: object) -> Path:
+    def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -301,7 +376,7 @@ def test_a_write_that_fails_by_a_bug_gives_its_payload_back_and_the_next_one_is_
 ) -> None:
     tier = open_tier()
 
-    def fail(*_: object) -> Path:
+    def fail(*_: object) -> None:
         raise ValueError("a bug")
 
     with monkeypatch.context() as patch:
