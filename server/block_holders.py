@@ -4,7 +4,7 @@ Knows slots (a worker's number here, until it leaves), not workers; nothing of l
 
 All that is known of a block is one int, two bits for each slot. Equal ones are kept once: one worker's sessions share
 theirs, and along a prefix they change a few times only, so that a chain is read by bisecting it. A block is looked up
-by 64 bits of its name: among ten million, one in a trillion is taken for another, which costs a miss and no more.
+by 48 bits of its name: among ten million, one of 28 million is taken for another, which costs a miss and no more.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from server.block_table import BlockTable
+from server.block_table import MAX_NUMBER, BlockTable
 
-_KEY_BYTES = 8
-_TABLE_SHIFT = 58
-_NUM_TABLES = 64  # so many that rebuilding one is hardly felt, and so few that all are in the processor's caches
+_NUM_TABLES = 256  # by a name's first byte. So many that rebuilding or sweeping one is hardly felt
+_TAG = slice(1, 6)
+"""Of a name, what its table looks it up by."""
 _SPARE_SETS = 4096
 _FEW = 8
 _MAX_PREFIXES = 1024
@@ -39,9 +39,11 @@ class Segment(NamedTuple):
 
 
 class BlockHolders:
-    """Used by one thread. No call takes time that grows with the number of blocks, but rebuilding a 64th of them."""
+    """Used by one thread. No call takes time that grows with the number of blocks, but rebuilding a 256th of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_sets: int = MAX_NUMBER) -> None:
+        """Holders that would make more than `max_sets` different sets are forgotten: they cost a miss."""
+        self._max_sets = max_sets
         self._tables = [BlockTable() for _ in range(_NUM_TABLES)]
         self._sets = [0]
         """By number: who holds a block. 0 is nobody's, and everywhere."""
@@ -49,11 +51,13 @@ class BlockHolders:
         self._free_numbers: list[int] = []
         self._num_slots = 0
         self._free_slots: list[int] = []
+        self._used_slots: set[int] = set()
         self._retired: list[int] = []
         self._sweep: _Sweep | None = None
         self._sets_after_sweep = 0
         self._ends_of_shared: dict[int, int] = {}
-        """By the holders of a chain's first block, if they are many: how long the prefix was that they all have."""
+        """By the number of a chain's first block's holders, if they are many: how long the prefix was that they all
+        have. A hint: wrong ones cost lookups."""
 
     @property
     def num_blocks(self) -> int:
@@ -71,36 +75,36 @@ class BlockHolders:
         return self._num_slots - 1
 
     def retire(self, slot: int) -> None:
-        """Nobody asks for the slot any more. It is taken again when a sweep has cleared it."""
-        self._retired.append(slot)
+        """Nobody asks for the slot any more. It is taken again when a sweep has cleared it, if it ever had a block."""
+        (self._retired if slot in self._used_slots else self._free_slots).append(slot)
 
-    def add(self, slot: int, tier: Tier, names: Iterable[bytes]) -> None:
+    def add(self, slot: int, tier: Tier, names: Sequence[bytes]) -> None:
         """The slot's worker has these blocks at `tier`."""
         assert 0 <= slot < self._num_slots, f"slot {slot} of {self._num_slots}"
+        if not names:
+            return
+        self._used_slots.add(slot)
         only, tables, sets = 1 << (2 * slot + tier), self._tables, self._sets
         number_of_only = self._number(only)
         for name in names:
-            key = int.from_bytes(name[:_KEY_BYTES]) or 1
-            table = tables[key >> _TABLE_SHIFT]
-            number = table.get(key)
+            table, tag = tables[name[0]], int.from_bytes(name[_TAG]) or 1
+            number = table.get(tag)
             held = sets[number]
             if not held & only:
-                table.put(key, self._number(held | only) if number else number_of_only)
+                table.put(tag, (self._number(held | only) or number) if number else number_of_only)
 
     def remove(self, slot: int, tier: Tier, names: Iterable[bytes]) -> None:
         """It no longer has these."""
         only, tables, sets = 1 << (2 * slot + tier), self._tables, self._sets
         for name in names:
-            key = int.from_bytes(name[:_KEY_BYTES]) or 1
-            table = tables[key >> _TABLE_SHIFT]
-            held = sets[table.get(key)]
+            table, tag = tables[name[0]], int.from_bytes(name[_TAG]) or 1
+            held = sets[table.get(tag)]
             if held & only:
-                table.put(key, self._number(held ^ only))
+                table.put(tag, self._number(held ^ only))
 
     def held(self, name: bytes) -> int:
         """Bit 2 * slot + tier for each worker and tier that has the block, retired slots among them."""
-        key = int.from_bytes(name[:_KEY_BYTES]) or 1
-        return self._sets[self._tables[key >> _TABLE_SHIFT].get(key)]
+        return self._sets[self._find(name)]
 
     def segments(self, chain: Sequence[bytes], max_lookups: int) -> list[Segment]:
         """Cut a chain where its holders change, front first.
@@ -110,36 +114,48 @@ class BlockHolders:
         """
         if not chain:
             return []
-        last = len(chain) - 1
-        first_held, last_held = self.held(chain[0]), self.held(chain[last])
-        changes: list[tuple[int, int]] = [(0, first_held)]
-        unclear = [(0, first_held, last, last_held)]
-        step, end_of_shared = 1, self._ends_of_shared.get(first_held, 0)
-        for low, low_held, high, high_held in unclear:  # grows while it is read
-            if low_held == high_held:
+        changes = self._changes(chain, max_lookups)
+        changes.sort()
+        first = changes[0][1]
+        if len(changes) > 1 and self._sets[first].bit_count() > _FEW:
+            if len(self._ends_of_shared) >= _MAX_PREFIXES:
+                self._ends_of_shared.clear()
+            self._ends_of_shared[first] = changes[1][0]
+        ends = [*(start for start, _ in changes[1:]), len(chain)]
+        sets = self._sets
+        return [Segment(end - start, sets[number]) for (start, number), end in zip(changes, ends, strict=True)]
+
+    def _changes(self, chain: Sequence[bytes], max_lookups: int) -> list[tuple[int, int]]:
+        """Where the number of a block's set is another than that of the one before, in any order, and it. Equal sets
+        have equal numbers: the sets themselves need not be looked at."""
+        find, last = self._find, len(chain) - 1
+        first_number, last_number = find(chain[0]), find(chain[last])
+        changes = [(0, first_number)]
+        unclear = [(0, first_number, last, last_number)]
+        step, end_of_shared = 1, self._ends_of_shared.get(first_number, 0)
+        for low, low_number, high, high_number in unclear:  # grows while it is read
+            if low_number == high_number:
                 continue
             if high - low == 1 or max_lookups <= 2:
-                changes.append((low + 1, high_held))
+                changes.append((low + 1, high_number))
                 continue
             max_lookups -= 1
             middle = (low + high) // 2
-            if not high_held and high - step > middle:  # what nobody has is new, and mostly short: search from the end
+            if not high_number and high - step > middle:  # what nobody has is new, mostly short: search from the end
                 middle, step = high - step, 2 * step
             elif low < end_of_shared <= high and not low:  # where the last such chain left its shared prefix
                 middle = end_of_shared - (end_of_shared == high)
-            held = self.held(chain[middle])
-            unclear.append((low, low_held, middle, held))
-            unclear.append((middle, held, high, high_held))
-        changes.sort()
-        if len(changes) > 1 and first_held.bit_count() > _FEW:
-            if len(self._ends_of_shared) >= _MAX_PREFIXES:
-                self._ends_of_shared.clear()
-            self._ends_of_shared[first_held] = changes[1][0]
-        ends = [*(start for start, _ in changes[1:]), len(chain)]
-        return [Segment(end - start, held) for (start, held), end in zip(changes, ends, strict=True)]
+            number = find(chain[middle])
+            unclear.append((low, low_number, middle, number))
+            unclear.append((middle, number, high, high_number))
+        return changes
+
+    def _find(self, name: bytes) -> int:
+        """The number of the set that holds a block."""
+        return self._tables[name[0]].get(int.from_bytes(name[_TAG]) or 1)
 
     def sweep(self) -> bool:
-        """Clear retired slots, and sets that nobody holds any more, in one of 64 parts of the table: some milliseconds.
+        """Clear retired slots, and sets that nobody holds any more, in one of the tables: some milliseconds.
 
         Returns whether more is to be done. Call it when there is nothing better to do.
         """
@@ -151,7 +167,7 @@ class BlockHolders:
         found = table.numbers()
         living = [self._number(self._sets[number] & sweep.living) for number in found]
         if living != found:
-            new = np.zeros(len(self._sets), np.uint32)
+            new = np.zeros(len(self._sets), np.uint64)
             new[found] = living
             table.map_numbers(new)
         sweep.num_done += 1
@@ -162,6 +178,7 @@ class BlockHolders:
     def _end_sweep(self, sweep: "_Sweep") -> None:
         self._sweep = None
         self._free_slots += sweep.slots
+        self._used_slots.difference_update(sweep.slots)
         for held, number in list(self._numbers.items()):
             if number not in sweep.in_use:
                 del self._numbers[held]
@@ -170,12 +187,14 @@ class BlockHolders:
         self._sets_after_sweep = len(self._numbers)
 
     def _number(self, held: int) -> int:
-        """Of a set of holders, a new one if need be."""
+        """Of a set of holders, a new one if need be; 0 while there are too many."""
         number = self._numbers.get(held)
         if number is None:
             if self._free_numbers:
                 number = self._free_numbers.pop()
                 self._sets[number] = held
+            elif len(self._sets) > self._max_sets:
+                return 0
             else:
                 number = len(self._sets)
                 self._sets.append(held)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from server.block_holders import BlockHolders, Segment, Tier
-from server.block_table import BlockTable
+from server.block_table import TAG_BITS, BlockTable
 from server.routing_index import BlocksChanged, Choice, RoutingIndex, Snapshot, WorkerCosts
 
 TOKENS, BYTES = 16, 1000
@@ -104,6 +104,64 @@ def test_the_choice_is_the_cheapest_of_all_workers() -> None:
         choice = chosen(index, chain)
         assert choice.expected_s == pytest.approx(plain[best][1], rel=1e-4)
         assert (choice.worker_id, choice.device_blocks, choice.host_blocks) == (best, *plain[best][2:])
+
+
+def test_reports_and_restarts_between_choices_are_in_the_next_one() -> None:
+    random = Random(12)
+    chains = [chain_of(random, 20) for _ in range(30)]
+    index = built(sticky_s=0.0)
+    held: dict[str, list[tuple[int, int]]] = {}
+    measured: dict[str, tuple[float, float]] = {}
+    for step in range(600):
+        worker, chain_number = f"{random.randrange(30)}", random.randrange(30)
+        if step % 3 == 0 or worker not in held:  # by far more sets of holders than are kept as rows
+            counts = [(random.randint(0, 10), random.randint(0, 20)) for _ in chains]
+            device = [block for chain, (num, _) in zip(chains, counts, strict=True) for block in chain[:num]]
+            host = [block for chain, (_, num) in zip(chains, counts, strict=True) for block in chain[:num]]
+            index.resync(Snapshot(worker, step, device, host))
+            held[worker] = [(on_device, max(0, on_host - on_device)) for on_device, on_host in counts]
+        queue_s, token_s = measured[worker] = random.random(), random.uniform(0.001, 0.02)
+        index.report(worker, costs(queue_s, token_s=token_s))
+        index.sweep()
+        expected = {}
+        for name, (queue_s, token_s) in measured.items():
+            on_device, on_host = held[name][chain_number]
+            work_s = (20 - on_device - on_host) * TOKENS * token_s + on_host * BYTES * 1e-5
+            expected[name] = queue_s + 2 * work_s
+        choice = chosen(index, chains[chain_number])
+        assert expected[choice.worker_id] <= min(expected.values()) + 0.001
+        assert (choice.device_blocks, choice.host_blocks) == held[choice.worker_id][chain_number]
+
+
+@pytest.mark.parametrize("never", ["queue_s", "token_s"])
+def test_a_worker_that_cannot_be_reached_or_has_measured_no_speed_is_passed_over(never: str) -> None:
+    index = built()
+    chain = chain_of(Random(13), 4)
+    broken = {"queue_s": 0.0, "token_s": 0.01, "host_byte_s": 1e-5} | {never: math.inf}
+    index.report("broken", WorkerCosts(**broken))
+    index.resync(Snapshot("broken", 0, device=chain))
+    assert index.choose(chain, key="") is None
+    index.report("sound", costs(3.0))
+    for length in (0, 2, 4):
+        for last in ("", "broken"):
+            assert chosen(index, chain[:length], last=last).worker_id == "sound"
+    index.report("broken", costs())
+    assert chosen(index, chain) == Choice("broken", 0.0, 4, 0)
+
+
+def test_a_host_tier_that_cannot_be_read_saves_nothing() -> None:
+    index = built()
+    chain = chain_of(Random(14), 4)
+    index.report("worker", costs(host_byte_s=math.inf))
+    index.resync(Snapshot("worker", 0, host=chain))
+    assert chosen(index, chain).expected_s == pytest.approx(4 * TOKENS * 0.01)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, math.nan])
+@pytest.mark.parametrize("name", ["queue_s", "token_s", "host_byte_s", "shared_byte_s"])
+def test_costs_that_are_no_times_are_refused(name: str, wrong: float) -> None:
+    with pytest.raises(ValueError, match="0 or more"):
+        WorkerCosts(**({"queue_s": 0.0, "token_s": 0.0, "host_byte_s": 0.0} | {name: wrong}))
 
 
 def test_blocks_that_compute_faster_than_they_restore_count_as_computed() -> None:
@@ -252,7 +310,7 @@ def _blocks(segments: Sequence[Segment], slot: int) -> int:
 def test_a_table_holds_what_a_dict_would_through_crowding_removal_and_growth(seed: int) -> None:
     random = Random(seed)
     table, plain = BlockTable(), dict[int, int]()
-    crowded = [random.getrandbits(58) | 1 for _ in range(300)]
+    crowded = [random.getrandbits(TAG_BITS - 1) | 1 for _ in range(300)]
     keys = crowded + [crowded[0] + (number << 1) for number in range(300)]  # all of these want one place
     for step in range(6000):
         key = random.choice(keys[: 100 + step // 5])
@@ -260,7 +318,7 @@ def test_a_table_holds_what_a_dict_would_through_crowding_removal_and_growth(see
         table.put(key, number)
         plain[key] = number
         if step % 500 == 0:
-            table.map_numbers(np.array([0, 2, 3, 0], np.uint32))
+            table.map_numbers(np.array([0, 2, 3, 0], np.uint64))
             plain = {key: [0, 2, 3, 0][number] for key, number in plain.items()}
     assert all(table.get(key) == plain.get(key, 0) for key in keys)
     assert len(table) == sum(number != 0 for number in plain.values())
@@ -282,3 +340,34 @@ def test_sets_of_holders_that_nobody_is_in_any_more_are_swept_out() -> None:
     before = [holders.held(block) for block in chain]
     assert all(bits.bit_count() == 100 for bits in before)
     assert not holders.sweep()
+
+
+def test_a_slot_that_never_had_a_block_is_taken_again_at_once() -> None:
+    holders = BlockHolders()
+    first = holders.take_slot()
+    holders.add(first, Tier.HOST, [])
+    holders.retire(first)
+    assert holders.take_slot() == first
+    holders.add(first, Tier.HOST, chain_of(Random(15), 1))
+    holders.retire(first)
+    assert holders.take_slot() != first
+
+
+def test_holders_that_would_make_too_many_sets_are_forgotten_until_a_sweep() -> None:
+    random = Random(16)
+    holders, chain = BlockHolders(max_sets=20), chain_of(random, 200)
+    slots = [holders.take_slot() for _ in range(6)]
+    told = dict.fromkeys(chain, 0)
+    for _ in range(2000):
+        block, slot, tier = random.choice(chain), random.choice(slots), random.choice(list(Tier))
+        holders.add(slot, tier, [block])
+        told[block] |= 1 << (2 * slot + tier)
+        assert holders.held(block) & ~told[block] == 0, "nobody is said to have what it was not told to have"
+    assert holders.num_sets == 20 + 1
+    assert any(holders.held(block) != told[block] for block in chain)
+    for slot in slots[:5]:
+        holders.retire(slot)
+    while holders.sweep():
+        pass
+    holders.add(slots[5], Tier.DEVICE, chain)
+    assert all(holders.held(block) & 1 << 10 for block in chain)
