@@ -146,6 +146,24 @@ def test_a_block_in_memory_may_be_computed_until_it_is_its_turn_to_be_decoded(
     assert codec.begun == _DECODERS
 
 
+def test_what_an_earlier_life_left_is_verified_only_where_it_is_still_wanted(
+    open_restorer: OpenRestorer, host: HostTier
+) -> None:
+    keep(host, 0, 1)
+    for number in (0, 1):  # as if found in a slab, and spoilt there
+        slot = host._published[name(number)]
+        slot.is_proven, slot.buffer[0] = False, 0
+    claims = Claims(2, lambda: None)
+    assert claims.take(0, MissReason.FASTER)
+    blocks = [Restore(Content(name(number), 16, 0, "raw"), BlockId(number)) for number in (0, 1)]
+    restorer = open_restorer()
+    restorer.restore(blocks, claims, deadline_s=time.monotonic() + 10)
+    restorer.close()  # the first one has been looked at, too
+    assert claims.is_settled
+    assert [host.contains(name(number)) for number in (0, 1)] == [True, False]
+    assert host.corrupt == 1
+
+
 def test_a_disk_that_hangs_holds_up_no_block_in_memory(
     open_restorer: OpenRestorer, host: HostTier, codec: GatedCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
