@@ -3,10 +3,12 @@
 A flag beats the TOML file, the file beats the environment (REKINDLE_NAME), and that beats the default.
 """
 
+import signal
 import sys
 from inspect import Parameter as Argument
 from inspect import Signature
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 from cyclopts import App, Group, Parameter
@@ -24,9 +26,16 @@ _DEFAULT_CONFIG = Path("rekindle.toml")
 def main() -> None:
     import structlog
 
+    signal.signal(signal.SIGTERM, _exit)  # `serve`, `demo` and `eval` listen themselves while they run
     # stdout is for what a command says (with --json one object); what is logged meanwhile goes beside it.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     make_app().meta()
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    """End on a signal as on an error: what this process has started is ended with it."""
+    signal.signal(number, lambda *_: None)  # once: the cleaning up is left alone
+    raise SystemExit(128 + number)
 
 
 def make_app() -> App:
