@@ -8,20 +8,11 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from cache_store.layout import KVLayout, choose_block_tokens
 from worker.attention.paged import register_attention
 from worker.model.load import LoadedModel
+from worker.model.presets import SHAPES as PRESETS
 from worker.model.supported import probe
 
 SHAPES: Final[dict[str, dict[str, Any]]] = {
-    "qwen3-0.6b": {
-        "num_hidden_layers": 28,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151_936,
-        "tie_word_embeddings": True,
-        "dtype": "bfloat16",
-    },
+    "qwen3-0.6b": PRESETS["qwen3-0.6b"] | {"vocab_size": 151_936, "tie_word_embeddings": True},
     "qwen3-8b": {
         "num_hidden_layers": 36,
         "hidden_size": 4096,
@@ -50,7 +41,7 @@ _MAX_TOKENS = 40_960
 
 def bare_model(shape: str, device: torch.device) -> PreTrainedModel:
     """As transformers serves it, with the attention that it would choose."""
-    config = Qwen3Config(**SHAPES[shape], max_position_embeddings=_MAX_TOKENS)
+    config = Qwen3Config(**SHAPES[shape] | {"max_position_embeddings": _MAX_TOKENS})
     with torch.device(device):
         model = Qwen3ForCausalLM._from_config(config, dtype=config.dtype, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)

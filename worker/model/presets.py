@@ -1,6 +1,6 @@
 """Models by shape, with random weights from a seed: for demonstrations, tests and measurements. Nothing to download."""
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -10,7 +10,7 @@ from worker.model.presets_tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID
 
 PREFIX = "preset:"
 
-_SHAPES: dict[str, dict[str, Any]] = {
+SHAPES: Final[dict[str, dict[str, Any]]] = {
     "qwen3-0.6b": {
         "num_hidden_layers": 28,
         "hidden_size": 1024,
@@ -41,9 +41,9 @@ _SHAPES: dict[str, dict[str, Any]] = {
 
 def preset_config(name: str) -> PreTrainedConfig:
     """The shape called `name`. Raises ModelRefused for a name there is none of."""
-    if name not in _SHAPES:
-        raise ModelRefused(f"there is no preset {name!r}; there are {', '.join(_SHAPES)}")
-    return Qwen3Config(**_SHAPES[name], tie_word_embeddings=True, bos_token_id=BOS_TOKEN_ID, eos_token_id=EOS_TOKEN_ID)
+    if name not in SHAPES:
+        raise ModelRefused(f"there is no preset {name!r}; there are {', '.join(SHAPES)}")
+    return Qwen3Config(**SHAPES[name], tie_word_embeddings=True, bos_token_id=BOS_TOKEN_ID, eos_token_id=EOS_TOKEN_ID)
 
 
 def random_model(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
