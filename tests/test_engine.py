@@ -59,6 +59,17 @@ def test_the_next_turn_finds_the_whole_history_on_the_device(build_engine: Engin
     assert receipt.misses == {MissReason.NEW: len(SECOND), MissReason.TAIL: 1}
 
 
+def test_the_prefill_that_a_tier_spared_is_counted_when_it_was_spared(build_engine: EngineFactory) -> None:
+    engine = build_engine()
+    generate(engine, (), PROMPT)
+    assert engine.stats().prefill_s_saved == 0
+    generate(engine, (), PROMPT)
+    saved_s = engine.stats().prefill_s_saved
+    assert saved_s > 0
+    generate(engine, (), PROMPT[::-1])  # finds nothing, and changes what prefill is believed to cost
+    assert engine.stats().prefill_s_saved == saved_s
+
+
 @pytest.mark.parametrize(
     ("between", "source"),
     [(["park", "poison"], "host_tokens"), (["park wholly", "poison"], "redis_tokens")],

@@ -289,4 +289,4 @@ class EngineStats:
     """By kind: host_corrupt, disk_corrupt (payloads that were wrong), disk_failed (refused reads and writes), and
     disk_dropped (blocks not written for want of time or room)."""
     prefill_s_saved: float = 0.0
-    """What computing the tokens that came from a tier would have taken, at the speed of those that were computed."""
+    """What computing the tokens that came from a tier would have taken, by what prefill costs here."""

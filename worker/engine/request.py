@@ -54,6 +54,8 @@ class Request:
         """What may be computed now: of a request that is being restored, only what needs nothing that is to come."""
         self.restoring: Restoring | None = None
         self.receipt: Receipt | None = None
+        self.spared: list[Span] = []
+        """Of the prompt, what came from a tier: on the receipt by its tokens."""
         self.relies_on: frozenset[BlockHash] = frozenset()
         """The blocks it asked for: what it did not find, it computed itself."""
         self.restored: set[BlockHash] = set()
@@ -126,6 +128,7 @@ class Request:
         tokens = dict.fromkeys(Tier, 0)
         for span, tier in covered:
             tokens[tier] += span.tokens
+        self.spared = joined([span for span, _ in covered])
         self.receipt = Receipt(
             device_tokens=tokens[Tier.DEVICE],
             host_tokens=tokens[Tier.HOST],

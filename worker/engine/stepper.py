@@ -47,8 +47,8 @@ class Stepper:
         self._cost_model = cost_model
         self._max_step_tokens = max_step_tokens
         self._max_prefill_tokens = max_prefill_tokens
-        self._prefilled_tokens = 0
-        self._prefill_s = 0.0
+        self.prefill_s_saved = 0.0
+        """Seconds that computing what came from a tier would have taken, as each prompt was done."""
 
     def step(self) -> bool:
         """Run one step over the batch. False if there was nothing to run."""
@@ -82,12 +82,8 @@ class Stepper:
             self._publish(request, token)
         if audit_chunks:
             self._compare(audit_chunks, logits[len(choosing) :])
-        if num_prefilled:  # else an audit may have had its part in the time
-            self._prefilled_tokens += num_prefilled
-            seconds = time.perf_counter() - began
-            self._prefill_s += seconds * num_prefilled / (num_prefilled + num_decoding)
-            if not num_decoding:
-                self._cost_model.ran([span for _, spans in work for span in spans], seconds)
+        if num_prefilled and not num_decoding:  # without a prompt, an audit may have had its part in the time
+            self._cost_model.ran([span for _, spans in work for span in spans], time.perf_counter() - began)
         return True
 
     def _run(self, chunks: list[Chunk], audit_chunks: list[Chunk]) -> tuple[torch.Tensor, list[Chunk]]:
@@ -126,13 +122,6 @@ class Stepper:
             return 0
         return min(-(-self._max_step_tokens // _AUDITS_SHARE), self._max_step_tokens - num_decoding)
 
-    @property
-    def prefill_s_saved(self) -> float:
-        """Seconds that computing what came from the tiers would have taken, at the speed of what was computed."""
-        sources = self._scheduler.tokens_by_source
-        restored = sources["device"] + sources["host"] + sources["disk"] + sources["redis"]
-        return restored * self._prefill_s / self._prefilled_tokens if self._prefilled_tokens else 0.0
-
     def _sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[tuple[Request, Token]]:
         """The next token of each request ([n, vocab] logits). A request whose logits are not finite fails, alone."""
         try:
@@ -148,6 +137,7 @@ class Stepper:
     def _publish(self, request: Request, token: Token) -> None:
         if not request.num_generated:
             request.first_token_s = time.monotonic()
+            self.prefill_s_saved += sum(self._cost_model.prefill_s(span) for span in request.spared)
         request.tokens.append(token.token_id)
         request.row.append(token.token_id)
         request.listener(token)
