@@ -110,45 +110,43 @@ class BlockHolders:
         """Cut a chain where its holders change, front first.
 
         Takes a run between two blocks of equal holders for held by the same: workers evict a conversation's last block
-        first. What `max_lookups` leave unclear counts as held by those only that hold its far end.
+        first. Looks from the end: it is who holds most that matters. What `max_lookups` leave unclear, at the front,
+        counts as held by those only that hold its far end.
         """
         if not chain:
             return []
-        changes = self._changes(chain, max_lookups)
-        changes.sort()
-        first = changes[0][1]
-        if len(changes) > 1 and self._sets[first].bit_count() > _FEW:
-            if len(self._ends_of_shared) >= _MAX_PREFIXES:
-                self._ends_of_shared.clear()
-            self._ends_of_shared[first] = changes[1][0]
-        ends = [*(start for start, _ in changes[1:]), len(chain)]
-        sets = self._sets
-        return [Segment(end - start, sets[number]) for (start, number), end in zip(changes, ends, strict=True)]
-
-    def _changes(self, chain: Sequence[bytes], max_lookups: int) -> list[tuple[int, int]]:
-        """Where the number of a block's set is another than that of the one before, in any order, and it. Equal sets
-        have equal numbers: the sets themselves need not be looked at."""
-        find, last = self._find, len(chain) - 1
-        first_number, last_number = find(chain[0]), find(chain[last])
-        changes = [(0, first_number)]
-        unclear = [(0, first_number, last, last_number)]
-        step, end_of_shared = 1, self._ends_of_shared.get(first_number, 0)
-        for low, low_number, high, high_number in unclear:  # grows while it is read
+        find, sets, high = self._find, self._sets, len(chain) - 1  # equal sets have equal numbers: compare these
+        first_number, high_number = find(chain[0]), find(chain[high])
+        known, end, step = [(0, first_number)], high + 1, 1  # known: blocks before `high`, the last of them on top
+        end_of_shared = self._ends_of_shared.get(first_number, 0)
+        segments = []
+        while known:
+            low, low_number = known[-1]
             if low_number == high_number:
-                continue
-            if high - low == 1 or max_lookups <= 2:
-                changes.append((low + 1, high_number))
-                continue
-            max_lookups -= 1
-            middle = (low + high) // 2
-            if not high_number and high - step > middle:  # what nobody has is new, mostly short: search from the end
-                middle, step = high - step, 2 * step
-            elif low < end_of_shared <= high and not low:  # where the last such chain left its shared prefix
-                middle = end_of_shared - (end_of_shared == high)
-            number = find(chain[middle])
-            unclear.append((low, low_number, middle, number))
-            unclear.append((middle, number, high, high_number))
-        return changes
+                high = low
+                known.pop()
+            elif high - low == 1 or max_lookups <= 2:
+                segments.append(Segment(end - low - 1, sets[high_number]))
+                end, high, high_number = low + 1, low, low_number
+                known.pop()
+            else:
+                max_lookups -= 1
+                middle = (low + high) // 2
+                if not high_number and high - step > middle:  # what nobody has is new, mostly short
+                    middle, step = high - step, 2 * step
+                elif not low and 0 < end_of_shared <= high:  # where the last such chain left its shared prefix
+                    middle = end_of_shared - (end_of_shared == high)
+                known.append((middle, find(chain[middle])))
+        segments.append(Segment(end, sets[first_number]))
+        segments.reverse()
+        if end < len(chain) and segments[0].held.bit_count() > _FEW:
+            self._keep_end_of_shared(first_number, end)
+        return segments
+
+    def _keep_end_of_shared(self, first_number: int, end: int) -> None:
+        if len(self._ends_of_shared) >= _MAX_PREFIXES:
+            self._ends_of_shared.clear()
+        self._ends_of_shared[first_number] = end
 
     def _find(self, name: bytes) -> int:
         """The number of the set that holds a block."""

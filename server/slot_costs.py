@@ -68,13 +68,10 @@ class SlotCosts:
         until the next call."""
         costs_s = np.multiply(self._missing_s, float(num_blocks), out=self._prompt_s)
         costs_s += self.queue_s
-        few: list[Segment] = []
-        for segment in segments:
-            if segment.held.bit_count() <= _FEW:
-                few.append(segment)
-            else:
-                costs_s -= np.multiply(self._row(segment.held), float(segment.num_blocks), out=self._run_s)
-        for num_held, held in few:
+        for num_held, held in segments:
+            if held.bit_count() > _FEW:
+                costs_s -= np.multiply(self._row(held), float(num_held), out=self._run_s)
+                continue
             nearest = self._nearest(held)
             while nearest:
                 bit = nearest.bit_length() - 1
