@@ -4,7 +4,7 @@ Knows slots (a worker's number here, until it leaves), not workers; nothing of l
 
 All that is known of a block is one int, two bits for each slot. Equal ones are kept once: one worker's sessions share
 theirs, and along a prefix they change a few times only, so that a chain is read by bisecting it. A block is looked up
-by 48 bits of its name: among ten million, one of 28 million is taken for another, which costs a miss and no more.
+by 45 bits of its name: of ten million, one or two are taken for another, which costs a miss and no more.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,11 @@ import numpy as np
 
 from server.block_table import MAX_NUMBER, BlockTable
 
-_NUM_TABLES = 256  # by a name's first byte. So many that rebuilding or sweeping one is hardly felt
+_NUM_TABLES = 32
+"""So many that rebuilding or sweeping one takes some milliseconds, and so few that at ten million blocks each has the 4
+MiB from which on numpy asks for huge pages: without them a look-up costs a miss of the TLB besides."""
+_TABLE_MASK = _NUM_TABLES - 1
+"""Of a name's first byte."""
 _TAG = slice(1, 6)
 """Of a name, what its table looks it up by."""
 _SPARE_SETS = 4096
@@ -39,7 +43,7 @@ class Segment(NamedTuple):
 
 
 class BlockHolders:
-    """Used by one thread. No call takes time that grows with the number of blocks, but rebuilding a 256th of them."""
+    """Used by one thread. No call takes time that grows with the number of blocks, but rebuilding a 32nd of them."""
 
     def __init__(self, *, max_sets: int = MAX_NUMBER) -> None:
         """Holders that would make more than `max_sets` different sets are forgotten: they cost a miss."""
@@ -87,7 +91,7 @@ class BlockHolders:
         only, tables, sets = 1 << (2 * slot + tier), self._tables, self._sets
         number_of_only = self._number(only)
         for name in names:
-            table, tag = tables[name[0]], int.from_bytes(name[_TAG]) or 1
+            table, tag = tables[name[0] & _TABLE_MASK], int.from_bytes(name[_TAG]) or 1
             number = table.get(tag)
             held = sets[number]
             if not held & only:
@@ -97,7 +101,7 @@ class BlockHolders:
         """It no longer has these."""
         only, tables, sets = 1 << (2 * slot + tier), self._tables, self._sets
         for name in names:
-            table, tag = tables[name[0]], int.from_bytes(name[_TAG]) or 1
+            table, tag = tables[name[0] & _TABLE_MASK], int.from_bytes(name[_TAG]) or 1
             held = sets[table.get(tag)]
             if held & only:
                 table.put(tag, self._number(held ^ only))
@@ -150,7 +154,7 @@ class BlockHolders:
 
     def _find(self, name: bytes) -> int:
         """The number of the set that holds a block."""
-        return self._tables[name[0]].get(int.from_bytes(name[_TAG]) or 1)
+        return self._tables[name[0] & _TABLE_MASK].get(int.from_bytes(name[_TAG]) or 1)
 
     def sweep(self) -> bool:
         """Clear retired slots, and sets that nobody holds any more, in one of the tables: some milliseconds.
