@@ -18,7 +18,7 @@ from cache_store.errors import BlockCorrupt, BlockForeign
 from cache_store.frame import HEADER_BYTES, Framer
 from cache_store.host_claim import Claim, claim_folder, forget_abandoned
 from cache_store.ids import BlockHash
-from cache_store.store import Encoding, Fetch, Fetched, Store
+from cache_store.store import DELETIONS_KNOWN_S, Encoding, Fetch, Fetched, Store
 
 log = structlog.get_logger(__name__)
 
@@ -77,6 +77,11 @@ class DiskTier:
 
     def contains(self, block: BlockHash) -> bool:
         return block in self._kept and self.works
+
+    def blocks(self) -> list[BlockHash]:
+        """All that are here, least recently used first."""
+        with self._changed:
+            return list(self._kept)
 
     def offer(self, store: Store, done: Callable[[], None]) -> None:
         """Write a block, in time. Never blocks, never fails: `done`, called once on any thread, says only that the
@@ -261,6 +266,7 @@ def open_disk_tier(
     None, and a word in the log, where the disk does not let us.
     """
     try:
+        forget_abandoned(folder, f"{_NAME}*", older_than_s=DELETIONS_KNOWN_S)  # whoever claims one uses what is in it
         claim = claim_folder(folder, f"{_NAME}{framer.model.hex()}")
         forget_abandoned(folder, f"{_NAME}*", older_than_s=_STALE_S)
         try:

@@ -54,11 +54,13 @@ def forget_abandoned(folder: Path, names: str, *, older_than_s: float) -> None:
     what can't be deleted stays."""
     for path in folder.glob(names):
         with suppress(OSError):
+            if not _is_older(path.stat(follow_symlinks=False), older_than_s):
+                continue  # not even held for a moment: whoever starts beside us may want it
             claim = _held(path, _open_as_it_is)
             if claim is None:
                 continue
             try:
-                if time.time() - os.fstat(claim.descriptor).st_mtime > older_than_s:
+                if _is_older(os.fstat(claim.descriptor), older_than_s):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             finally:
                 os.close(claim.descriptor)
@@ -85,6 +87,10 @@ def deployment_folder(under: Path = Path("/dev/shm")) -> Iterator[Path | None]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         owner.release()
+
+
+def _is_older(about: os.stat_result, than_s: float) -> bool:
+    return time.time() - about.st_mtime > than_s
 
 
 def _sweep(under: Path) -> None:

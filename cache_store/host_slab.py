@@ -19,7 +19,7 @@ import xxhash
 from cache_store.codecs import find
 from cache_store.host_claim import Claim, claim_file, forget_abandoned
 from cache_store.ids import BlockHash
-from cache_store.store import Encoding
+from cache_store.store import DELETIONS_KNOWN_S, Encoding
 
 log = structlog.get_logger(__name__)
 
@@ -86,6 +86,7 @@ class Slab:
         Its memory is had when this returns: there is no running out of it later.
         """
         num_slots = capacity_bytes // block_bytes
+        forget_abandoned(folder, f"{_NAME}*", older_than_s=DELETIONS_KNOWN_S)  # whoever claims one uses what is in it
         claim = claim_file(folder, f"{_NAME}{model.hex()}-{block_bytes}x{num_slots}")
         forget_abandoned(folder, f"{_NAME}*", older_than_s=_STALE_S)
         try:

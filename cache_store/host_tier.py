@@ -234,6 +234,11 @@ class HostTier:
         with self._lock:
             return block in self._published
 
+    def blocks(self) -> list[BlockHash]:
+        """All that are here, least recently used first."""
+        with self._lock:
+            return list(self._published)
+
     def use(self) -> HostUse:
         with self._lock:
             return HostUse(len(self._slots) - len(self._free), len(self._slots))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cache_store.codecs import allowed
 from cache_store.counters import Counters
 from cache_store.ids import BlockHash
-from cache_store.store import Encoding, Fetch, Fetched, Landed, ServerInfo, Store, StoreStats
+from cache_store.store import DELETIONS_KNOWN_S, Encoding, Fetch, Fetched, Landed, ServerInfo, Store, StoreStats
 
 
 class _Kept(NamedTuple):
@@ -26,6 +26,7 @@ class MemoryBlockStore:
         self._now = now
         self._lock = threading.Lock()
         self._blocks: dict[BlockHash, _Kept] = {}
+        self._deleted_s: dict[BlockHash, float] = {}
         self._counters = Counters()
 
     def get(self, wanted: Sequence[Fetch], landed: Landed, *, deadline_s: float) -> None:
@@ -62,7 +63,15 @@ class MemoryBlockStore:
             alive = [block for block in dict.fromkeys(blocks) if self._alive(block) is not None]
             for block in alive:
                 del self._blocks[block]
+            now_s = self._now()
+            known = ((block, at_s) for block, at_s in self._deleted_s.items() if now_s - at_s < DELETIONS_KNOWN_S)
+            self._deleted_s = {**dict(known), **dict.fromkeys(blocks, now_s)}
         return len(alive)
+
+    def deleted(self, blocks: Sequence[BlockHash]) -> list[bool]:
+        with self._lock:
+            long_ago_s = self._now() - DELETIONS_KNOWN_S
+            return [self._deleted_s.get(block, long_ago_s) > long_ago_s for block in blocks]
 
     def retain(self, blocks: Sequence[BlockHash], *, ttl_s: int) -> int:
         there = 0

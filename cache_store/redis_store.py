@@ -6,10 +6,11 @@ Knows keys, frames and commands. Which node, which socket and whether it is wort
 import time
 from collections.abc import Sequence
 
+import structlog
 import xxhash
 
 from cache_store.counters import Counters
-from cache_store.errors import BlockCorrupt, BlockForeign, StoreUnavailable
+from cache_store.errors import BlockCorrupt, BlockForeign, StoreFull, StoreUnavailable
 from cache_store.frame import HEADER_BYTES, Framer, check_payload
 from cache_store.ids import BlockHash
 from cache_store.redis_ageing import RedisAgeing
@@ -18,7 +19,7 @@ from cache_store.redis_keeper import Keeper, KeyCommands
 from cache_store.redis_lanes import Batch, Lanes
 from cache_store.redis_link import RedisLink
 from cache_store.resp import Buffer, ErrorReply, Wire, command, set_command
-from cache_store.store import Encoding, Fetch, Fetched, Landed, ServerInfo, Store, StoreStats
+from cache_store.store import DELETIONS_KNOWN_S, Encoding, Fetch, Fetched, Landed, ServerInfo, Store, StoreStats
 
 _IN_FLIGHT = 2
 """Blocks asked for, or sent, ahead of the one being read: the server copies one while we check another. More only
@@ -32,6 +33,10 @@ return redis.call('EXPIRE', KEYS[1], ARGV[1])"""
 """Never shortens a TTL, and gives none to a block that is pinned. Sent whole each time: it is short, and a server that
 has restarted knows no script by its digest."""
 
+_NOTE = b"redis.call('SET', KEYS[1], '', 'EX', ARGV[1]) return 1"
+
+log = structlog.get_logger(__name__)
+
 
 class RedisBlockStore:
     """`cache_store.store.BlockStore` on any Redis that `RedisLink` reaches."""
@@ -43,6 +48,7 @@ class RedisBlockStore:
         self._refresh_ttl_s = refresh_ttl_s
         self._namespace = namespace
         self._prefix = namespace.encode() + b":b:"
+        self._deleted_prefix = namespace.encode() + b":deleted:"
         self._counters = Counters()
         self._lanes = Lanes(link)
         self._keeper = Keeper(link, self._lanes)
@@ -74,7 +80,19 @@ class RedisBlockStore:
         return [answer == 1 for answer in self._ask(blocks, b"EXISTS")]
 
     def delete(self, blocks: Sequence[BlockHash]) -> int:
-        return sum(self._ask(blocks, b"UNLINK"))
+        num_deleted = sum(self._ask(blocks, b"UNLINK"))
+        keys = self._notes(blocks)
+        try:
+            self._run(keys, KeyCommands([(b"EVAL", _NOTE, b"1", key, b"%d" % DELETIONS_KNOWN_S) for key in keys]))
+        except StoreFull as error:
+            log.warning("a worker that is down may find deleted blocks again", blocks=len(keys), error=str(error))
+        return num_deleted
+
+    def deleted(self, blocks: Sequence[BlockHash]) -> list[bool]:
+        keys = self._notes(blocks)
+        batch = KeyCommands([(b"EXISTS", key) for key in keys])
+        self._run(keys, batch)
+        return [answer == 1 for answer in batch.answers]
 
     def retain(self, blocks: Sequence[BlockHash], *, ttl_s: int) -> int:
         if ttl_s:
@@ -112,6 +130,10 @@ class RedisBlockStore:
 
     def _key(self, block: BlockHash) -> bytes:
         return self._prefix + block.hex().encode()
+
+    def _notes(self, blocks: Sequence[BlockHash]) -> list[bytes]:
+        """Keys that are there where a block was deleted."""
+        return [self._deleted_prefix + block.hex().encode() for block in blocks]
 
     def _ask(self, blocks: Sequence[BlockHash], verb: bytes, *words: bytes) -> list[int]:
         keys = [self._key(block) for block in blocks]

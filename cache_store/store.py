@@ -153,6 +153,10 @@ class AgeingStore(Protocol):
         ...
 
 
+DELETIONS_KNOWN_S = 172_800
+"""So long a store knows what was deleted. What a machine keeps untouched for longer may have been, and is not used."""
+
+
 class BlockStore(Protocol):
     """Blocks by hash, in batches; blocking calls, made from the worker's I/O threads, several at once.
 
@@ -176,7 +180,12 @@ class BlockStore(Protocol):
         ...
 
     def delete(self, blocks: Sequence[BlockHash]) -> int:
-        """Forget the blocks; say how many were there (raises StoreUnavailable)."""
+        """Forget the blocks; say how many were there (raises StoreUnavailable). `deleted` knows all of them for
+        `DELETIONS_KNOWN_S`, but those that a full store has no room to note."""
+        ...
+
+    def deleted(self, blocks: Sequence[BlockHash]) -> list[bool]:
+        """Say which blocks were deleted, also where they were put again since (raises StoreUnavailable)."""
         ...
 
     def retain(self, blocks: Sequence[BlockHash], *, ttl_s: int) -> int:

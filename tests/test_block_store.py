@@ -195,6 +195,9 @@ def test_which_and_delete_agree(store: BlockStore) -> None:
     assert store.delete(names[2:]) == 2
     assert store.which(names) == [True] * 2 + [False] * 4
     assert store.delete(names[2:]) == 0
+    assert store.deleted(names) == [False, False, *[True] * (len(names) - 2)]
+    store.put(stored(2))
+    assert store.deleted(names)[2], "another worker's copy may be older"
 
 
 def test_blocks_kept_for_a_second_are_gone_after_it(store: BlockStore) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from cache_store.disk_tier import DiskTier, open_disk_tier
 from cache_store.frame import HEADER_BYTES, Framer
 from cache_store.ids import BlockHash
 from cache_store.layout import KVLayout
-from cache_store.store import Encoding, Fetch, Fetched, Store
+from cache_store.store import DELETIONS_KNOWN_S, Encoding, Fetch, Fetched, Store
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=64, block_tokens=256, dtype="float32")  # 512 KiB
 FRAMER = Framer(LAYOUT, b"weights and config")
@@ -400,6 +401,16 @@ def test_a_read_that_the_disk_refuses_is_a_miss(open_tier: OpenTier, monkeypatch
         assert tier.read(fetch(1)) is Fetched.UNAVAILABLE
     assert has(tier, 1)
     assert tier.stats().failures == 1
+
+
+def test_what_nobody_held_for_longer_than_deletions_are_known_is_not_used(open_tier: OpenTier, tmp_path: Path) -> None:
+    tier = open_tier()
+    keep(tier, store(1))
+    close(tier)
+    [folder] = tmp_path.iterdir()
+    long_ago_s = time.time() - DELETIONS_KNOWN_S - 60
+    os.utime(folder, (long_ago_s, long_ago_s))
+    assert not has(open_tier(), 1)
 
 
 def test_without_a_folder_there_is_no_tier(tmp_path: Path) -> None:

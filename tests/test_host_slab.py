@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import pairwise
@@ -20,7 +21,7 @@ from cache_store.host_claim import claim_file, deployment_folder
 from cache_store.host_slab import Slab, open_slab
 from cache_store.host_tier import HostTier
 from cache_store.ids import BlockHash
-from cache_store.store import Encoding
+from cache_store.store import DELETIONS_KNOWN_S, Encoding
 
 BLOCK_BYTES = 4096
 MODEL, OTHER_MODEL = b"m" * 16, b"o" * 16
@@ -335,6 +336,16 @@ def test_a_folder_that_is_being_made_is_not_swept_by_who_starts_at_the_same_inst
         assert folder.is_dir()
         assert len(list(tmp_path.iterdir())) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_nobody_held_for_longer_than_deletions_are_known_is_not_used(open_tier: OpenTier, tmp_path: Path) -> None:
+    tier = open_tier()
+    keep(tier, 1)
+    close(tier)
+    [slab] = slab_files(tmp_path)
+    long_ago_s = time.time() - DELETIONS_KNOWN_S - 60
+    os.utime(slab, (long_ago_s, long_ago_s))
+    assert open_tier().adopted == 0
 
 
 def test_without_shared_memory_a_deployment_has_no_folder(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from cache_store.open_store import open_block_store
 from cache_store.store import BlockStore
 from worker.config import AUTO, WorkerConfig
 from worker.model.load import LoadedModel
+from worker.tiers.adopted import Adopted
 from worker.tiers.ageing import Ager
 from worker.tiers.codecs import open_codecs
 from worker.tiers.coder import BlockCoder
@@ -47,9 +48,13 @@ class Tiers:
     transfers: TransferCosts
     ager: Ager | None
     """None where no block can age."""
+    adopted: Adopted | None
+    """None where nothing was found, or there is nobody to ask about it."""
 
     def close(self, *, flush_s: float) -> None:
         """Write out what is queued for the store within `flush_s`, and let go of everything."""
+        if self.adopted is not None:
+            self.adopted.close()
         self.write_behind.close(flush_s=flush_s)
         if self.prefetcher is not None:
             self.prefetcher.close()
@@ -110,6 +115,7 @@ def open_tiers(config: WorkerConfig, loaded: LoadedModel) -> Tiers:
         moves=moves,
         transfers=transfers,
         ager=_open_ager(store, ladder, loaded),
+        adopted=_open_adopted(host, disk, store, write_behind),
     )
 
 
@@ -138,6 +144,13 @@ def _open_disk(config: WorkerConfig, loaded: LoadedModel, host: HostTier) -> Dis
         max_queued=max(1, max_queued),
         prepare_thread=stand_back,
     )
+
+
+def _open_adopted(
+    host: HostTier, disk: DiskTier | None, store: BlockStore | None, write_behind: WriteBehind
+) -> Adopted | None:
+    found = list({*host.blocks(), *(disk.blocks() if disk is not None else [])})
+    return Adopted(found, store, write_behind.forget) if found and store is not None else None
 
 
 def _open_ager(store: BlockStore | None, ladder: Ladder, loaded: LoadedModel) -> Ager | None:
