@@ -23,8 +23,9 @@ from worker.ids import BlockId
 from worker.tiers.claims import Claims, Restored
 from worker.tiers.coder import BlockCoder
 from worker.tiers.kv_cache import KVCache
+from worker.tiers.landing import DECODERS, Restore
 from worker.tiers.moves import Content, MoveCounter
-from worker.tiers.restore import _DECODERS, Restore, Restorer
+from worker.tiers.restore import Restorer
 from worker.tiers.transfer_costs import TransferCosts
 
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_tokens=16, dtype="float32")
@@ -138,12 +139,12 @@ def test_a_block_in_memory_may_be_computed_until_it_is_its_turn_to_be_decoded(
 ) -> None:
     keep(host, *range(10), codec=LOSSLESS)
     claims = restore(open_restorer(), *range(10))
-    eventually(lambda: codec.begun == _DECODERS)
+    eventually(lambda: codec.begun == DECODERS)
     claims.take_all(MissReason.LATE)
-    assert claims.num_open == _DECODERS
+    assert claims.num_open == DECODERS
     codec.may.set()
     eventually(lambda: claims.is_settled)
-    assert codec.begun == _DECODERS
+    assert codec.begun == DECODERS
 
 
 def test_what_an_earlier_life_left_is_verified_only_where_it_is_still_wanted(
@@ -202,13 +203,13 @@ def test_what_nobody_wants_any_more_is_not_read_from_the_disk(
 
     monkeypatch.setattr(BlockFiles, "read", slow)
     claims = restore(restorer, *range(10))
-    eventually(lambda: len(begun) == _DECODERS)
+    eventually(lambda: len(begun) == DECODERS)
     claims.take_all(MissReason.LATE)
     assert claims.is_settled
     may.set()
     restorer.close()
-    assert len(begun) == _DECODERS
-    assert host.use().blocks == _DECODERS, "what was read stays"
+    assert len(begun) == DECODERS
+    assert host.use().blocks == DECODERS, "what was read stays"
 
 
 def test_a_decoder_that_fails_leaves_a_miss(
@@ -217,7 +218,7 @@ def test_a_decoder_that_fails_leaves_a_miss(
     keep(host, *range(6), codec=LOSSLESS)
     codec.error = MemoryError("the device has no room to decode")
     claims = restore(open_restorer(), *range(6))
-    eventually(lambda: codec.begun == _DECODERS)
+    eventually(lambda: codec.begun == DECODERS)
     assert claims.num_open == 6
     codec.may.set()
     eventually(lambda: claims.is_settled)

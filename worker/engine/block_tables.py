@@ -14,9 +14,10 @@ from worker.engine.prefix import Wanted, tail_of, wanted_by_prompt
 from worker.engine.request import Request
 from worker.engine.restoring import Asked, Lookup, Restoring
 from worker.ids import BlockId
+from worker.tiers.landing import Restore
 from worker.tiers.moves import Content, Tier, content_of
 from worker.tiers.prefetch import Prefetcher
-from worker.tiers.restore import Restore, Restorer
+from worker.tiers.restore import Restorer
 from worker.tiers.write_behind import Offload, WriteBehind
 
 

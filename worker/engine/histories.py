@@ -21,8 +21,9 @@ from worker.engine.prefix import Wanted, full_names, wanted_by_history
 from worker.engine.scheduler import Scheduler
 from worker.ids import BlockId
 from worker.tiers.claims import Claims, Restored
+from worker.tiers.landing import Restore
 from worker.tiers.moves import content_of
-from worker.tiers.restore import Restore, Restorer
+from worker.tiers.restore import Restorer
 from worker.tiers.write_behind import WriteBehind
 
 T = TypeVar("T")

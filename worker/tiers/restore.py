@@ -3,35 +3,28 @@ the store.
 
 It is told which blocks and never chooses. The last are brought first: whoever asked may compute the first ones
 meanwhile, and says so in the claims. What comes from disk or store lands and is checked in a slot of the host tier,
-where it stays; what another restore is bringing there already is waited for without a thread. What must be decoded is
-so beside the reading, several blocks at a time: to decode one takes longer than to fetch it.
+where it stays; what another restore is bringing there already is waited for without a thread.
 """
 
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
-from cache_store.codecs import RAW
 from cache_store.disk_tier import DiskTier
-from cache_store.errors import BlockCorrupt, BlockForeign
 from cache_store.host_tier import HostTier, Slot
 from cache_store.ids import BlockHash
 from cache_store.store import BlockStore, Encoding, Fetched
 from worker.calls import MissReason
-from worker.ids import BlockId
-from worker.tiers.claims import Claims, Restored
+from worker.tiers.claims import Claims
 from worker.tiers.coder import BlockCoder
-from worker.tiers.moves import Content, MoveCounter, Tier, fetch_of, log_bug
+from worker.tiers.landing import DECODERS, Job, Lander, Restore, gathered
+from worker.tiers.moves import MoveCounter, Tier, fetch_of, log_bug
 from worker.tiers.transfer_costs import TransferCosts
 
 _THREADS = 2
 _PROBE_BLOCKS = 4
 """Enough to tell a tier's rate from its latency."""
-_DECODERS = min(4, os.cpu_count() or 1)
 
 _MISS = {
     Fetched.ABSENT: MissReason.ABSENT,
@@ -41,19 +34,6 @@ _MISS = {
     Fetched.UNAVAILABLE: MissReason.UNAVAILABLE,
     Fetched.SKIPPED: MissReason.FASTER,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Restore:
-    content: Content
-    target: BlockId
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    blocks: Sequence[Restore]
-    claims: Claims
-    deadline_s: float
 
 
 class Restorer:
@@ -66,7 +46,7 @@ class Restorer:
         costs: TransferCosts,
         disk: DiskTier | None = None,
     ) -> None:
-        self._coder = coder
+        self._lander = Lander(coder, host, counter, costs, disk)
         self._host = host
         self._disk = disk
         self._store = store
@@ -74,8 +54,7 @@ class Restorer:
         self._costs = costs
         self._open: list[Claims] = []  # the engine's thread's
         self._threads = ThreadPoolExecutor(_THREADS, "restore")
-        self._decoders = ThreadPoolExecutor(_DECODERS, "decode")
-        self._readers = ThreadPoolExecutor(_DECODERS, "disk-read")  # a disk that hangs holds up no block in memory
+        self._readers = ThreadPoolExecutor(DECODERS, "disk-read")  # a disk that hangs holds up no block in memory
         self._closed = False
 
     # Asked by the engine's thread
@@ -83,7 +62,7 @@ class Restorer:
     def restore(self, blocks: Sequence[Restore], claims: Claims, *, deadline_s: float) -> None:
         """Bring blocks to their targets on the device, each one as far as `claims` lets it."""
         self._open = [*self._still_open(), claims]
-        job = _Job(blocks, claims, deadline_s)
+        job = Job(blocks, claims, deadline_s)
         self._submit(job, range(len(blocks) - 1, -1, -1))
 
     def where(self, name: BlockHash) -> Tier | None:
@@ -106,22 +85,22 @@ class Restorer:
 
     # On the restorer's threads
 
-    def _submit(self, job: _Job, order: Sequence[int]) -> None:
+    def _submit(self, job: Job, order: Sequence[int]) -> None:
         if self._closed:
             job.claims.give_up()
         else:
             self._threads.submit(self._run, job, order).add_done_callback(log_bug)
 
-    def _run(self, job: _Job, order: Sequence[int]) -> None:
+    def _run(self, job: Job, order: Sequence[int]) -> None:
         try:
-            with self._decoding() as landing:
+            with gathered() as landing:
                 rest = [index for index in order if not self._from_host(job, index, landing)]
                 self._from_below(job, self._from_disk(job, rest, landing), landing)
         except BaseException:
             job.claims.give_up()
             raise
 
-    def _from_host(self, job: _Job, index: int, landing: list[Future[None]]) -> bool:
+    def _from_host(self, job: Job, index: int, landing: list[Future[None]]) -> bool:
         """False if the block is not here."""
         name = job.blocks[index].content.name
         if not job.claims.is_pending(index):  # computed instead: its payload need not be verified
@@ -129,23 +108,10 @@ class Restorer:
         slot = self._host.pin(name)
         if slot is None:
             return False
-        self._soon(slot.encoding, lambda: self._land(job, index, slot), landing)
+        self._lander.soon(slot.encoding, lambda: self._lander.land(job, index, slot), landing)
         return True
 
-    def _land(self, job: _Job, index: int, slot: Slot) -> None:
-        """Write a pinned block to the device where it is still wanted there."""
-        content, encoding = job.blocks[index].content, slot.encoding
-        try:
-            if not job.claims.write(index):
-                return
-            if self._decoded(job, index, slot.payload, encoding):
-                job.claims.landed(index, Restored(Tier.HOST, encoding))
-            else:
-                self._host.drop([content.name])
-        finally:
-            self._host.unpin(slot)
-
-    def _from_disk(self, job: _Job, order: Sequence[int], landing: list[Future[None]]) -> list[int]:
+    def _from_disk(self, job: Job, order: Sequence[int], landing: list[Future[None]]) -> list[int]:
         """Hand the blocks that the disk has to the readers, several at a time. Returns the others."""
         if self._disk is None:
             return list(order)
@@ -157,7 +123,7 @@ class Restorer:
         rest = set(order).difference(here)
         return [index for index in order if index in rest]
 
-    def _read(self, job: _Job, index: int, disk: DiskTier, is_probe: bool) -> None:
+    def _read(self, job: Job, index: int, disk: DiskTier, is_probe: bool) -> None:
         """Bring a block from the disk. What it can't give is asked for elsewhere."""
         if not is_probe and not job.claims.is_pending(index):
             return
@@ -183,13 +149,13 @@ class Restorer:
         if isinstance(found, Encoding):
             self._costs.ended(Tier.DISK, found.num_bytes)
             self._counter.add(Tier.DISK, Tier.HOST, [found], time.perf_counter() - began)
-            self._keep(job, index, slot, found, Tier.DISK)
+            self._lander.keep(job, index, slot, found, Tier.DISK)
         else:
             self._costs.ended(Tier.DISK, None)
             self._host.abort(slot)
             self._submit(job, [index])
 
-    def _from_below(self, job: _Job, rest: Sequence[int], landing: list[Future[None]]) -> None:
+    def _from_below(self, job: Job, rest: Sequence[int], landing: list[Future[None]]) -> None:
         if self._store is None or not self._store.available():
             reason = MissReason.ABSENT if self._store is None else MissReason.UNAVAILABLE
             for index in rest:
@@ -205,7 +171,7 @@ class Restorer:
             else:
                 self._from_store(job, batch, landing)
 
-    def _from_store(self, job: _Job, batch: Sequence[int], landing: list[Future[None]]) -> None:
+    def _from_store(self, job: Job, batch: Sequence[int], landing: list[Future[None]]) -> None:
         assert self._store is not None
         claims, costs = job.claims, self._costs
         pending = [index for index in batch if claims.is_pending(index)]
@@ -233,7 +199,7 @@ class Restorer:
                 claims.missed(index, _MISS[outcome])
             else:
                 hits.append(encoding)
-                self._soon(encoding, lambda: self._keep(job, index, slot, encoding, Tier.REDIS), landing)
+                self._lander.soon(encoding, lambda: self._lander.keep(job, index, slot, encoding, Tier.REDIS), landing)
 
         began = time.perf_counter()
         fetches = [
@@ -248,7 +214,7 @@ class Restorer:
             raise
         self._counter.add(Tier.REDIS, Tier.HOST, hits, time.perf_counter() - began)
 
-    def _reserve(self, job: _Job, batch: Sequence[int], landing: list[Future[None]]) -> list[tuple[int, Slot]]:
+    def _reserve(self, job: Job, batch: Sequence[int], landing: list[Future[None]]) -> list[tuple[int, Slot]]:
         """A slot of the host tier for each block that is neither there nor on its way there."""
         reserved: list[tuple[int, Slot]] = []
         try:
@@ -269,7 +235,7 @@ class Restorer:
             raise
         return reserved
 
-    def _wait_for(self, job: _Job, index: int) -> bool:
+    def _wait_for(self, job: Job, index: int) -> bool:
         """Take a block that somebody else is bringing to the host tier as soon as it is there. False if nobody is."""
         arrival = self._host.awaited(job.blocks[index].content.name)
         if arrival is None:
@@ -277,68 +243,11 @@ class Restorer:
         arrival.add_done_callback(lambda _: self._submit(job, [index]))
         return True
 
-    def _keep(self, job: _Job, index: int, slot: Slot, encoding: Encoding, tier: Tier) -> None:
-        """Let stay in the host tier what has landed there in a reserved slot; write it to the device where it is still
-        wanted."""
-        payload = slot.buffer[: encoding.num_bytes]
-        try:
-            is_wanted = job.claims.write(index)
-            is_good = not is_wanted or self._decoded(job, index, payload, encoding)
-        except BaseException:
-            self._host.abort(slot)
-            raise
-        if not is_good:
-            self._host.abort(slot)
-            return
-        self._host.publish(slot, encoding)
-        if is_wanted:
-            job.claims.landed(index, Restored(tier, encoding))
-
-    def _decoded(self, job: _Job, index: int, payload: memoryview, encoding: Encoding) -> bool:
-        """Write a payload to the device. False, and a miss, where it is not what its codec writes: its checksum was
-        right, so whoever wrote it meant something else."""
-        block = job.blocks[index]
-        began = time.perf_counter()
-        try:
-            self._coder.decode(encoding, payload, block.content, block.target)
-        except (BlockCorrupt, BlockForeign) as error:
-            is_corrupt = isinstance(error, BlockCorrupt)
-            job.claims.missed(index, MissReason.CORRUPT if is_corrupt else MissReason.FOREIGN)
-            if self._disk is not None:
-                self._disk.drop([block.content.name])
-            return False
-        except BaseException:
-            job.claims.missed(index, MissReason.ABSENT)
-            raise
-        seconds = time.perf_counter() - began
-        self._counter.add(Tier.HOST, Tier.DEVICE, [encoding], seconds)
-        at_once = 1 if encoding.codec is RAW else _DECODERS
-        self._costs.decoded(block.content.codec, encoding.num_bytes, seconds / at_once)
-        return True
-
-    @contextmanager
-    def _decoding(self) -> Iterator[list[Future[None]]]:
-        """On leaving, all that was handed to decoders and readers has landed: nobody writes the targets any more."""
-        landing: list[Future[None]] = []
-        try:
-            yield landing
-        finally:
-            wait(landing)
-        for future in landing:
-            future.result()
-
-    def _soon(self, encoding: Encoding, land: Callable[[], None], landing: list[Future[None]]) -> None:
-        """Land now what is only copied; hand over what must be decoded."""
-        if encoding.codec is RAW:
-            land()
-        else:
-            landing.append(self._decoders.submit(land))
-
     def close(self) -> None:
         self._closed = True
         self._threads.shutdown(wait=True)
-        self._decoders.shutdown(wait=True)
         self._readers.shutdown(wait=True)
+        self._lander.close()
 
 
 def _num_bytes(outcome: Fetched, encoding: Encoding | None) -> int | None:
