@@ -145,8 +145,8 @@ def _decisions(fleet: Fleet, turns: Sequence[_Session]) -> dict[str, Any]:
             key = f"session-{session.number}"
             cpu_began, began = time.thread_time_ns(), time.perf_counter_ns()
             choice = fleet.index.choose(chain, key=key, last_worker_id=last)
-            wall_us[number, turn] = (time.perf_counter_ns() - began) / 1000
-            cpu_us[number, turn] = (time.thread_time_ns() - cpu_began) / 1000
+            ended, cpu_ended = time.perf_counter_ns(), time.thread_time_ns()
+            wall_us[number, turn], cpu_us[number, turn] = (ended - began) / 1000, (cpu_ended - cpu_began) / 1000
             assert choice is not None
             right += choice.device_blocks + choice.host_blocks >= _SYSTEM_BLOCKS + session.num_blocks
     return {

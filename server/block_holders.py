@@ -143,14 +143,11 @@ class BlockHolders:
                 known.append((middle, find(chain[middle])))
         segments.append(Segment(end, sets[first_number]))
         segments.reverse()
-        if end < len(chain) and segments[0].held.bit_count() > _FEW:
-            self._keep_end_of_shared(first_number, end)
+        if end != end_of_shared and end < len(chain) and segments[0].held.bit_count() > _FEW:
+            if len(self._ends_of_shared) >= _MAX_PREFIXES:
+                self._ends_of_shared.clear()
+            self._ends_of_shared[first_number] = end
         return segments
-
-    def _keep_end_of_shared(self, first_number: int, end: int) -> None:
-        if len(self._ends_of_shared) >= _MAX_PREFIXES:
-            self._ends_of_shared.clear()
-        self._ends_of_shared[first_number] = end
 
     def _find(self, name: bytes) -> int:
         """The number of the set that holds a block."""

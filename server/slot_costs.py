@@ -72,7 +72,7 @@ class SlotCosts:
             if held.bit_count() > _FEW:
                 costs_s -= np.multiply(self._row(held), float(num_held), out=self._run_s)
                 continue
-            nearest = self._nearest(held)
+            nearest = held and self._nearest(held)
             while nearest:
                 bit = nearest.bit_length() - 1
                 slot = bit >> 1
