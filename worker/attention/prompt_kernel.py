@@ -35,8 +35,7 @@ class _Prompts(ctypes.Structure):
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("runs", "chunks", "shares")],
         *[(name, ctypes.c_int64) for name in ("num_shares", "heads", "kv_heads", "head_dim")],
-        *[(name, ctypes.c_int64) for name in ("token_stride", "head_stride", "kv_head_stride", "slot_stride")],
-        *[(name, ctypes.c_int64) for name in ("window", "num_threads")],
+        *[(name, ctypes.c_int64) for name in ("kv_head_stride", "slot_stride", "window", "num_threads")],
     )
 
 
@@ -52,8 +51,9 @@ class PromptPlan:
     """Of each chunk."""
     window: int | None
     shares: npt.NDArray[np.int64] | None = None
-    """[shares, 3]: chunk, and its queries from the second to before the third. Made at the first layer, which tells the
-    number of heads."""
+    """[shares, 3]: chunk, and its queries from the second to before the third."""
+    step: _Prompts | None = None
+    """What points to all this. Both are made at the first layer, which tells the number of heads."""
 
 
 class PromptKernel:
@@ -62,7 +62,10 @@ class PromptKernel:
     def __init__(self, function: Any) -> None:
         """`function` is `prompt_attention` of the loaded library."""
         self._function = function
-        function.argtypes = (ctypes.POINTER(_Prompts), *(ctypes.c_void_p,) * 4, ctypes.c_float)
+        function.argtypes = (
+            *(ctypes.POINTER(_Prompts), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float),
+        )
         function.restype = None
 
     def serves(self, pool: torch.Tensor) -> bool:
@@ -97,16 +100,22 @@ class PromptKernel:
         assert output.is_contiguous()
         if query.stride(2) != 1:
             query = query.contiguous()
-        if plan.shares is None:
-            plan.shares = _shares(plan.num_queries, max(1, _ROWS * len(keys) // len(query)))
-        step = _Prompts(
+        if plan.step is None:
+            self.prepare(plan, len(query), keys)
+        self._function(
+            *(plan.step, query.data_ptr(), query.stride(1), query.stride(0)),
+            *(keys.data_ptr(), values.data_ptr(), output.data_ptr(), scaling),
+        )
+
+    def prepare(self, plan: PromptPlan, heads: int, keys: torch.Tensor) -> None:
+        """Make `plan.shares` and `plan.step`; `keys` are any layer's."""
+        kv_heads, _, head_dim = keys.shape
+        plan.shares = _shares(plan.num_queries, max(1, _ROWS * kv_heads // heads))
+        plan.step = _Prompts(
             *(table.ctypes.data for table in (plan.runs, plan.chunks, plan.shares)),
-            *(len(plan.shares), len(query), len(keys), keys.shape[2]),
-            *(query.stride(1), query.stride(0), keys.stride(0), keys.stride(1)),
+            *(len(plan.shares), heads, kv_heads, head_dim, keys.stride(0), keys.stride(1)),
             *(plan.window or _NO_WINDOW, torch.get_num_threads()),
         )
-        tensors = (query, keys, values, output)
-        self._function(step, *(tensor.data_ptr() for tensor in tensors), scaling)
 
 
 def _shares(num_queries: Sequence[int], most: int) -> npt.NDArray[np.int64]:

@@ -11,9 +11,9 @@ from worker.attention.cpu import CpuAttention
 from worker.attention.cuda import choose_cuda_attention
 from worker.attention.decode_kernel import DecodeKernel, load_decode_kernel
 from worker.attention.paged import AttentionBackend, AttentionStep, ExactAttention, Span, clip, runs_of, slots_of
-from worker.attention.prompt_kernel import load_prompt_kernel
+from worker.attention.prompt_kernel import PromptKernel, load_prompt_kernel
 from worker.engine.step import Chunk
-from worker.model.decode_step import Rows, load_decode_step
+from worker.model.fused_step import Rows, load_fused_step
 from worker.model.load import LoadedModel
 from worker.tiers.kv_cache import KVCache
 
@@ -27,8 +27,9 @@ class ModelRunner:
         self._loaded, self._kv_cache = loaded, kv_cache
         on_cpu = backend is None and loaded.device.type == "cpu" and not loaded.attends.capped
         kernel = load_decode_kernel() if on_cpu else None
-        self._decode_step = load_decode_step(loaded, kv_cache.data, kernel) if on_cpu else None
-        self._backend = backend or _choose_backend(loaded, kv_cache, kernel)
+        prompt_kernel = load_prompt_kernel() if on_cpu else None
+        self._fused_step = load_fused_step(loaded, kv_cache.data, kernel, prompt_kernel) if on_cpu else None
+        self._backend = backend or _choose_backend(loaded, kv_cache, kernel, prompt_kernel)
 
     def run(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Run the tokens of all chunks and write their KV.
@@ -38,26 +39,22 @@ class ModelRunner:
         """
         assert chunks, "a step has work"
         with torch.inference_mode():
-            if self._decode_step is None:
+            if self._fused_step is None:
                 return self._run_modules(chunks)
-            # A decoding sequence has the same kernel whoever else is in the step: its bits don't depend on them.
+            # What is run by the fused step has the same bits whoever else is in the step.
             # Last: what else there is of its sequence has earlier positions.
-            decoding = [len(chunk.token_ids) == 1 and chunk.wants_logits for chunk in chunks]
-            if not any(decoding):
+            fused = [self._fused_step.takes(len(chunk.token_ids)) for chunk in chunks]
+            others = list(compress(chunks, (not is_fused for is_fused in fused)))
+            if len(others) == len(chunks):
                 return self._run_modules(chunks)
-            others = [chunk for chunk, is_decoding in zip(chunks, decoding, strict=True) if not is_decoding]
-            prompts = self._run_modules(others) if others else None
-            decoded = self._run_decode_step(list(compress(chunks, decoding)))
-            if prompts is None or not len(prompts):
-                return decoded
-            is_decoded = torch.tensor(list(compress(decoding, (chunk.wants_logits for chunk in chunks))))
-            logits = decoded.new_empty(len(is_decoded), decoded.shape[1])
-            logits[is_decoded], logits[~is_decoded] = decoded, prompts
+            by_modules = self._run_modules(others) if others else None
+            by_one_call = self._fused_step.run(Rows(*self._inputs(list(compress(chunks, fused))))).float()
+            if by_modules is None or not len(by_modules):
+                return by_one_call
+            is_fused = torch.tensor(list(compress(fused, (chunk.wants_logits for chunk in chunks))))
+            logits = by_one_call.new_empty(len(is_fused), by_one_call.shape[1])
+            logits[is_fused], logits[~is_fused] = by_one_call, by_modules
             return logits
-
-    def _run_decode_step(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        assert self._decode_step is not None
-        return self._decode_step.run(Rows(*self._inputs(chunks))).float()
 
     def _run_modules(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         ids, positions, slots, wanted, spans = self._inputs(chunks)
@@ -109,7 +106,9 @@ class ModelRunner:
         return parts
 
 
-def _choose_backend(loaded: LoadedModel, kv_cache: KVCache, kernel: DecodeKernel | None) -> AttentionBackend[Any]:
+def _choose_backend(
+    loaded: LoadedModel, kv_cache: KVCache, kernel: DecodeKernel | None, prompt_kernel: PromptKernel | None
+) -> AttentionBackend[Any]:
     attends = loaded.attends
     if attends.capped:
         return ExactAttention(kv_cache.data)
@@ -117,4 +116,4 @@ def _choose_backend(loaded: LoadedModel, kv_cache: KVCache, kernel: DecodeKernel
         return choose_cuda_attention(
             kv_cache.data, kv_cache.layout.block_tokens, attends.num_heads, sorted(set(attends.windows), key=str)
         )
-    return CpuAttention(kv_cache.data, kernel, load_prompt_kernel())
+    return CpuAttention(kv_cache.data, kernel, prompt_kernel)

@@ -12,7 +12,6 @@
  * Knows no torch.
  */
 #include "attention.h"
-#include "tiles.h"
 
 #if TILES
 
@@ -21,20 +20,6 @@
 #define DEPTH 32     /* products that a tile's row sums up */
 #define STEPS (KEYS / DEPTH)
 #define LOG2_E 1.44269504f
-
-typedef struct { int64_t row, start, first_run; } Chunk; /* `start` is the position of its first query */
-typedef struct { int64_t chunk, begin, end; } Share;     /* queries [begin, end) of a chunk */
-
-typedef struct {
-    const Run *runs;
-    const Chunk *chunks;
-    const Share *shares;
-    int64_t num_shares, heads, kv_heads, head_dim;
-    int64_t token_stride, head_stride;   /* of queries; all strides are in elements */
-    int64_t kv_head_stride, slot_stride; /* of keys and values alike */
-    int64_t window;                      /* a query sees so many positions up to its own */
-    int64_t num_threads;
-} Prompts;
 
 typedef uint16_t Rows[TILE_ROWS][DEPTH];   /* a tile: bfloat16 of sixteen rows */
 typedef uint16_t Packed[TILE_ROWS][DEPTH]; /* a tile: pairs of bfloat16, one pair for each of sixteen columns */
@@ -269,7 +254,8 @@ INLINE int see(const Prompts *prompts, int64_t first, int64_t last, int64_t begi
 }
 
 static void attend_share(const Prompts *prompts, const Share *share, int64_t kv_head, const uint16_t *query,
-                         const uint16_t *keys, const uint16_t *values, uint16_t *output, float scaling) {
+                         int64_t token_stride, int64_t head_stride, const uint16_t *keys, const uint16_t *values,
+                         uint16_t *output, float scaling) {
     const Chunk *chunk = &prompts->chunks[share->chunk];
     const int64_t dim = prompts->head_dim, group = prompts->heads / prompts->kv_heads;
     const int64_t first = chunk->start + share->begin, last = chunk->start + share->end - 1;
@@ -285,7 +271,7 @@ static void attend_share(const Prompts *prompts, const Share *share, int64_t kv_
     for (int64_t row = 0; row < tiles * TILE_ROWS; row++) sums[row / TILE_ROWS].largest[row % TILE_ROWS] = -INFINITY;
     for (int64_t row = 0; row < rows; row++) {
         const int64_t token = chunk->row + share->begin + row / group, head = kv_head * group + row % group;
-        const uint16_t *from = query + token * prompts->token_stride + head * prompts->head_stride;
+        const uint16_t *from = query + token * token_stride + head * head_stride;
         for (int64_t d = 0; d < dim; d += DEPTH)
             memcpy(queries[row / TILE_ROWS][d / DEPTH][row % TILE_ROWS], from + d, TILE_BYTES);
     }
@@ -326,21 +312,23 @@ static void attend_share(const Prompts *prompts, const Share *share, int64_t kv_
     }
 }
 
-/* query [tokens, heads, head_dim] with the strides given, keys and values [kv_heads, slots, head_dim] of one layer;
- * output [tokens, heads, head_dim], contiguous: only the chunks' rows are written. */
-void prompt_attention(const Prompts *prompts, const uint16_t *query, const uint16_t *keys, const uint16_t *values,
-                      uint16_t *output, float scaling) {
+/* attention.h says what this does. */
+void prompts_in_team(const Prompts *prompts, const uint16_t *query, int64_t token_stride, int64_t head_stride,
+                     const uint16_t *keys, const uint16_t *values, uint16_t *output, float scaling) {
     const int64_t items = prompts->num_shares * prompts->kv_heads;
-#pragma omp parallel num_threads(prompts->num_threads)
-    {
-        const Tiles tiles = whole_tiles();
-        _tile_loadconfig(&tiles);
+    const Tiles tiles = whole_tiles();
+    _tile_loadconfig(&tiles);
 #pragma omp for schedule(dynamic)
-        for (int64_t item = items - 1; item >= 0; item--) /* the last see most: they come first */
-            attend_share(prompts, &prompts->shares[item % prompts->num_shares], item / prompts->num_shares, query, keys,
-                         values, output, scaling);
-        _tile_release();
-    }
+    for (int64_t item = items - 1; item >= 0; item--) /* a head's last shares see most: they come first */
+        attend_share(prompts, &prompts->shares[item % prompts->num_shares], item / prompts->num_shares, query,
+                     token_stride, head_stride, keys, values, output, scaling);
+    _tile_release();
+}
+
+void prompt_attention(const Prompts *prompts, const uint16_t *query, int64_t token_stride, int64_t head_stride,
+                      const uint16_t *keys, const uint16_t *values, uint16_t *output, float scaling) {
+#pragma omp parallel num_threads(prompts->num_threads)
+    prompts_in_team(prompts, query, token_stride, head_stride, keys, values, output, scaling);
 }
 
 #endif

@@ -1,10 +1,10 @@
-/* A step of decoding sequences through a whole model, by one team of threads: the layers of Llama and its kin.
+/* A step of few rows through a whole model, by one team of threads: the layers of Llama and its kin.
  *
  *     hidden += attention_out(attention(turned(attention_in(norm(hidden)))))
  *     hidden += down(silu(gate(norm(hidden))) * up(norm(hidden)))
  *
  * All is bfloat16, and is rounded where transformers' modules round; sums are float32. The layout of the structs is
- * repeated in decode_step.py.
+ * repeated in fused_step.py.
  */
 #include "attention.h"
 #include "linear.h"
@@ -30,7 +30,8 @@ typedef struct {
 } Model;
 
 typedef struct {
-    const Step *const *attention; /* of each layer */
+    const Step *const *decoding;   /* of each layer, or NULL: rows of decoding sequences */
+    const Prompts *const *prompts; /* of each layer, or NULL: all other rows. NULL on a CPU without tiles */
     const int64_t *slots;         /* [rows]: where each row's key and value go */
     const uint16_t *cos, *sin;    /* [rows, head_dim] */
     const int64_t *wanted;        /* [num_wanted]: rows that logits are for */
@@ -86,27 +87,33 @@ static void norm_in_team(const Model *model, const Batch *batch, const uint16_t 
         norm(batch->hidden + row * model->hidden, weight, model->hidden, epsilon, batch->normed + row * model->hidden);
 }
 
-static void layer_in_team(const Model *model, const Layer *layer, const Batch *batch, const Step *attention) {
+static void layer_in_team(const Model *model, const Layer *layer, const Batch *batch, int64_t number) {
     const int64_t rows = batch->rows, hidden = model->hidden, width = width_of(model);
     const int64_t parts = model->heads + 2 * model->kv_heads;
     norm_in_team(model, batch, layer->before_attention, layer->epsilon);
     linears_in_team(layer->attention_in, 3, batch->normed, rows, batch->parts, width);
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < rows * parts; item++) place_head(model, layer, batch, item / parts, item % parts);
-    attend_in_team(attention, batch->parts, width, model->head_dim, layer->keys, layer->values, batch->attended,
-                   layer->scaling);
+    if (batch->decoding)
+        attend_in_team(batch->decoding[number], batch->parts, width, model->head_dim, layer->keys, layer->values,
+                       batch->attended, layer->scaling);
+#if TILES
+    if (batch->prompts)
+        prompts_in_team(batch->prompts[number], batch->parts, width, model->head_dim, layer->keys, layer->values,
+                        batch->attended, layer->scaling);
+#endif
     linear_in_team(&layer->attention_out, batch->attended, 0, rows, batch->hidden, batch->hidden, hidden);
     norm_in_team(model, batch, layer->before_mlp, layer->epsilon);
     gated_in_team(&layer->gate, &layer->up, batch->normed, rows, batch->gated, model->intermediate);
     linear_in_team(&layer->down, batch->gated, 0, rows, batch->hidden, batch->hidden, hidden);
 }
 
-void decode_step(const Model *model, const Batch *batch) {
+void fused_step(const Model *model, const Batch *batch) {
     const int64_t hidden = model->hidden;
 #pragma omp parallel num_threads(batch->num_threads)
     {
         for (int64_t i = 0; i < model->num_layers; i++)
-            layer_in_team(model, &model->layers[i], batch, batch->attention[i]);
+            layer_in_team(model, &model->layers[i], batch, i);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < batch->num_wanted; i++)
             norm(batch->hidden + batch->wanted[i] * hidden, model->last_norm, hidden, model->last_epsilon,

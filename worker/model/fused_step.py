@@ -1,23 +1,25 @@
-"""A whole decode step by one call of our kernel, for models whose structure it knows: Llama and its kin, in bfloat16.
+"""A whole step of few rows by one call of our kernel, for models whose structure it knows: Llama and kin, in bfloat16.
 
-Between two layers of modules a step of few rows waits for Python and for threads more than for memory. What the kernel
-(native/decode_step.c) makes of a model is compared with the model's own modules when it is loaded; where it is not the
+Between two layers of modules such a step waits for Python and for threads more than for memory. What the kernel
+(native/fused_step.c) makes of a model is compared with the model's own modules when it is loaded; where it is not the
 same up to rounding, the modules do the work.
 """
 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
+import numpy as np
 import structlog
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from worker.attention.cpu import CpuAttention
-from worker.attention.decode_kernel import DecodeKernel, DecodePlan
+from worker.attention.decode_kernel import DecodeKernel
 from worker.attention.paged import AttentionStep, Run, Span
+from worker.attention.prompt_kernel import PromptKernel
 from worker.model.linear_cpu import Linear, NativeLinear
 from worker.model.load import LoadedModel
 from worker.native.build import NativeUnavailable, load_native
@@ -31,7 +33,10 @@ _WIDEST_HEAD: Final = 512
 _MAX_ERROR: Final = 0.05
 """Of logits, keys and values, relative. Sums taken in another order make a hundredth, a wrong structure about 1."""
 _TRIED_AT: Final = (0, 5, 40)
-"""Positions of the rows that are compared."""
+"""Positions of the sequences that are compared; the last has a chunk, where there is a kernel for prompts."""
+_TRIED_CHUNK: Final = 9
+_MOST_TOKENS: Final = 64
+"""Of a chunk: longer ones are computed as fast by the modules."""
 
 
 class _Layer(ctypes.Structure):
@@ -60,15 +65,37 @@ class _Batch(ctypes.Structure):
     """`Batch` in the source."""
 
     _fields_ = (
-        *[(name, ctypes.c_void_p) for name in ("attention", "slots", "cos", "sin", "wanted", "hidden", "normed")],
-        *[(name, ctypes.c_void_p) for name in ("parts", "attended", "gated", "logits")],
+        *[(name, ctypes.c_void_p) for name in ("decoding", "prompts", "slots", "cos", "sin", "wanted")],
+        *[(name, ctypes.c_void_p) for name in ("hidden", "normed", "parts", "attended", "gated", "logits")],
         *[(name, ctypes.c_int64) for name in ("rows", "num_wanted", "num_threads")],
     )
 
 
+class _Plan(Protocol):
+    step: Any
+
+
+PlanT = TypeVar("PlanT", bound=_Plan)
+
+
+class _Kernel(Protocol[PlanT]):
+    def plan(self, spans: Sequence[Span], window: int | None) -> PlanT: ...
+
+    def prepare(self, plan: PlanT, heads: int, keys: torch.Tensor) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """Each layer's step, as attention reads it."""
+
+    pointers: ctypes.Array[ctypes.c_void_p]
+    plans: object
+    """What they point to."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The decoding sequences of a step, one token of each."""
+    """A step's tokens: of decoding sequences one each, of prompts short chunks."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -79,14 +106,22 @@ class Rows:
     spans: Sequence[Span]
 
 
-class DecodeStep:
-    """Runs rows of decoding sequences through a model. Used by one thread."""
+class FusedStep:
+    """Runs few rows through a model. A row's bits don't depend on the others. Used by one thread."""
 
-    def __init__(self, loaded: LoadedModel, pool: torch.Tensor, library: ctypes.CDLL, kernel: DecodeKernel) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        pool: torch.Tensor,
+        library: ctypes.CDLL,
+        kernel: DecodeKernel,
+        prompt_kernel: PromptKernel | None,
+    ) -> None:
         """`pool` is KVCache.data. Raises NativeUnavailable where the model is none that the kernel knows."""
         _refuse(loaded, pool, kernel)
         self._loaded, self._pool, self._kernel = loaded, pool, kernel
-        self._function = library.decode_step
+        self._prompt_kernel = prompt_kernel if prompt_kernel is not None and prompt_kernel.serves(pool) else None
+        self._function = library.fused_step
         self._function.argtypes, self._function.restype = (ctypes.POINTER(_Model), ctypes.POINTER(_Batch)), None
         inner = loaded.model.model
         self._layers = (_Layer * len(inner.layers))(*map(_layer, inner.layers, pool))
@@ -99,45 +134,53 @@ class DecodeStep:
         )
         self._scratch: list[torch.Tensor] = []
 
+    def takes(self, num_tokens: int) -> bool:
+        """Whether a chunk of so many tokens is one for `run`."""
+        return num_tokens == 1 or (self._prompt_kernel is not None and num_tokens <= _MOST_TOKENS)
+
     def run(self, rows: Rows) -> torch.Tensor:
         """Write the rows' KV. Returns logits [wanted, vocab], bfloat16."""
-        inner, num_rows = self._loaded.model.model, len(rows.spans)
+        inner = self._loaded.model.model
         hidden = inner.embed_tokens(rows.ids)
         cos, sin = (part[0].contiguous() for part in inner.rotary_emb(hidden, position_ids=rows.positions[None]))
-        plans = self._plans(rows.spans)
-        steps = (ctypes.c_void_p * len(self._layers))(
-            *(ctypes.addressof(plans[window].step) for window in self._loaded.attends.windows)  # type: ignore[arg-type]
-        )
+        ones = [span for span in rows.spans if span.num_queries == 1]
+        chunks = [span for span in rows.spans if span.num_queries > 1]
+        assert self._prompt_kernel is not None or not chunks, "these are none that it takes"
+        decoding = self._steps(self._kernel, ones) if ones else None
+        prompts = self._steps(self._prompt_kernel, chunks) if self._prompt_kernel is not None and chunks else None
+        num_rows = len(rows.ids)
         if not self._scratch or len(self._scratch[0]) < num_rows:
             self._scratch = [hidden.new_empty(num_rows, width) for width in self._widths]
         logits = hidden.new_empty(len(rows.wanted), self._model.head.outputs)
         batch = _Batch(
-            ctypes.addressof(steps),
+            *(steps and ctypes.addressof(steps.pointers) for steps in (decoding, prompts)),
             *(part.data_ptr() for part in (rows.slots, cos, sin, rows.wanted, hidden, *self._scratch, logits)),
             *(num_rows, len(rows.wanted), torch.get_num_threads()),
         )
         self._function(self._model, batch)
         return logits
 
-    def _plans(self, spans: Sequence[Span]) -> dict[int | None, DecodePlan]:
-        """By window."""
+    def _steps(self, kernel: _Kernel[PlanT], spans: Sequence[Span]) -> _Steps:
         attends = self._loaded.attends
-        plans = {window: self._kernel.plan(spans, window) for window in set(attends.windows)}
+        plans = {window: kernel.plan(spans, window) for window in set(attends.windows)}
         for plan in plans.values():
-            self._kernel.prepare(plan, attends.num_heads, self._pool[0, 0])
-        return plans
+            kernel.prepare(plan, attends.num_heads, self._pool[0, 0])
+        addresses = (ctypes.addressof(plans[window].step) for window in attends.windows)
+        return _Steps((ctypes.c_void_p * len(self._layers))(*addresses), plans)
 
 
-def load_decode_step(loaded: LoadedModel, pool: torch.Tensor, kernel: DecodeKernel | None) -> DecodeStep | None:
+def load_fused_step(
+    loaded: LoadedModel, pool: torch.Tensor, kernel: DecodeKernel | None, prompt_kernel: PromptKernel | None
+) -> FusedStep | None:
     """None where there is no kernel for this model to be had here; the log says why."""
     try:
         if kernel is None:
             raise NativeUnavailable("it needs the decode kernel")
         library = load_native()
-        _check(loaded, library, kernel)
-        return DecodeStep(loaded, pool, library, kernel)
+        _check(loaded, library, kernel, prompt_kernel)
+        return FusedStep(loaded, pool, library, kernel, prompt_kernel)
     except NativeUnavailable as error:
-        _log.info("decode_step_unavailable", reason=str(error), instead="the model's modules")
+        _log.info("fused_step_unavailable", reason=str(error), instead="the model's modules")
         return None
 
 
@@ -184,22 +227,29 @@ def _widths(loaded: LoadedModel) -> tuple[int, int, int, int]:
     )
 
 
-def _check(loaded: LoadedModel, library: ctypes.CDLL, kernel: DecodeKernel) -> None:
+def _check(loaded: LoadedModel, library: ctypes.CDLL, kernel: DecodeKernel, prompt_kernel: PromptKernel | None) -> None:
     """Run a few rows over random KV through the kernel and through the modules, and compare logits and KV."""
     attends, generator = loaded.attends, torch.Generator().manual_seed(0)
-    room = max(_TRIED_AT) + 1
+    room = max(_TRIED_AT) + _TRIED_CHUNK
     shape = (attends.num_layers, 2, attends.kv_heads, len(_TRIED_AT) * room, attends.head_dim)
     pool = torch.randn(shape, generator=generator).bfloat16()
-    spans = [Span(row, 1, at, (Run(0, row * room, at + 1),)) for row, at in enumerate(_TRIED_AT)]
-    positions = torch.tensor(_TRIED_AT)
-    numbers = torch.arange(len(_TRIED_AT))
-    rows = Rows((numbers * 37 + 11) % loaded.vocab_size, positions, numbers * room + positions, numbers, spans)
     other = pool.clone()
+    ours = FusedStep(loaded, pool, library, kernel, prompt_kernel)
+    lengths = [1] * (len(_TRIED_AT) - 1) + [_TRIED_CHUNK if ours.takes(_TRIED_CHUNK) else 1]
+    firsts = np.cumsum([0, *lengths])
+    spans = [
+        Span(int(row), length, at, (Run(0, number * room, at + length),))
+        for number, (row, length, at) in enumerate(zip(firsts, lengths, _TRIED_AT, strict=False))
+    ]
+    positions = torch.cat([torch.arange(span.start, span.end) for span in spans])
+    slots = torch.cat([torch.arange(span.start, span.end) + number * room for number, span in enumerate(spans)])
+    numbers = torch.arange(len(positions))
+    rows = Rows((numbers * 37 + 11) % loaded.vocab_size, positions, slots, numbers, spans)
     with torch.inference_mode():
-        ours = DecodeStep(loaded, pool, library, kernel).run(rows)
-        step = AttentionStep(CpuAttention(other, kernel), other, spans, rows.slots)
+        logits = ours.run(rows)
+        step = AttentionStep(CpuAttention(other, kernel), other, spans, slots)
         theirs = loaded.model(input_ids=rows.ids[None], position_ids=positions[None], use_cache=False, step=step)
-    for one, wanted in ((ours, theirs.logits[0]), (pool[:, :, :, rows.slots], other[:, :, :, rows.slots])):
+    for one, wanted in ((logits, theirs.logits[0]), (pool[:, :, :, slots], other[:, :, :, slots])):
         distance = float((one.float() - wanted.float()).norm() / wanted.float().norm())
         if not distance <= _MAX_ERROR:  # NaN fails too
             raise NativeUnavailable(f"it computes something else than the modules (relative error {distance:.2g})")

@@ -1,4 +1,4 @@
-"""A decode step by one kernel is what the model's modules compute, and is left to them where the kernel can't know."""
+"""A step by one kernel is what the model's modules compute, and is left to them where the kernel can't know."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,10 +11,11 @@ import torch
 from tests.test_runner import prompt_of, scattered_tables
 from tests.tiny_models import save_tiny_model, tiny_model
 from worker.attention.decode_kernel import load_decode_kernel
+from worker.attention.prompt_kernel import load_prompt_kernel
 from worker.config import WorkerConfig
 from worker.engine.step import Chunk
 from worker.ids import BlockId
-from worker.model.decode_step import load_decode_step
+from worker.model.fused_step import load_fused_step
 from worker.model.load import LoadedModel, load_model
 from worker.model.runner import ModelRunner
 from worker.tiers.kv_cache import KVCache
@@ -50,9 +51,9 @@ def loaded(architecture: str, tmp_path: Path) -> LoadedModel:
 def runner_of(loaded: LoadedModel, *, by_modules: bool = False) -> tuple[ModelRunner, KVCache]:
     cache = KVCache(loaded.layout, NUM_BLOCKS, loaded.device)
     runner = ModelRunner(loaded, cache)
-    assert runner._decode_step is not None
+    assert runner._fused_step is not None
     if by_modules:
-        runner._decode_step = None
+        runner._fused_step = None
     cache.poison(BlockId(block) for block in range(NUM_BLOCKS))
     return runner, cache
 
@@ -124,6 +125,29 @@ def test_a_prompt_in_the_same_step_changes_no_bit_of_a_decoding_sequence(loaded:
     assert torch.equal(logits["mixed"], torch.cat([first.run([new]), logits["alone"]]))
 
 
+def test_a_short_chunk_of_a_prompt_has_the_same_bits_beside_others_and_elsewhere(loaded: LoadedModel) -> None:
+    """A turn on a restored conversation, alone or in a busy batch."""
+    if load_prompt_kernel() is None:
+        pytest.skip("short chunks go to the modules here")
+    history, turn = prompt_of(100, seed=0), prompt_of(33, seed=1)
+    logits, kv = [], []
+    for seed in (0, 9):
+        runner, cache = runner_of(loaded)
+        tables = scattered_tables(4, seed=seed)
+        runner.run([Chunk(history, 0, tables[0], wants_logits=False)])
+        runner.run([Chunk(prompt_of(50, seed=3), 0, tables[3], wants_logits=False)])
+        chunk = Chunk(turn, 100, tables[0], wants_logits=True)
+        others = [
+            Chunk(prompt_of(90, seed=2), 0, tables[1], wants_logits=False),
+            Chunk(prompt_of(64, seed=4), 0, tables[2], wants_logits=True),
+            Chunk([5], 50, tables[3], wants_logits=True),
+        ]
+        logits.append(runner.run([chunk, *others] if seed else [chunk])[0])
+        kv.append(torch.cat([cache.view(block) for block in tables[0]], 3)[:, :, :, :133])
+    assert torch.equal(*logits)
+    assert torch.equal(*kv)
+
+
 def test_more_rows_than_the_kernels_take_at_once(tmp_path: Path) -> None:
     loaded = load(tmp_path, "qwen3")
     lengths = [1 + number % (BLOCK_TOKENS - STEPS) for number in range(NUM_BLOCKS)]
@@ -160,16 +184,16 @@ def test_what_it_does_not_know_is_left_to_the_modules(
     loaded = load(tmp_path, architecture, **changes)
     cache = KVCache(loaded.layout, NUM_BLOCKS, loaded.device)
     runner = ModelRunner(loaded, cache)
-    assert runner._decode_step is None
+    assert runner._fused_step is None
     assert runner.run([Chunk([5], 0, [BlockId(3)], wants_logits=True)]).isfinite().all()
 
 
 def test_a_model_that_computes_something_else_than_its_kind_is_found_out(tmp_path: Path) -> None:
     loaded = load(tmp_path, "qwen3")
     pool = KVCache(loaded.layout, 1, loaded.device).data
-    assert load_decode_step(loaded, pool, load_decode_kernel()) is not None
+    assert load_fused_step(loaded, pool, load_decode_kernel(), load_prompt_kernel()) is not None
     loaded.model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output * 2)
-    assert load_decode_step(loaded, pool, load_decode_kernel()) is None
+    assert load_fused_step(loaded, pool, load_decode_kernel(), load_prompt_kernel()) is None
 
 
 def test_a_class_derived_from_a_known_one_is_not_known(tmp_path: Path) -> None:
@@ -180,4 +204,4 @@ def test_a_class_derived_from_a_known_one_is_not_known(tmp_path: Path) -> None:
 
     loaded.model.__class__ = Derived
     pool = KVCache(loaded.layout, 1, loaded.device).data
-    assert load_decode_step(dataclasses.replace(loaded), pool, load_decode_kernel()) is None
+    assert load_fused_step(dataclasses.replace(loaded), pool, load_decode_kernel(), load_prompt_kernel()) is None
