@@ -1,6 +1,7 @@
 """From settings to a running engine: which part is told of which. Nothing is decided here."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 from worker.config import WorkerConfig
 from worker.engine.auditor import Auditor
@@ -22,10 +23,18 @@ from worker.tiers.open_tiers import Tiers, open_tiers
 
 def build_engine(config: WorkerConfig) -> Engine:
     """Load the model, take all memory, connect the tiers, and start. Raises ModelRefused, InvalidRequest."""
-    loaded = load_model(config)
-    engine = _wire(config, loaded, open_tiers(config, loaded))
+    # On a thread that ends: on a CPU it gets a team of kernel threads, which ends with it. Where the engine's is not
+    # the only team, GNU's OpenMP finds more threads than cores and lets them sleep at every barrier: a step takes twice
+    # as long, because they wake up on one core.
+    with ThreadPoolExecutor(1, "load") as loader:
+        engine = loader.submit(_build, config).result()
     engine.start()
     return engine
+
+
+def _build(config: WorkerConfig) -> Engine:
+    loaded = load_model(config)
+    return _wire(config, loaded, open_tiers(config, loaded))
 
 
 def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
