@@ -35,28 +35,6 @@ typedef float Part[TILE_ROWS][LANES];      /* a tile: sums of sixteen rows */
 #define LEFT_COLUMNS 6
 #define RIGHT_COLUMNS 7
 
-INLINE void transpose(__m512i rows[16]) {
-    __m512i turned[16];
-    for (int i = 0; i < 16; i += 2) {
-        turned[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        turned[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            rows[i + 2 * j] = _mm512_unpacklo_epi64(turned[i + j], turned[i + j + 2]);
-            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(turned[i + j], turned[i + j + 2]);
-        }
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 16; j += 8) {
-            turned[j + i] = _mm512_shuffle_i32x4(rows[j + i], rows[j + i + 4], 0x88);
-            turned[j + i + 4] = _mm512_shuffle_i32x4(rows[j + i], rows[j + i + 4], 0xdd);
-        }
-    for (int i = 0; i < 8; i++) {
-        rows[i] = _mm512_shuffle_i32x4(turned[i], turned[i + 8], 0x88);
-        rows[i + 8] = _mm512_shuffle_i32x4(turned[i], turned[i + 8], 0xdd);
-    }
-}
-
 /* keys[dim / DEPTH][GROUPS]: columns are positions. What is beyond `count` is 0. */
 INLINE void pack_keys(const uint16_t *tensor, const int64_t *at, int64_t count, int64_t dim, Packed *keys) {
     for (int64_t d = 0; d < dim; d += DEPTH)
@@ -95,38 +73,11 @@ INLINE void pack_values(const uint16_t *tensor, const int64_t *at, int64_t count
 
 /* What sixteen rows have summed up so far. */
 typedef struct {
-    float largest[TILE_ROWS];          /* score of each row */
-    float weights[TILE_ROWS][LANES];   /* the sum of each row's weights, by lane */
+    float largest[TILE_ROWS];        /* score of each row */
+    float weights[TILE_ROWS][LANES]; /* the sum of each row's weights, by lane */
 } Sums;
 
-/* The largest lane of each of sixteen vectors. */
-INLINE Floats largest_lanes(const Floats x[TILE_ROWS]) {
-    Floats fours[4]; /* each lane of four holds what is left of four vectors */
-    for (int i = 0; i < 4; i++) {
-        const Floats *four = x + 4 * i;
-        const Floats first = larger(LOW_ONES(four[0], four[1]), HIGH_ONES(four[0], four[1]));
-        const Floats second = larger(LOW_ONES(four[2], four[3]), HIGH_ONES(four[2], four[3]));
-        fours[i] = larger(LOW_TWOS(first, second), HIGH_TWOS(first, second));
-    }
-#define LANES_OF(x, y, which) (Floats)_mm512_shuffle_f32x4((__m512)(x), (__m512)(y), which)
-    const Floats first = larger(LANES_OF(fours[0], fours[1], 0x44), LANES_OF(fours[0], fours[1], 0xee));
-    const Floats second = larger(LANES_OF(fours[2], fours[3], 0x44), LANES_OF(fours[2], fours[3], 0xee));
-    return larger(LANES_OF(first, second, 0x88), LANES_OF(first, second, 0xdd));
-#undef LANES_OF
-}
-
-/* 2^x for x <= 0, to about one unit in the last place: 2^floor(x) times a polynomial in the rest. */
-INLINE Floats exp2_of(Floats x) {
-    const Floats rest = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
-    Floats power = rest * 0.0018671306f + 0.009017029f;
-    power = power * rest + 0.055799914f;
-    power = power * rest + 0.24016445f;
-    power = power * rest + 0.69315131f;
-    power = power * rest + 1.0f;
-    return (Floats)_mm512_scalef_ps((__m512)power, (__m512)x);
-}
-
-/* scores[half][row][position] = queries[half][row] . keys[position], for sixteen rows or, with `lower`, twice as many. */
+/* scores[half][row][position] = queries[half][row] . keys[position]: sixteen rows, or with `lower` twice as many. */
 INLINE void score(const Rows *queries, const Packed *keys, int64_t dim, int lower, float scores[2][TILE_ROWS][KEYS]) {
     const Rows *lower_queries = queries + dim / DEPTH;
     for (int group = 0; group < GROUPS; group += 2) {
@@ -237,14 +188,16 @@ INLINE const Run *find(const Prompts *prompts, const Run *run, int64_t kv_head, 
     return run;
 }
 
-/* Which positions of the tile at `begin` sixteen rows see, of queries from position `first` to `last`. False if none. */
-INLINE int see(const Prompts *prompts, int64_t first, int64_t last, int64_t begin, int64_t row, Seen *seen) {
-    const int64_t group = prompts->heads / prompts->kv_heads;
+/* Rows of queries that share their keys: the heads of a group at position `first`, at the next one, and so on. */
+typedef struct { int64_t kv_head, group, token, first, last, window, rows; } Task;
+
+/* Which positions of the tile at `begin` sixteen rows see, from `row` on. False if none. */
+INLINE int see(const Task *task, int64_t begin, int64_t row, Seen *seen) {
     int32_t least = KEYS, most = 0;
     for (int i = 0; i < TILE_ROWS; i++) {
-        int64_t position = first + (row + i) / group;
-        if (position > last) position = last; /* of rows that there are not */
-        const int64_t from = position - prompts->window + 1 - begin, to = position + 1 - begin;
+        int64_t position = task->first + (row + i) / task->group;
+        if (position > task->last) position = task->last; /* of rows that there are not */
+        const int64_t from = position - task->window + 1 - begin, to = position + 1 - begin;
         seen->low[i] = from < 0 ? 0 : from < KEYS ? from : KEYS;
         seen->high[i] = to < 0 ? 0 : to < KEYS ? to : KEYS;
         if (seen->low[i] < least) least = seen->low[i];
@@ -253,13 +206,58 @@ INLINE int see(const Prompts *prompts, int64_t first, int64_t last, int64_t begi
     return least < most;
 }
 
+/* Where a row's query stands in a tensor of tokens. */
+INLINE int64_t token_of(const Task *task, int64_t row) { return task->token + row / task->group; }
+
+INLINE int64_t head_of(const Task *task, int64_t row) { return task->kv_head * task->group + row % task->group; }
+
+INLINE void gather(const Task *task, const uint16_t *query, int64_t token_stride, int64_t head_stride, int64_t dim,
+                   Rows queries[][dim / DEPTH]) {
+    for (int64_t row = 0; row < task->rows; row++) {
+        const uint16_t *from = query + token_of(task, row) * token_stride + head_of(task, row) * head_stride;
+        for (int64_t d = 0; d < dim; d += DEPTH)
+            memcpy(queries[row / TILE_ROWS][d / DEPTH][row % TILE_ROWS], from + d, TILE_BYTES);
+    }
+}
+
+INLINE void write_out(const Task *task, const Sums *sums, int64_t dim, Part attended[][dim / LANES], int64_t heads,
+                      uint16_t *output) {
+    for (int64_t row = 0; row < task->rows; row++) {
+        const int64_t tile = row / TILE_ROWS, here = row % TILE_ROWS;
+        const float total = sum_lanes(load(sums[tile].weights[here], 0, 0));
+        uint16_t *to = output + (token_of(task, row) * heads + head_of(task, row)) * dim;
+        for (int64_t part = 0; part < dim / LANES; part++) {
+            const __m256bh halves = _mm512_cvtneps_pbh((__m512)(load(attended[tile][part][here], 0, 0) / total));
+            memcpy(to + part * LANES, &halves, sizeof halves);
+        }
+    }
+}
+
+/* Up to thirty-two rows see a tile of positions. */
+INLINE void attend_tile(const Task *task, int64_t tile, int64_t begin, const Rows *queries, const Packed *keys,
+                        const Packed *values, int64_t dim, float scaling, Sums *sums, Part *attended) {
+    const int lower = (tile + 1) * TILE_ROWS < task->rows;
+    float scores[2][TILE_ROWS][KEYS] __attribute__((aligned(CACHE_LINE)));
+    uint16_t weights[2][TILE_ROWS][KEYS] __attribute__((aligned(CACHE_LINE)));
+    Seen seen[2];
+    const int upper_sees = see(task, begin, tile * TILE_ROWS, &seen[0]);
+    const int lower_sees = lower && see(task, begin, (tile + 1) * TILE_ROWS, &seen[1]);
+    if (!upper_sees && !lower_sees) return;
+    score(queries, keys, dim, lower, scores);
+    for (int half = 0; half <= lower; half++)
+        weigh(scores[half], &seen[half], scaling, &sums[half], attended + half * (dim / LANES), dim, weights[half]);
+    add_values(weights, values, dim, lower, attended);
+}
+
 static void attend_share(const Prompts *prompts, const Share *share, int64_t kv_head, const uint16_t *query,
                          int64_t token_stride, int64_t head_stride, const uint16_t *keys, const uint16_t *values,
                          uint16_t *output, float scaling) {
     const Chunk *chunk = &prompts->chunks[share->chunk];
     const int64_t dim = prompts->head_dim, group = prompts->heads / prompts->kv_heads;
     const int64_t first = chunk->start + share->begin, last = chunk->start + share->end - 1;
-    const int64_t rows = (share->end - share->begin) * group, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    const int64_t token = chunk->row + share->begin, rows = (share->end - share->begin) * group;
+    const Task task = {kv_head, group, token, first, last, prompts->window, rows};
+    const int64_t tiles = (task.rows + TILE_ROWS - 1) / TILE_ROWS;
     Rows queries[tiles][dim / DEPTH] __attribute__((aligned(CACHE_LINE)));
     Part attended[tiles][dim / LANES] __attribute__((aligned(CACHE_LINE)));
     Sums sums[tiles] __attribute__((aligned(CACHE_LINE)));
@@ -269,14 +267,9 @@ static void attend_share(const Prompts *prompts, const Share *share, int64_t kv_
     memset(attended, 0, sizeof attended);
     memset(sums, 0, sizeof sums);
     for (int64_t row = 0; row < tiles * TILE_ROWS; row++) sums[row / TILE_ROWS].largest[row % TILE_ROWS] = -INFINITY;
-    for (int64_t row = 0; row < rows; row++) {
-        const int64_t token = chunk->row + share->begin + row / group, head = kv_head * group + row % group;
-        const uint16_t *from = query + token * token_stride + head * head_stride;
-        for (int64_t d = 0; d < dim; d += DEPTH)
-            memcpy(queries[row / TILE_ROWS][d / DEPTH][row % TILE_ROWS], from + d, TILE_BYTES);
-    }
+    gather(&task, query, token_stride, head_stride, dim, queries);
 
-    int64_t begin = first - prompts->window + 1, at[2 * KEYS];
+    int64_t begin = first - prompts->window + 1, at[2 * KEYS]; /* this tile's places, and the next one's */
     begin = begin < 0 ? 0 : begin - begin % KEYS;
     const Run *run = find(prompts, prompts->runs + chunk->first_run, kv_head, begin, last, at);
     for (; begin <= last; begin += KEYS) {
@@ -285,31 +278,11 @@ static void attend_share(const Prompts *prompts, const Share *share, int64_t kv_
         pack_keys(keys, at, count, dim, packed_keys);
         pack_values(values, at, count, dim, packed_values);
         memcpy(at, at + KEYS, KEYS * sizeof *at);
-        for (int64_t tile = 0; tile < tiles; tile += 2) {
-            const int lower = tile + 1 < tiles;
-            float scores[2][TILE_ROWS][KEYS] __attribute__((aligned(CACHE_LINE)));
-            uint16_t weights[2][TILE_ROWS][KEYS] __attribute__((aligned(CACHE_LINE)));
-            Seen seen[2];
-            const int upper_sees = see(prompts, first, last, begin, tile * TILE_ROWS, &seen[0]);
-            const int lower_sees = lower && see(prompts, first, last, begin, (tile + 1) * TILE_ROWS, &seen[1]);
-            if (!upper_sees && !lower_sees) continue;
-            score(queries[tile], packed_keys, dim, lower, scores);
-            for (int half = 0; half <= lower; half++)
-                weigh(scores[half], &seen[half], scaling * LOG2_E, &sums[tile + half], attended[tile + half], dim,
-                      weights[half]);
-            add_values(weights, packed_values, dim, lower, attended[tile]);
-        }
+        for (int64_t tile = 0; tile < tiles; tile += 2)
+            attend_tile(&task, tile, begin, queries[tile], packed_keys, packed_values, dim, scaling * LOG2_E,
+                        &sums[tile], attended[tile]);
     }
-    for (int64_t row = 0; row < rows; row++) {
-        const int64_t tile = row / TILE_ROWS, here = row % TILE_ROWS;
-        const int64_t token = chunk->row + share->begin + row / group, head = kv_head * group + row % group;
-        const float total = sum_lanes(load(sums[tile].weights[here], 0, 0));
-        uint16_t *to = output + (token * prompts->heads + head) * dim;
-        for (int64_t part = 0; part < dim / LANES; part++) {
-            const __m256bh rounded = _mm512_cvtneps_pbh((__m512)(load(attended[tile][part][here], 0, 0) / total));
-            memcpy(to + part * LANES, &rounded, sizeof rounded);
-        }
-    }
+    write_out(&task, sums, dim, attended, prompts->heads, output);
 }
 
 /* attention.h says what this does. */

@@ -139,3 +139,34 @@ INLINE Floats exp_of(Floats x) {
     Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
     return choose(x < -87.0f, (Floats){0}, e * (Floats)power);
 }
+
+#ifdef __AVX512DQ__
+
+/* The largest lane of each of as many vectors. */
+INLINE Floats largest_lanes(const Floats x[LANES]) {
+    Floats fours[4]; /* each lane of four holds what is left of four vectors */
+    for (int i = 0; i < 4; i++) {
+        const Floats *four = x + 4 * i;
+        const Floats first = larger(LOW_ONES(four[0], four[1]), HIGH_ONES(four[0], four[1]));
+        const Floats second = larger(LOW_ONES(four[2], four[3]), HIGH_ONES(four[2], four[3]));
+        fours[i] = larger(LOW_TWOS(first, second), HIGH_TWOS(first, second));
+    }
+#define LANES_OF(x, y, which) (Floats)_mm512_shuffle_f32x4((__m512)(x), (__m512)(y), which)
+    const Floats first = larger(LANES_OF(fours[0], fours[1], 0x44), LANES_OF(fours[0], fours[1], 0xee));
+    const Floats second = larger(LANES_OF(fours[2], fours[3], 0x44), LANES_OF(fours[2], fours[3], 0xee));
+    return larger(LANES_OF(first, second, 0x88), LANES_OF(first, second, 0xdd));
+#undef LANES_OF
+}
+
+/* 2^x for x <= 0, to about one unit in the last place: 2^floor(x) times a polynomial in the rest. */
+INLINE Floats exp2_of(Floats x) {
+    const Floats rest = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+    Floats power = rest * 0.0018671306f + 0.009017029f;
+    power = power * rest + 0.055799914f;
+    power = power * rest + 0.24016445f;
+    power = power * rest + 0.69315131f;
+    power = power * rest + 1.0f;
+    return (Floats)_mm512_scalef_ps((__m512)power, (__m512)x);
+}
+
+#endif
