@@ -3,6 +3,7 @@
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+from worker.allocator import keep_freed_memory
 from worker.config import WorkerConfig
 from worker.engine.auditor import Auditor
 from worker.engine.block_tables import BlockTables
@@ -34,6 +35,8 @@ def build_engine(config: WorkerConfig) -> Engine:
 
 def _build(config: WorkerConfig) -> Engine:
     loaded = load_model(config)
+    if loaded.device.type == "cpu":
+        keep_freed_memory()
     return _wire(config, loaded, open_tiers(config, loaded))
 
 

@@ -219,11 +219,12 @@ class Engine:
             self._auditor.expire(now_s)
             self._scheduler.advance(now_s)
             self._scheduler.admit()
-            stepped = self._stepper.step()
+            held_s = self._stepper.held_s(now_s)
+            stepped = not held_s and self._stepper.step()
             # With nothing to run, wait for work, but not past anybody's deadline by much.
             is_timed = bool(self._requests) or self._auditor.is_awaited
             timeout_s = _LOOK_S if self._scheduler.is_restoring else _LOOK_SELDOM_S if is_timed else None
-            self._inbox.read(wait=not stepped, timeout_s=timeout_s)
+            self._inbox.read(wait=not stepped, timeout_s=min(held_s, _LOOK_S) if held_s else timeout_s)
 
     def _accept(self, request: Request) -> None:
         self._requests[request.call.request_id] = request

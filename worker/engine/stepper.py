@@ -20,6 +20,8 @@ log = structlog.get_logger(__name__)
 
 _AUDITS_SHARE = 4
 """Audits get one part in so many of a step, at the most."""
+_HELD_SHARE = 0.02
+"""Prompts are held back for others by so much of the time that they take, at the most."""
 
 
 class Runner(Protocol):
@@ -49,6 +51,23 @@ class Stepper:
         self._max_prefill_tokens = max_prefill_tokens
         self.prefill_s_saved = 0.0
         """Seconds that computing what came from a tier would have taken, as each prompt was done."""
+
+    def held_s(self, now_s: float) -> float:
+        """Seconds to wait, before the next step, for prompts whose blocks are still being looked for.
+
+        A step over several prompts takes less than one after another, and who comes with others is looked for a few
+        milliseconds longer than the first of them. Never while anybody decodes or computes ahead of what is to come.
+        """
+        running = self._scheduler.running
+        ready = [request for request in running if request.phase is Phase.PREFILL]
+        others = [request for request in running if request.phase is not Phase.PREFILL]
+        if not ready or not others or any(request.phase is Phase.DECODE or request.gaps for request in others):
+            return 0.0
+        gaps = [gap for request in ready for gap in request.gaps]
+        if sum(gap.tokens for gap in gaps) >= self._max_prefill_tokens:
+            return 0.0
+        held_back_s = _HELD_SHARE * sum(map(self._cost_model.prefill_s, gaps))
+        return max(0.0, min(request.restored_s for request in ready) + held_back_s - now_s)
 
     def step(self) -> bool:
         """Run one step over the batch. False if there was nothing to run."""
