@@ -7,6 +7,7 @@ from itertools import count, islice
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from worker.allocator import keep_freed_memory
 from worker.config import WorkerConfig
 from worker.engine.step import Chunk
 from worker.ids import BlockId
@@ -17,7 +18,11 @@ from worker.tiers.kv_cache import KVCache
 
 
 def load_both(preset: str) -> tuple[LoadedModel, PreTrainedModel]:
-    """The model as we serve it, and the same weights in transformers with the attention that it would choose."""
+    """The model as we serve it, and the same weights in transformers with the attention that it would choose.
+
+    Both in a process that keeps freed memory, as a worker does.
+    """
+    keep_freed_memory()
     ours = load_model(WorkerConfig(model=f"preset:{preset}"))
     theirs = random_model(preset_config(preset), ours.model.dtype, seed=0).to(ours.device).eval()
     theirs.set_attn_implementation("sdpa")

@@ -27,7 +27,7 @@ def run(
     requests: int = 4,
     prompt_tokens: int = 256,
     new_tokens: int = 32,
-    rounds: int = 5,
+    rounds: int = 9,
     as_json: bool = False,
 ) -> int:
     """Serve batches of unrelated prompts on two engines in turn, one of them with host tier and Redis.
