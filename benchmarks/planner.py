@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import Qwen3Config
 
+from benchmarks.fault_proxy import FaultProxy
 from benchmarks.harness import Bar, at_least, at_most, finish, interleaved, medians
 from benchmarks.overhead import prompt
-from benchmarks.throttle import Throttle
 from cache_store.embedded_redis import RedisServer
 from worker.calls import Event, Failed, Finished, GenerateCall, Receipt, Sampling, Token
 from worker.config import WorkerConfig
@@ -56,10 +56,10 @@ def run(
     shape = (layers, hidden, kv_heads, max(contexts) + 1024)
     figures: dict[str, Any] = {}
     bars: list[Bar] = []
-    with _sides(shape) as (sides, throttle):
+    with _sides(shape) as (sides, link):
         histories = [sides[-1].remember(context) for context in contexts]  # what it computes it learns from
         for rate in gb_per_s:
-            throttle.rate(rate * 1e9)
+            link.set(bytes_per_s=rate * 1e9)
             sides[-1].learn(max(histories, key=len))
             for context, history in zip(contexts, histories, strict=True):
                 name = f"{rate:g} GB/s, {context} tokens"
@@ -82,16 +82,16 @@ def _bars(name: str, typical: dict[str, float]) -> list[Bar]:
 
 
 @contextmanager
-def _sides(shape: tuple[int, int, int, int]) -> Iterator[tuple[list["_Side"], Throttle]]:
+def _sides(shape: tuple[int, int, int, int]) -> Iterator[tuple[list["_Side"], FaultProxy]]:
     """An engine for each way, all on one model and one Redis behind one link."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rekindle-planner-")))
         _save_model(folder, *shape)
-        throttle = stack.enter_context(Throttle(stack.enter_context(RedisServer()).port))
-        sides = [_Side(folder, throttle.port, plan) for plan in ("load", "compute", "auto")]
+        link = stack.enter_context(FaultProxy(stack.enter_context(RedisServer()).port))
+        sides = [_Side(folder, link.port, plan) for plan in ("load", "compute", "auto")]
         for side in sides:
             stack.callback(side.engine.close)
-        yield sides, throttle
+        yield sides, link
 
 
 def _save_model(folder: Path, layers: int, hidden: int, heads: int, max_tokens: int) -> None:
