@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cache_store.errors import InvalidRequest, SessionBusy, SessionExists, SessionNotFound
 from cache_store.records import Page, SessionRecord, TurnRecord
 from cache_store.store import ServerInfo
+
+_GONE_S = 300.0
+"""As Redis remembers them."""
 
 
 @dataclass(slots=True)
@@ -16,6 +19,8 @@ class _Kept:
     holder: str = ""
     lease_ends_s: float = 0.0
     committed_by: str = ""
+    gone: dict[str, float] = field(default_factory=dict)
+    """Holders that have released, and until when that is remembered."""
 
 
 class MemoryRecords:
@@ -60,6 +65,8 @@ class MemoryRecords:
         kept = self._find(tenant, session_id)
         if kept.holder not in ("", holder) and self._now() < kept.lease_ends_s:
             raise SessionBusy(f"another call holds session {session_id}")
+        if holder in kept.gone or holder == kept.committed_by:
+            raise SessionBusy(f"this call on session {session_id} is over")
         kept.holder, kept.lease_ends_s = holder, self._now() + lease_s
         kept.record = replace(kept.record, last_used_ms=self._now_ms())
         self._keep(kept)
@@ -103,7 +110,12 @@ class MemoryRecords:
 
     async def release(self, tenant: str, session_id: str, *, holder: str) -> None:
         kept = self._alive((tenant, session_id))
-        if kept is not None and kept.holder == holder:
+        if kept is None:
+            return
+        now_s = self._now()
+        kept.gone = {name: until_s for name, until_s in kept.gone.items() if now_s < until_s}
+        kept.gone[holder] = now_s + _GONE_S
+        if kept.holder == holder:
             kept.holder = ""
 
     async def delete(self, tenant: str, session_id: str) -> SessionRecord:

@@ -1,6 +1,7 @@
 """What happens to a session's keys in Redis, each time all or nothing: the Lua scripts of `redis_records`.
 
-KEYS are the session's four: meta (hash), tokens (little-endian u4 string), turns (list), lock (string with a lease).
+KEYS are the session's five: meta (hash), tokens (little-endian u4 string), turns (list), lock (string with a lease),
+gone (set of holders that have given up or committed: what they asked for may still be on its way, behind a stall).
 Every answer is an array whose first element is OK, MISSING, EXISTS or BUSY.
 """
 
@@ -19,7 +20,7 @@ def _script(body: str) -> Script:
 
 
 _COMMON = """
-local meta, tokens, turns, lock = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local meta, tokens, turns, lock, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 
 local function missing() return redis.call('EXISTS', meta) == 0 end
 
@@ -31,6 +32,10 @@ local function keep()
     if for_ever then redis.call('PERSIST', key) else redis.call('PEXPIRE', key, ttl_s * 1000) end
   end
 end
+
+-- A full server refuses a script's first write, and no later one. Records of sessions that are there go on when blocks
+-- have filled it: this writes nothing, and is no command that is refused.
+local function insist() redis.call('HDEL', meta, '') end
 
 local function record()
   return {'OK', redis.call('HGETALL', meta), redis.call('GET', tokens) or '', redis.call('LRANGE', turns, 0, -1)}
@@ -61,6 +66,7 @@ return record()
 # ARGV: ttl_s or '', pinned or ''.
 UPDATE = _script("""
 if missing() then return {'MISSING'} end
+insist()
 if ARGV[1] ~= '' then redis.call('HSET', meta, 'ttl_s', ARGV[1]) end
 if ARGV[2] ~= '' then redis.call('HSET', meta, 'pinned', ARGV[2]) end
 keep()
@@ -72,6 +78,10 @@ BEGIN = _script("""
 if missing() then return {'MISSING'} end
 local holder = redis.call('GET', lock)
 if holder and holder ~= ARGV[1] then return {'BUSY'} end
+if redis.call('SISMEMBER', gone, ARGV[1]) == 1 or redis.call('HGET', meta, 'committed_by') == ARGV[1] then
+  return {'BUSY'} -- it comes late, and nobody would unlock
+end
+insist()
 redis.call('SET', lock, ARGV[1], 'PX', ARGV[2])
 redis.call('HSET', meta, 'last_used_ms', ARGV[3])
 keep()
@@ -95,6 +105,7 @@ if version == before + 1 and redis.call('HGET', meta, 'committed_by') == ARGV[1]
   return {'OK'} -- already: the answer to the first try was lost
 end
 if version ~= before or redis.call('GET', lock) ~= ARGV[1] then return {'BUSY'} end
+insist()
 local length = redis.call('APPEND', tokens, ARGV[3])
 redis.call('RPUSH', turns, ARGV[4])
 redis.call('HSET', meta, 'version', before + 1, 'num_tokens', length / 4, 'committed_by', ARGV[1],
@@ -104,9 +115,12 @@ keep()
 return {'OK'}
 """)
 
-# ARGV: holder.
+# ARGV: holder, ms for which it is remembered.
 RELEASE = _script("""
 if redis.call('GET', lock) == ARGV[1] then redis.call('DEL', lock) end
+insist()
+redis.call('SADD', gone, ARGV[1])
+redis.call('PEXPIRE', gone, ARGV[2])
 return {'OK'}
 """)
 

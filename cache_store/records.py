@@ -78,7 +78,10 @@ class RecordStore(Protocol):
     ) -> SessionRecord: ...
 
     async def begin(self, tenant: str, session_id: str, *, holder: str, lease_s: float) -> SessionRecord:
-        """Lock the session for `holder` and read it. Raises SessionBusy while another holder's lease runs."""
+        """Lock the session for `holder`, who is of this call alone, and read it.
+
+        Raises SessionBusy while another holder's lease runs, and to a holder that has released or committed.
+        """
         ...
 
     async def renew(self, tenant: str, session_id: str, *, holder: str, lease_s: float) -> None:
@@ -99,7 +102,11 @@ class RecordStore(Protocol):
         ...
 
     async def release(self, tenant: str, session_id: str, *, holder: str) -> None:
-        """Unlock without a commit. Harmless when the lease is gone or another's."""
+        """Unlock without a commit, for good: this holder can't lock again, even if its `begin` is still on its way.
+
+        Harmless when the lease is gone or another's. Never raises StoreUnavailable: it is then tried again behind the
+        caller's back, until the store answers.
+        """
         ...
 
     async def delete(self, tenant: str, session_id: str) -> SessionRecord:

@@ -24,6 +24,7 @@ from redis.exceptions import NoScriptError
 from cache_store import record_scripts as scripts
 from cache_store.codecs import RAW
 from cache_store.errors import InvalidRequest, SessionBusy, SessionExists, SessionNotFound, StoreError, StoreUnavailable
+from cache_store.late_releases import LateReleases
 from cache_store.record_scripts import Script
 from cache_store.records import Page, SessionRecord, TurnRecord
 from cache_store.redis_errors import ours
@@ -31,6 +32,8 @@ from cache_store.store import ServerInfo
 
 _TURN = struct.Struct("<IIIIq")  # start, reply_start, end, finish_reason, committed_ms
 _MEMBER = re.compile(r"(\d{15}):([A-Za-z0-9._:-]{1,128})")  # created_ms, session_id: sorts by age
+_GONE_MS = 300_000
+"""How long a released holder can't lock again: longer than what it sent stays on its way."""
 _CREATING_MS = 60_000
 """An index entry this young may be of a record that is just being created: it is not tidied away."""
 
@@ -42,6 +45,7 @@ class _Keys(NamedTuple):
     tokens: str
     turns: str
     lock: str
+    gone: str
 
 
 class _Entry(NamedTuple):
@@ -55,11 +59,19 @@ class RedisRecords:
     """A `RecordStore`. `redis` must not decode responses; every call ends within `timeout_s`."""
 
     def __init__(
-        self, redis: "Redis | RedisCluster", *, timeout_s: float, now: Callable[[], float] = time.time
+        self,
+        redis: "Redis | RedisCluster",
+        *,
+        timeout_s: float,
+        asked: Sequence[Redis] = (),
+        now: Callable[[], float] = time.time,
     ) -> None:
+        """`asked` are clients of the Sentinels that `redis` is found through, to be closed with it."""
         self._redis: Any = redis  # redis-py's own types don't agree with what its methods return
+        self._asked = asked
         self._timeout_s = timeout_s
         self._now = now
+        self._late = LateReleases(self._release)
 
     async def create(self, record: SessionRecord) -> None:
         index, member = _index(record.tenant), _member(record.created_ms, record.session_id)
@@ -131,7 +143,10 @@ class RedisRecords:
         )
 
     async def release(self, tenant: str, session_id: str, *, holder: str) -> None:
-        await self._answer(scripts.RELEASE, tenant, session_id, holder, doing="release")
+        try:
+            await self._release(tenant, session_id, holder)
+        except StoreUnavailable as error:
+            self._late.add(tenant, session_id, holder, error)
 
     async def delete(self, tenant: str, session_id: str) -> SessionRecord:
         was = await self._record(scripts.DELETE, tenant, session_id, doing="delete")
@@ -161,7 +176,12 @@ class RedisRecords:
         return True
 
     async def aclose(self) -> None:
-        await self._redis.aclose()
+        await self._late.aclose()
+        for client in (self._redis, *self._asked):
+            await client.aclose()
+
+    async def _release(self, tenant: str, session_id: str, holder: str) -> None:
+        await self._answer(scripts.RELEASE, tenant, session_id, holder, _GONE_MS, doing="release")
 
     async def _record(
         self, script: Script, tenant: str, session_id: str, *args: Any, doing: str = "read"
@@ -226,7 +246,7 @@ class RedisRecords:
 
 def _keys(tenant: str, session_id: str) -> _Keys:
     tag = f"rekindle:{{{quote(tenant, safe='')}/{session_id}}}"
-    return _Keys(f"{tag}:meta", f"{tag}:tokens", f"{tag}:turns", f"{tag}:lock")
+    return _Keys(f"{tag}:meta", f"{tag}:tokens", f"{tag}:turns", f"{tag}:lock", f"{tag}:gone")
 
 
 def _index(tenant: str) -> str:

@@ -193,7 +193,7 @@ async def test_redis_may_be_absent_at_the_start_vanish_in_mid_run_and_come_back(
 async def test_a_session_survives_a_redis_that_stalls(
     own_redis: RedisServer, workers: tuple[WorkerProcess, WorkerProcess]
 ) -> None:
-    async with running_system(own_redis.url, workers, redis_timeout_s=0.2, lease_s=1.0) as system:
+    async with running_system(own_redis.url, workers, redis_timeout_s=0.2, lease_s=600.0) as system:
         session_id = (await system.client.create_session()).session_id
         await system.say("Before the stall", session_id)
         own_redis.pause()
@@ -204,7 +204,7 @@ async def test_a_session_survives_a_redis_that_stalls(
         async def goes_on() -> bool:
             try:
                 turn = await system.say("After it", session_id)
-            except Busy:  # the lock that nobody waited for any more was taken when Redis woke up, and ends by itself
+            except Busy:  # the lock that nobody waited for any more may have been taken when Redis woke up
                 return False
             return turn.finished.turn == 2
 

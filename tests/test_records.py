@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from cache_store.embedded_redis import RedisServer
-from cache_store.errors import InvalidRequest, SessionBusy, SessionExists, SessionNotFound, StoreUnavailable
+from cache_store.errors import InvalidRequest, SessionBusy, SessionExists, SessionNotFound, StoreFull, StoreUnavailable
 from cache_store.open_records import open_records
 from cache_store.records import RecordStore, SessionRecord, TurnRecord, check_session_id
 
@@ -126,6 +126,17 @@ async def test_only_the_holder_releases(records: RecordStore) -> None:
     await records.release("t", "no-such-session", holder="b")
     with pytest.raises(SessionBusy):
         await records.begin("t", "s", holder="b", lease_s=10)
+
+
+async def test_a_call_that_has_given_up_or_committed_does_not_lock_when_it_comes_late(records: RecordStore) -> None:
+    await records.create(new_record())
+    await records.release("t", "s", holder="gave up before its lock came")
+    await take_turn(records, "s", [1])
+    for holder in ("gave up before its lock came", "turn-[1]"):
+        with pytest.raises(SessionBusy):
+            await records.begin("t", "s", holder=holder, lease_s=10)
+    await take_turn(records, "s", [2])
+    assert (await records.get("t", "s")).token_ids == (1, 2)
 
 
 async def test_a_lease_that_ran_out_can_neither_commit_nor_be_renewed(records: RecordStore) -> None:
@@ -370,6 +381,45 @@ async def test_a_redis_that_stalls_is_given_up_in_time(own_redis: RedisServer) -
     assert time.monotonic() - began < 1.0
     own_redis.resume()
     assert (await store.get("t", "s")).session_id == "s"
+    await store.aclose()
+
+
+async def test_a_redis_that_stalls_while_a_session_is_locked_leaves_it_unlocked(own_redis: RedisServer) -> None:
+    store = open_records(own_redis.url, timeout_s=0.2)
+    await store.create(new_record())
+    own_redis.pause()
+    for holder in ("first", "second"):
+        with pytest.raises(StoreUnavailable):
+            await store.begin("t", "s", holder=holder, lease_s=600)
+        await store.release("t", "s", holder=holder)
+    own_redis.resume()
+    give_up = time.monotonic() + 5
+    while True:
+        try:
+            await take_turn(store, "s", [1])
+            break
+        except SessionBusy:
+            assert time.monotonic() < give_up
+            await asyncio.sleep(0.02)
+    await store.aclose()
+
+
+async def test_sessions_go_on_when_blocks_have_filled_redis(redis_url: str) -> None:
+    store = open_records(redis_url)
+    await store.create(new_record())
+    with redis.Redis.from_url(redis_url) as client:
+        client.config_set("maxmemory", 1)
+        try:
+            await take_turn(store, "s", [1])
+            before = await store.begin("t", "s", holder="gives up", lease_s=10)
+            await store.renew("t", "s", holder="gives up", lease_s=10)
+            await store.release("t", "s", holder="gives up")
+            await store.update("t", "s", ttl_s=100, pinned=True)
+            with pytest.raises(StoreFull):
+                await store.create(new_record("new"))
+            assert (await store.get("t", "s")).token_ids == before.token_ids == (1,)
+        finally:
+            client.config_set("maxmemory", 0)
     await store.aclose()
 
 
