@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -22,16 +22,38 @@ class Connection:
     target: str = "127.0.0.1:50051"
     """HOST:PORT of the server."""
 
+    api_key: str = field(default="", repr=False)
+    """An API key, or a JWT. REKINDLE_API_KEY keeps it out of the list of processes."""
+
+    tls: bool = False
+    """Reach the server by TLS. The options below say so too."""
+
+    tls_ca: str = ""
+    """PEM file with the authorities that the server's certificate must come from; empty: public ones."""
+
+    tls_cert: str = ""
+    """PEM file with the certificate to show a server that asks for one."""
+
+    tls_key: str = ""
+    """PEM file with the certificate's private key."""
+
     timeout_s: float = 30.0
     """How long a call may take; turns, parking and warming may take longer."""
 
     @contextmanager
     def open(self) -> Iterator["Client"]:
         """Connect, and end the command with one line when a call fails."""
+        from protos.tls import Tls
         from rekindle.errors import RekindleError
         from rekindle.sync_client import Client
 
-        with Client(self.target, timeout_s=self.timeout_s) as client:
+        try:
+            by_tls = self.tls or self.tls_ca or self.tls_cert or self.tls_key
+            tls = Tls(self.tls_ca, self.tls_cert, self.tls_key) if by_tls else None
+            client = Client(self.target, timeout_s=self.timeout_s, api_key=self.api_key, tls=tls)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"rekindle: {error}") from error
+        with client:
             try:
                 yield client
             except RekindleError as error:
@@ -55,6 +77,6 @@ def print_message(answer: Any, as_json: bool) -> None:
     from rich.table import Table
 
     table = Table(show_header=False)
-    for field in answer.DESCRIPTOR.fields:
-        table.add_row(field.name.replace("_", " "), str(getattr(answer, field.name)))
+    for name in (part.name for part in answer.DESCRIPTOR.fields):
+        table.add_row(name.replace("_", " "), str(getattr(answer, name)))
     print_answer(table, answer, as_json)

@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 
 from protos import rekindle_pb2 as pb
 from protos.rekindle_pb2_grpc import CacheStub, InferenceStub, SessionsStub
+from protos.tls import Tls, open_channel
 from rekindle.errors import Overloaded, RekindleError, Unavailable, from_rpc_error, make_error
 
 _IDEMPOTENT = {
@@ -62,16 +63,21 @@ class Client:
         self,
         target: str,
         *,
+        api_key: str = "",
+        tls: Tls | None = None,
         timeout_s: float = 30.0,
         turn_timeout_s: float = 600.0,
         connect_timeout_s: float = 5.0,
     ) -> None:
+        """`api_key` is an API key or a JWT, sent with every call. Without `tls` all is plain text; `Tls()` believes
+        public authorities, and its fields name PEM files. Raises OSError where one can't be read."""
         options = [
             ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
         ]
-        self._channel = grpc.aio.insecure_channel(target, options)
+        self._channel = open_channel(target, tls, options)
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._target = target
         self._timeout_s, self._turn_timeout_s, self._connect_timeout_s = timeout_s, turn_timeout_s, connect_timeout_s
         self._inference: Any = InferenceStub(self._channel)  # type: ignore[no-untyped-call]  # generated code
@@ -195,7 +201,7 @@ class Client:
 
     async def _call(self, method: Callable[..., Awaitable[T]], request: Message, timeout_s: float | None) -> T:
         try:
-            return await method(request, timeout=timeout_s or self._timeout_s)
+            return await method(request, timeout=timeout_s or self._timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
 
@@ -206,7 +212,7 @@ class Client:
                 await self._channel.channel_ready()
         except TimeoutError:
             raise make_error(grpc.StatusCode.UNAVAILABLE, f"no connection to {self._target}") from None
-        return self._inference.Generate(request, timeout=timeout_s)
+        return self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
 
 
 class Generation:

@@ -71,6 +71,15 @@ class Settings:
     worker: WorkerConfig
     system: SystemConfig
 
+    def __post_init__(self) -> None:
+        if bool(self.worker.tls_cert) != bool(self.server.worker_tls_ca):
+            raise ConfigError(
+                "worker_tls_cert and worker_tls_ca go together (what workers show, and what the front end believes), "
+                f"got {self.worker.tls_cert!r} and {self.server.worker_tls_ca!r}"
+            )
+        if self.worker.tls_client_ca and not self.server.tls_cert:
+            raise ConfigError("worker_tls_client_ca needs tls_cert, which the front end shows its workers")
+
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
         """Build from values by setting name; what is not named keeps its default. Raises ValueError (ConfigError)."""
@@ -109,6 +118,7 @@ _GROUPS = {
         "store_queue_bytes",
         "embedded_redis",
     ),
+    "Security": ("tls_cert", "tls_key", "tls_client_ca", "worker_tls_ca", "worker_tls_name"),
     "Batching": ("max_step_tokens", "max_prefill_tokens", "max_running", "max_waiting"),
     "Workers and Ray": (),
 }

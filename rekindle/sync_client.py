@@ -37,7 +37,11 @@ class Client:
 
     def __init__(self, target: str, **options: Any) -> None:
         self._loop = _LoopThread()
-        self._client = self._loop.run(_make_client(target, options))
+        try:
+            self._client = self._loop.run(_make_client(target, options))
+        except BaseException:
+            self._loop.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

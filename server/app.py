@@ -12,6 +12,7 @@ from cache_store.open_records import open_records
 from cache_store.records import RecordStore
 from protos import rekindle_pb2 as pb
 from protos import rekindle_pb2_grpc as pb_grpc
+from protos.tls import ServerTls, Tls, listen
 from server.cache_service import CacheService
 from server.calls import Calls
 from server.config import ServerConfig
@@ -67,7 +68,12 @@ class Application:
         return cls(
             config,
             records=open_records(config.redis_url, timeout_s=config.redis_timeout_s),
-            directory=WorkerDirectory(workers, poll_s=config.worker_poll_s, max_message_bytes=config.max_message_bytes),
+            directory=WorkerDirectory(
+                workers,
+                poll_s=config.worker_poll_s,
+                max_message_bytes=config.max_message_bytes,
+                tls=_tls_to_workers(config),
+            ),
             metrics=FrontMetrics(),
         )
 
@@ -75,10 +81,8 @@ class Application:
         """Listen. Raises OSError where a port is taken. Workers and Redis may come later: health tells."""
         config = self._config
         self._server = self._make_server()
-        try:
-            port = self._server.add_insecure_port(f"{config.listen_host}:{config.port}")
-        except RuntimeError as error:  # grpc's way to say that the port is taken
-            raise OSError(f"cannot listen on {config.listen_host}:{config.port}") from error
+        tls = ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
+        port = listen(self._server, config.listen_host, config.port, tls, setting="tls_cert")
         metrics_port = self.metrics.serve(config.listen_host, config.metrics_port)
         self.address = f"{config.listen_host}:{port}"
         self.metrics_address = f"{config.listen_host}:{metrics_port}"
@@ -132,3 +136,12 @@ class Application:
         ours = (pb.DESCRIPTOR.services_by_name[name].full_name for name in _SERVICES)
         reflection.enable_server_reflection((*ours, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
+
+
+def _tls_to_workers(config: ServerConfig) -> Tls | None:
+    """What the front end shows workers is what it shows clients. Raises OSError where a file can't be read."""
+    if not config.worker_tls_ca:
+        return None
+    tls = Tls(config.worker_tls_ca, config.tls_cert, config.tls_key, config.worker_tls_name)
+    tls.credentials()  # now: later it would look as if the workers were down
+    return tls

@@ -26,6 +26,23 @@ class ServerConfig:
     metrics_port: int = 9464
     """Port of the Prometheus endpoint; 0 takes a free one."""
 
+    tls_cert: str = ""
+    """PEM file with the certificate (and its chain) that clients are shown; a renewed one is taken up without a
+    restart. Empty: plain text."""
+
+    tls_key: str = ""
+    """PEM file with the certificate's private key."""
+
+    tls_client_ca: str = ""
+    """PEM file with the authorities that clients' certificates must come from (mutual TLS); empty asks for none."""
+
+    worker_tls_ca: str = ""
+    """PEM file with the authorities that workers' certificates must come from: workers are then reached by TLS, and
+    shown tls_cert where they ask. Empty: plain text."""
+
+    worker_tls_name: str = ""
+    """The name in the workers' certificates; empty: the address that they are reached by."""
+
     redis_url: str = "redis://127.0.0.1:6379"
     """redis://, rediss:// or unix:// for the server that keeps sessions; redis+cluster:// or rediss+cluster:// for a
     Redis Cluster; memory:// (or nothing) keeps them in this process, for tests."""
@@ -77,6 +94,11 @@ class ServerConfig:
         for name in ("session_ttl_s", "block_ttl_s", "flush_timeout_s", "drain_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError(f"tls_cert and tls_key go together, got {self.tls_cert!r} and {self.tls_key!r}")
+        for name, needed in (("tls_client_ca", "tls_cert"), ("worker_tls_name", "worker_tls_ca")):
+            if getattr(self, name) and not getattr(self, needed):
+                raise ConfigError(f"{name} needs {needed}")
         if self.codec not in SESSION_CODECS:
             raise ConfigError(f"codec must be one of {', '.join(SESSION_CODECS)}, got {self.codec!r}")
         if self.log_format not in get_args(LogFormat):

@@ -9,6 +9,7 @@ import structlog
 
 from cache_store.errors import ServingError
 from protos import rekindle_worker_pb2 as wpb
+from protos.tls import Tls
 from server.errors import WorkerLost
 from server.worker_client import WorkerClient
 
@@ -61,11 +62,14 @@ class Worker:
 class WorkerDirectory:
     """Keeps a client for each worker and probes it every `poll_s`, and at once when it is suspected."""
 
-    def __init__(self, source: WorkerAddresses, *, poll_s: float, max_message_bytes: int) -> None:
+    def __init__(
+        self, source: WorkerAddresses, *, poll_s: float, max_message_bytes: int, tls: Tls | None = None
+    ) -> None:
         self._source = source
         self._poll_s = poll_s
         self._probe_s = max(1.0, poll_s)
         self._max_message_bytes = max_message_bytes
+        self._tls = tls
         self._workers: dict[str, Worker] = {}
         self._changed = asyncio.Event()
         self._wake = asyncio.Event()
@@ -141,7 +145,7 @@ class WorkerDirectory:
                 await gone.client.aclose()
         for worker_id, address in addresses.items():
             if worker_id not in self._workers:
-                client = WorkerClient(address, max_message_bytes=self._max_message_bytes)
+                client = WorkerClient(address, max_message_bytes=self._max_message_bytes, tls=self._tls)
                 self._workers[worker_id] = Worker(worker_id, client)
 
     async def _probe(self, worker: Worker) -> None:

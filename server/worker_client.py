@@ -11,6 +11,7 @@ from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from protos.rekindle_worker_pb2_grpc import WorkerStub
 from protos.status import DETAILS_KEY
+from protos.tls import Tls, open_channel
 from server.errors import WorkerLost, WorkerRefused
 
 _QUICK_S = 5.0
@@ -23,18 +24,20 @@ _MOVE_S = 120.0
 class WorkerClient:
     """Calls raise WorkerLost when the worker can't be reached (any more), WorkerRefused with what it answers else."""
 
-    def __init__(self, address: str, *, max_message_bytes: int) -> None:
+    def __init__(self, address: str, *, max_message_bytes: int, tls: Tls | None = None) -> None:
+        """Raises WorkerLost where what `tls` names can't be read."""
         self.address = address
-        self._channel = grpc.aio.insecure_channel(
-            address,
-            options=(
-                ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.max_send_message_length", max_message_bytes),
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1000),  # a worker that is back should be found at once
-                ("grpc.use_local_subchannel_pool", 1),  # a new client never inherits another's broken connection
-            ),
+        options = (
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1000),  # a worker that is back should be found at once
+            ("grpc.use_local_subchannel_pool", 1),  # a new client never inherits another's broken connection
         )
+        try:
+            self._channel = open_channel(address, tls, options)
+        except OSError as error:
+            raise WorkerLost(f"worker at {address}: {error}") from error
         self._stub: Any = WorkerStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def generate(

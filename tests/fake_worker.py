@@ -14,6 +14,7 @@ from protos import rekindle_pb2_grpc as pb_grpc
 from protos import rekindle_worker_pb2 as wpb
 from protos.rekindle_worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 from protos.status import DETAILS_KEY, abort
+from protos.tls import PLAIN_TEXT, ServerTls, listen
 from server.app import Application
 from server.config import ServerConfig
 from server.directory import StaticAddresses
@@ -64,13 +65,14 @@ class FakeWorker(WorkerServicer):
         self.cancelled = 0
         self.deltas_sent = 0
         self.address = ""
+        self.tls = PLAIN_TEXT
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> str:
         """Listen, on the old port if there was one."""
         self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
         add_WorkerServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
-        port = self._server.add_insecure_port(self.address or "127.0.0.1:0")
+        port = listen(self._server, "127.0.0.1", int(self.address.rpartition(":")[2] or 0), self.tls, setting="tls")
         self.address = f"127.0.0.1:{port}"
         await self._server.start()
         return self.address
@@ -264,13 +266,16 @@ class Reply:
 
 
 @asynccontextmanager
-async def front_end(num_workers: int = 2, **settings: Any) -> AsyncIterator[FrontEnd]:
+async def front_end(
+    num_workers: int = 2, *, workers_tls: ServerTls = PLAIN_TEXT, **settings: Any
+) -> AsyncIterator[FrontEnd]:
     """A front end on free ports; sessions in memory unless `redis_url` says otherwise."""
     redis: set[Tokens] = set()
     workers = {str(number): FakeWorker(str(number), redis) for number in range(num_workers)}
     defaults = ServerConfig(port=0, metrics_port=0, redis_url="memory://", worker_poll_s=0.1, drain_s=5.0)
     async with AsyncExitStack() as stack:
         for worker in workers.values():
+            worker.tls = workers_tls
             await worker.start()
             stack.push_async_callback(worker.kill)
         addresses = StaticAddresses({worker_id: worker.address for worker_id, worker in workers.items()})

@@ -395,7 +395,7 @@ async def test_a_port_that_is_taken_is_an_error(engine: FakeEngine) -> None:
     service = WorkerService(engine, CODEC, worker_id="w-1", model="m")
     server, address = await start_server(service, "127.0.0.1")
     try:
-        with pytest.raises(OSError, match="can't listen"):
+        with pytest.raises(OSError, match="cannot listen"):
             await start_server(service, "127.0.0.1", int(address.rpartition(":")[2]))
     finally:
         await server.stop(grace=None)

@@ -3,17 +3,11 @@
 import asyncio
 import ssl
 import threading
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Self
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-
 from cache_store.embedded_redis import RedisServer
+from tests.certificates import Authority
 
 
 class TlsFront:
@@ -21,11 +15,10 @@ class TlsFront:
 
     def __init__(self, server: RedisServer, folder: Path) -> None:
         self._server = server
-        self._ca = folder / "certificate.pem"
+        authority = Authority(folder)
+        self._ca = authority.ca
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        key = folder / "key.pem"
-        _write_certificate(self._ca, key)
-        self._context.load_cert_chain(self._ca, key)
+        self._context.load_cert_chain(*authority.issue("redis"))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tls-front")
         self._port = 0
@@ -68,28 +61,3 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             await writer.drain()
     finally:
         writer.close()
-
-
-def _write_certificate(certificate: Path, key: Path) -> None:
-    """Its own authority, for 127.0.0.1, for a day."""
-    private = ec.generate_private_key(ec.SECP256R1())
-    me = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "rekindle tests")])
-    now = datetime.now(UTC)
-    signed = (
-        x509.CertificateBuilder()
-        .subject_name(me)
-        .issuer_name(me)
-        .public_key(private.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(private, hashes.SHA256())
-    )
-    certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    key.write_bytes(
-        private.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )

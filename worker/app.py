@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Self
 import grpc.aio
 import structlog
 
+from protos.tls import ServerTls
 from worker.config import WorkerConfig
 from worker.engine_like import EngineLike
 from worker.metrics import WorkerMetrics
@@ -48,7 +49,8 @@ class WorkerApp:
                 metrics_address=metrics_address,
                 on_receipt=metrics.turn_finished,
             )
-            server, address = await start_server(service, config.listen_host, port)
+            tls = ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
+            server, address = await start_server(service, config.listen_host, port, tls)
         except BaseException:
             metrics.close()
             await asyncio.to_thread(engine.close)

@@ -100,6 +100,16 @@ class WorkerConfig:
     listen_host: str = "127.0.0.1"
     """The address that the worker's gRPC and metrics servers bind to, and that front ends reach."""
 
+    tls_cert: str = ""
+    """PEM file with the certificate (and its chain) that front ends are shown; a renewed one is taken up without a
+    restart. Empty: plain text."""
+
+    tls_key: str = ""
+    """PEM file with the certificate's private key."""
+
+    tls_client_ca: str = ""
+    """PEM file with the authorities that front ends' certificates must come from (mutual TLS); empty asks for none."""
+
     metrics_port: int = 0
     """Port of the worker's Prometheus endpoint; 0 takes a free one."""
 
@@ -139,6 +149,10 @@ class WorkerConfig:
             raise ConfigError(
                 f"disk_dir and disk_bytes go together, got disk_dir={self.disk_dir!r} and disk_bytes={self.disk_bytes}"
             )
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError(f"tls_cert and tls_key go together, got {self.tls_cert!r} and {self.tls_key!r}")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError("tls_client_ca needs tls_cert")
         try:
             parse_ladder(self.codec_ladder)
         except ValueError as error:

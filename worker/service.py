@@ -16,6 +16,7 @@ from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from protos.rekindle_worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 from protos.status import abort
+from protos.tls import PLAIN_TEXT, ServerTls, listen
 from worker import translate
 from worker.calls import Failed, Finished, GenerateCall, Receipt, Token
 from worker.chat import ChatMessage
@@ -224,7 +225,9 @@ def _deadline_s(context: Any) -> float | None:
     return None if remaining_s is None else time.monotonic() + remaining_s
 
 
-async def start_server(service: WorkerService, host: str, port: int = 0) -> tuple[grpc.aio.Server, str]:
+async def start_server(
+    service: WorkerService, host: str, port: int = 0, tls: ServerTls = PLAIN_TEXT
+) -> tuple[grpc.aio.Server, str]:
     """Serve on `host`, on a free port if none is given; return the server and its host:port. Raises OSError."""
     server = grpc.aio.server(
         options=(
@@ -234,9 +237,6 @@ async def start_server(service: WorkerService, host: str, port: int = 0) -> tupl
         )
     )
     add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
-    try:
-        bound = server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError as error:
-        raise OSError(f"can't listen on {host}:{port}: {error}") from error
+    bound = listen(server, host, port, tls, setting="worker_tls_cert")
     await server.start()
     return server, f"{host}:{bound}"
