@@ -13,10 +13,8 @@ from pathlib import Path
 from time import time_ns
 from typing import NamedTuple
 
-import xxhash
-
 from cache_store.errors import BlockCorrupt, BlockForeign
-from cache_store.frame import HEADER_BYTES, Framer, check_payload
+from cache_store.frame import Framer
 from cache_store.ids import DIGEST_BYTES, LADDER_MARK, BlockHash
 from cache_store.store import Encoding, Fetch, Store
 
@@ -71,7 +69,7 @@ class BlockFiles:
             return None
         try:
             about = os.fstat(descriptor)
-            header = os.pread(descriptor, HEADER_BYTES, 0)
+            header = os.pread(descriptor, self._framer.header_bytes, 0)
             self._framer.read(header, block=block, value_bytes=about.st_size)
         except (BlockCorrupt, BlockForeign, OSError):
             return None
@@ -88,7 +86,7 @@ class BlockFiles:
         path = self._unpublished(store.block)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            for part in (memoryview(self._framer.header(store)), store.payload.cast("B")):
+            for part in self._framer.value(store):
                 written = 0
                 while written < len(part):
                     written += os.write(descriptor, part[written:])
@@ -110,19 +108,20 @@ class BlockFiles:
         descriptor = os.open(self._path(fetch.block), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             value_bytes = os.fstat(descriptor).st_size
-            frame = self._framer.expect(os.read(descriptor, HEADER_BYTES), fetch, value_bytes=value_bytes)
-            into, checksum = fetch.into.cast("B")[: frame.num_bytes], xxhash.xxh3_64()
+            header = os.read(descriptor, self._framer.header_bytes)
+            body = self._framer.body(header, fetch, value_bytes=value_bytes)
+            into = body.target
             while into:
                 num_bytes = os.readv(descriptor, [into[:_PIECE_BYTES]])
                 if not num_bytes:
                     raise BlockCorrupt("the file has become shorter")
-                checksum.update(into[:num_bytes])
+                body.seen(into[:num_bytes])
                 into = into[num_bytes:]
-            check_payload(checksum.intdigest(), frame.checksum)
+            encoding = body.finish(os.read(descriptor, body.trailer_bytes))
             _mark_used(descriptor)
         finally:
             os.close(descriptor)
-        return Encoding(frame.codec, frame.num_bytes, frame.checksum)
+        return encoding
 
     def delete(self, block: BlockHash, num_bytes: int) -> None:
         """What the disk does not let go of stays in `left_bytes`."""

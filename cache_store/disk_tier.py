@@ -15,7 +15,7 @@ import structlog
 
 from cache_store.disk_files import BlockFiles
 from cache_store.errors import BlockCorrupt, BlockForeign
-from cache_store.frame import HEADER_BYTES, Framer
+from cache_store.frame import Framer
 from cache_store.host_claim import Claim, claim_folder, forget_abandoned
 from cache_store.ids import BlockHash
 from cache_store.store import DELETIONS_KNOWN_S, Encoding, Fetch, Fetched, Store
@@ -55,6 +55,7 @@ class DiskTier:
         """Finds what is there (headers only). Raises OSError. `prepare_thread` runs first on the thread that writes."""
         self._claim = claim
         self._files = BlockFiles(claim.path, framer)
+        self._overhead_bytes = framer.overhead_bytes
         self._capacity_bytes = capacity_bytes
         self._max_queued = max_queued
         self._changed = threading.Condition()
@@ -192,7 +193,7 @@ class DiskTier:
                     self._changed.notify_all()
 
     def _write(self, store: Store) -> None:
-        num_bytes = HEADER_BYTES + store.payload.nbytes
+        num_bytes = self._overhead_bytes + store.payload.nbytes
         if num_bytes > self._capacity_bytes:
             with self._changed:
                 self._dropped += 1

@@ -3,6 +3,7 @@
 from cache_store.errors import InvalidRequest
 from cache_store.layout import KVLayout
 from cache_store.memory_store import MemoryBlockStore
+from cache_store.sealing import Sealer
 from cache_store.store import BlockStore
 
 
@@ -14,11 +15,12 @@ def open_block_store(
     timeout_s: float,
     refresh_ttl_s: int,
     namespace: str = "rekindle",
+    sealer: Sealer | None = None,
 ) -> BlockStore | None:
     """The store that `url` names, None for an empty one. Raises InvalidRequest("redis_url", ...) for a bad one.
 
     Returns at once, whether Redis is there or not. `timeout_s` is how long it may be silent; a block used is kept for
-    `refresh_ttl_s` seconds more.
+    `refresh_ttl_s` seconds more. With a `sealer`, what leaves this process is sealed.
     """
     if not url:
         return None
@@ -33,7 +35,7 @@ def open_block_store(
 
     return RedisBlockStore(
         link_to(url, timeout_s=timeout_s),
-        Framer(layout, fingerprint),
+        Framer(layout, fingerprint, sealer),
         refresh_ttl_s=refresh_ttl_s,
         namespace=namespace,
     )

@@ -9,11 +9,9 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import xxhash
-
 from cache_store.codecs import LADDER
 from cache_store.errors import BlockCorrupt, BlockForeign
-from cache_store.frame import HEADER_BYTES, Framer, check_payload
+from cache_store.frame import Framer
 from cache_store.ids import DIGEST_BYTES, LADDER_MARK, BlockHash
 from cache_store.redis_errors import ours
 from cache_store.redis_link import RedisLink
@@ -34,8 +32,9 @@ if ttl_ms == -1 then ttl_ms = 0 else ttl_ms = math.max(ttl_ms, 1) end
 redis.call('SET', KEYS[1], ARGV[2], 'KEEPTTL')
 redis.call('RESTORE', KEYS[1], ttl_ms, redis.call('DUMP', KEYS[1]), 'REPLACE', 'IDLETIME', ARGV[3])
 return 1"""
-"""A header's checksum covers name and payload: equal headers are equal blocks. Only RESTORE sets an idle time; for it a
-TTL of 0 is none. All in one command of the server's, so that no turn finds the block gone or half done."""
+"""A header's checksum covers name and payload, and a seal's nonce comes once: equal headers are equal blocks. Only
+RESTORE sets an idle time; for it a TTL of 0 is none. All in one command of the server's, so that no turn finds the
+block gone or half done."""
 
 
 class RedisAgeing:
@@ -82,23 +81,20 @@ class RedisAgeing:
         read_s = time.monotonic()
         if value is None or idle_s < idle.idle_s:
             return None
-        header = value[:HEADER_BYTES]
+        header = value[: self._framer.header_bytes]
         try:
             held = self._held(idle.block, value)
             now = smaller(held)
+            frame = Store(held.block, held.num_tokens, now.content, 0, now.codec, held.first_position, LADDER)
+            new_value = b"".join(self._framer.value(frame, like=header))
         except (BlockCorrupt, BlockForeign):
             self._write(key, header, value, idle_s + time.monotonic() - read_s)
             raise
-        content = now.content
-        frame = Store(held.block, held.num_tokens, content, 0, now.codec, held.first_position, LADDER)
-        new_value = b"".join((self._framer.header(frame), content))
         written = self._write(key, header, new_value, idle_s + time.monotonic() - read_s)
         return Exchanged(held, now) if written else None
 
     def _held(self, block: BlockHash, value: bytes) -> Held:
-        payload = memoryview(value)[HEADER_BYTES:]
-        frame = self._framer.read(value[:HEADER_BYTES], block=block, value_bytes=len(value))
-        check_payload(xxhash.xxh3_64_intdigest(payload), frame.checksum)
+        frame, payload = self._framer.whole(value, block=block)
         return Held(block, frame.codec, frame.num_tokens, frame.first_position, payload)
 
     def _write(self, key: bytes, header: bytes, value: bytes, idle_s: float) -> bool:

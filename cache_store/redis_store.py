@@ -7,11 +7,10 @@ import time
 from collections.abc import Sequence
 
 import structlog
-import xxhash
 
 from cache_store.counters import Counters
 from cache_store.errors import BlockCorrupt, BlockForeign, StoreFull, StoreUnavailable
-from cache_store.frame import HEADER_BYTES, Framer, check_payload
+from cache_store.frame import Framer
 from cache_store.ids import BlockHash
 from cache_store.redis_ageing import RedisAgeing
 from cache_store.redis_errors import DeadlinePassed, StoreStalled, ours
@@ -222,17 +221,17 @@ class _Get:
 
     def _receive_value(self, fetch: Fetch, length: int, wire: Wire) -> Encoding | Fetched:
         """How to read what is in the fetch's buffer now, or why nothing is to be believed."""
-        header = bytearray(min(length, HEADER_BYTES))
+        header = bytearray(min(length, self._framer.header_bytes))
         wire.read_into(memoryview(header))
         left = length - len(header)
         found: Encoding | Fetched
         try:
-            frame = self._framer.expect(bytes(header), fetch, value_bytes=length)
-            checksum = xxhash.xxh3_64()
-            wire.read_into(fetch.into.cast("B")[:left], checksum.update)
+            body = self._framer.body(bytes(header), fetch, value_bytes=length)
+            wire.read_into(body.target, body.seen)
+            trailer = bytearray(body.trailer_bytes)
+            wire.read_into(memoryview(trailer))
             left = 0
-            check_payload(checksum.intdigest(), frame.checksum)
-            found = Encoding(frame.codec, frame.num_bytes, frame.checksum)
+            found = body.finish(bytes(trailer))
         except BlockCorrupt:
             found = Fetched.CORRUPT
         except BlockForeign:
@@ -243,7 +242,7 @@ class _Get:
 
 
 class _Put:
-    """A batch of SETs; a block's checksum, where it has none yet, is computed while the server takes the one before."""
+    """A batch of SETs; a block is sealed, or its checksum computed where need be, while the server takes another."""
 
     in_flight = _IN_FLIGHT
 
@@ -252,8 +251,7 @@ class _Put:
 
     def request(self, index: int) -> Sequence[Buffer]:
         store = self._blocks[index]
-        value: list[Buffer] = [self._framer.header(store), store.payload.cast("B")]
-        return set_command(self._keys[index], value, ttl_s=store.ttl_s)
+        return set_command(self._keys[index], self._framer.value(store), ttl_s=store.ttl_s)
 
     def receive(self, index: int, wire: Wire) -> ErrorReply | None:
         reply = wire.reply()

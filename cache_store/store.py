@@ -34,6 +34,8 @@ class Fetch:
     """Index in the conversation of the block's first token."""
     fidelity: str = EXACT
     """Part of the name: what the payload may have lost, and so which codecs are believed."""
+    tenant: str = ""
+    """Part of the name: under whose key the payload is sealed, where payloads are."""
     wanted: Callable[[], bool] | None = None
     """Asked right before the block is asked for, on any of the store's threads: where it says no, nothing is sent."""
 
@@ -62,6 +64,8 @@ class Store:
     fidelity: str = EXACT
     checksum: int | None = None
     """The payload's xxh3_64; None has it computed."""
+    tenant: str = ""
+    """Under whose key the payload is sealed, where payloads are."""
 
 
 Landed = Callable[[int, Fetched, Encoding | None], None]

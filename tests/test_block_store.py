@@ -1,4 +1,4 @@
-"""What every block store promises, on memory and on real Redis: TCP, unix socket, TLS, ACL user, cluster."""
+"""What every block store promises, on memory and on real Redis: TCP, unix socket, TLS, ACL user, cluster, sealed."""
 
 import threading
 import time
@@ -19,7 +19,9 @@ from cache_store.ids import BlockHash, chain, root_hash
 from cache_store.layout import KVLayout
 from cache_store.memory_store import MemoryBlockStore
 from cache_store.open_store import open_block_store
+from cache_store.sealing import Purpose
 from cache_store.store import BlockStore, Encoding, Fetch, Fetched, Store
+from tests.keyrings import keyring
 from tests.redis_servers import RedisCluster
 from tests.tls_front import TlsFront
 
@@ -27,6 +29,7 @@ LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=64, block_tokens=256, d
 ROOT = root_hash(b"model", "tenant")
 TIMEOUT_S = 1.0
 REFRESH_TTL_S = 1000
+SEALED = "sealed+"
 
 
 def name(number: int) -> BlockHash:
@@ -63,7 +66,14 @@ def fetch(store: BlockStore, fetches: Sequence[Fetch], *, within_s: float = 10.0
 
 
 def opened(url: str, *, layout: KVLayout = LAYOUT, fingerprint: bytes = b"model", refresh_ttl_s: int = 0) -> BlockStore:
-    store = open_block_store(url, layout, fingerprint, timeout_s=TIMEOUT_S, refresh_ttl_s=refresh_ttl_s)
+    store = open_block_store(
+        url.removeprefix(SEALED),
+        layout,
+        fingerprint,
+        timeout_s=TIMEOUT_S,
+        refresh_ttl_s=refresh_ttl_s,
+        sealer=keyring().sealer(Purpose.BLOCKS) if url.startswith(SEALED) else None,
+    )
     assert store is not None
     return store
 
@@ -75,13 +85,15 @@ def eventually(holds: Callable[[], bool], *, within_s: float = 5.0) -> None:
         time.sleep(0.01)
 
 
-@pytest.fixture(params=["memory", "tcp", "unix", "tls", "acl", "cluster"])
+@pytest.fixture(params=["memory", "tcp", "sealed", "unix", "tls", "acl", "cluster"])
 def url(request: pytest.FixtureRequest) -> str:
     match request.param:
         case "memory":
             return "memory://"
         case "tcp":
             return str(request.getfixturevalue("redis_url"))
+        case "sealed":
+            return SEALED + str(request.getfixturevalue("redis_url"))
         case "unix":
             request.getfixturevalue("redis_url")
             server: RedisServer = request.getfixturevalue("redis_server")

@@ -29,7 +29,7 @@ def payload(number: int) -> bytes:
 
 
 def contents(*numbers: int) -> list[Content]:
-    return [Content(name(number), 16, 0, "raw") for number in numbers]
+    return [Content(name(number), 16, 0, "raw", "tests") for number in numbers]
 
 
 def eventually(holds: Callable[[], bool]) -> None:

@@ -129,7 +129,7 @@ def keep(host: HostTier, *numbers: int, codec: CodecInfo = RAW) -> None:
 
 def restore(restorer: Restorer, *numbers: int) -> Claims:
     claims = Claims(len(numbers), lambda: None)
-    blocks = [Restore(Content(name(number), 16, 0, "raw"), BlockId(number)) for number in numbers]
+    blocks = [Restore(Content(name(number), 16, 0, "raw", "tests"), BlockId(number)) for number in numbers]
     restorer.restore(blocks, claims, deadline_s=time.monotonic() + 10)
     return claims
 
@@ -156,7 +156,7 @@ def test_what_an_earlier_life_left_is_verified_only_where_it_is_still_wanted(
         slot.is_proven, slot.buffer[0] = False, 0
     claims = Claims(2, lambda: None)
     assert claims.take(0, MissReason.FASTER)
-    blocks = [Restore(Content(name(number), 16, 0, "raw"), BlockId(number)) for number in (0, 1)]
+    blocks = [Restore(Content(name(number), 16, 0, "raw", "tests"), BlockId(number)) for number in (0, 1)]
     restorer = open_restorer()
     restorer.restore(blocks, claims, deadline_s=time.monotonic() + 10)
     restorer.close()  # the first one has been looked at, too

@@ -23,7 +23,7 @@ from worker.tiers.moves import Content, MoveCounter
 from worker.tiers.write_behind import Offload, WriteBehind
 
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_tokens=16, dtype="float32")
-BLOCK = Content(chain(root_hash(b"model", "tests"), range(16)), 16, 0, RAW.name)
+BLOCK = Content(chain(root_hash(b"model", "tests"), range(16)), 16, 0, RAW.name, "tests")
 
 
 class SlowStore(MemoryBlockStore):

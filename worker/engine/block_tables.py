@@ -57,7 +57,7 @@ class BlockTables:
         if self._prefetcher.room <= 0:  # asked at each step while it is so: before blocks are named and looked for
             return False
         missing = [
-            content_of(want, self._block_tokens, request.call.codec)
+            content_of(want, self._block_tokens, request.call.codec, request.call.tenant)
             for want in self._wanted(request)
             if self._pool.find(want.name) is None
             and want.name not in self.distrusted
@@ -139,7 +139,10 @@ class BlockTables:
         """Ask the tiers below for what the engine has not taken yet."""
         if restoring.asked:
             blocks = [
-                Restore(content_of(want, self._block_tokens, request.call.codec), request.table[want.index])
+                Restore(
+                    content_of(want, self._block_tokens, request.call.codec, request.call.tenant),
+                    request.table[want.index],
+                )
                 for want in (block.want for block in restoring.asked)
             ]
             self._restorer.restore(blocks, restoring.claims, deadline_s=restoring.deadline_s)
@@ -204,7 +207,7 @@ class BlockTables:
         self._write_behind.offload(
             Offload(
                 block=block,
-                content=Content(name, num_tokens, index * self._block_tokens, request.call.codec),
+                content=Content(name, num_tokens, index * self._block_tokens, request.call.codec, request.call.tenant),
                 ttl_s=request.call.block_ttl_s,
                 to_store=to_store,
                 done=lambda: self._post(lambda: self._pool.release(release)),

@@ -69,7 +69,9 @@ class Histories:
         found = [(want, self._pool.find(want.name)) for want in wanted]
         held = [block for _, block in found if block is not None]
         self._pool.acquire(held)
-        blocks = [(content_of(want, self._block_tokens, codec), self._encodable(block)) for want, block in found]
+        blocks = [
+            (content_of(want, self._block_tokens, codec, tenant), self._encodable(block)) for want, block in found
+        ]
 
         def parked(result: tuple[set[BlockHash], int]) -> None:
             present, num_bytes = result
@@ -123,7 +125,7 @@ class Histories:
 
         claims = Claims(len(missing), lambda: self._post(landed))
         blocks = [
-            Restore(content_of(want, self._block_tokens, codec), target)
+            Restore(content_of(want, self._block_tokens, codec, tenant), target)
             for want, target in zip(missing, targets, strict=True)
         ]
         if blocks:

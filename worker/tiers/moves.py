@@ -44,14 +44,15 @@ class Content:
     """Index in the conversation of its first token."""
     codec: str
     """The session's: which codec the block itself is in is said by its payload's `Encoding`."""
+    tenant: str
 
     @property
     def fidelity(self) -> str:
         return fidelity_of(self.codec)
 
 
-def content_of(want: Wanted, block_tokens: int, codec: str) -> Content:
-    return Content(want.name, want.content_tokens, want.index * block_tokens, codec)
+def content_of(want: Wanted, block_tokens: int, codec: str, tenant: str) -> Content:
+    return Content(want.name, want.content_tokens, want.index * block_tokens, codec, tenant)
 
 
 def fetch_of(content: Content, into: memoryview, wanted: Callable[[], bool] | None = None) -> Fetch:
@@ -62,6 +63,7 @@ def fetch_of(content: Content, into: memoryview, wanted: Callable[[], bool] | No
         into,
         first_position=content.first_position,
         fidelity=content.fidelity,
+        tenant=content.tenant,
         wanted=wanted,
     )
 

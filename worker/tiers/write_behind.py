@@ -304,4 +304,5 @@ def _stored(slot: Slot, content: Content, ttl_s: int) -> Store:
         first_position=content.first_position,
         fidelity=content.fidelity,
         checksum=slot.encoding.checksum,
+        tenant=content.tenant,
     )
