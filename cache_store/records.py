@@ -22,6 +22,8 @@ class TurnRecord:
     finish_reason: int
     """protos' FinishReason."""
     committed_ms: int
+    idempotency_key: str = ""
+    """By which its caller can ask for it again; empty: there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

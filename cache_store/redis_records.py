@@ -30,7 +30,7 @@ from cache_store.records import Page, SessionRecord, TurnRecord
 from cache_store.redis_errors import ours
 from cache_store.store import ServerInfo
 
-_TURN = struct.Struct("<IIIIq")  # start, reply_start, end, finish_reason, committed_ms
+_TURN = struct.Struct("<IIIIq")  # start, reply_start, end, finish_reason, committed_ms; then the idempotency key
 _MEMBER = re.compile(r"(\d{15}):([A-Za-z0-9._:-]{1,128})")  # created_ms, session_id: sorts by age
 _GONE_MS = 300_000
 """How long a released holder can't lock again: longer than what it sent stays on its way."""
@@ -286,13 +286,19 @@ def _pack_tokens(token_ids: Sequence[int]) -> bytes:
 
 
 def _pack_turn(turn: TurnRecord) -> bytes:
-    return _TURN.pack(turn.start, turn.reply_start, turn.end, turn.finish_reason, turn.committed_ms)
+    fixed = _TURN.pack(turn.start, turn.reply_start, turn.end, turn.finish_reason, turn.committed_ms)
+    return fixed + turn.idempotency_key.encode()
 
 
 def _read_turn(packed: bytes) -> TurnRecord:
-    start, reply_start, end, finish_reason, committed_ms = _TURN.unpack(packed)
+    start, reply_start, end, finish_reason, committed_ms = _TURN.unpack_from(packed)
     return TurnRecord(
-        start=start, reply_start=reply_start, end=end, finish_reason=finish_reason, committed_ms=committed_ms
+        start=start,
+        reply_start=reply_start,
+        end=end,
+        finish_reason=finish_reason,
+        committed_ms=committed_ms,
+        idempotency_key=packed[_TURN.size :].decode(),
     )
 
 

@@ -7,12 +7,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class OnFailure(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ON_FAILURE_DISCARD: _ClassVar[OnFailure]
+    ON_FAILURE_COMMIT: _ClassVar[OnFailure]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_EOS: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+    FINISH_REASON_INTERRUPTED: _ClassVar[FinishReason]
 
 class PlanKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -41,10 +47,13 @@ class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TIER_HOST: _ClassVar[Tier]
     TIER_REDIS: _ClassVar[Tier]
     TIER_DISK: _ClassVar[Tier]
+ON_FAILURE_DISCARD: OnFailure
+ON_FAILURE_COMMIT: OnFailure
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_EOS: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
+FINISH_REASON_INTERRUPTED: FinishReason
 PLAN_KIND_UNSPECIFIED: PlanKind
 PLAN_KIND_LOAD: PlanKind
 PLAN_KIND_COMPUTE: PlanKind
@@ -66,20 +75,24 @@ TIER_REDIS: Tier
 TIER_DISK: Tier
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("session_id", "text", "chat", "tokens", "sampling", "audit")
+    __slots__ = ("session_id", "text", "chat", "tokens", "sampling", "audit", "on_failure", "idempotency_key")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     AUDIT_FIELD_NUMBER: _ClassVar[int]
+    ON_FAILURE_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     text: str
     chat: ChatInput
     tokens: TokenInput
     sampling: Sampling
     audit: bool
-    def __init__(self, session_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[ChatInput, _Mapping]] = ..., tokens: _Optional[_Union[TokenInput, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., audit: _Optional[bool] = ...) -> None: ...
+    on_failure: OnFailure
+    idempotency_key: str
+    def __init__(self, session_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[ChatInput, _Mapping]] = ..., tokens: _Optional[_Union[TokenInput, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., audit: _Optional[bool] = ..., on_failure: _Optional[_Union[OnFailure, str]] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
 class ChatInput(_message.Message):
     __slots__ = ("messages",)
@@ -166,7 +179,7 @@ class TopLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("reason", "usage", "receipt", "turn", "stop_string", "stop_token_id", "seed")
+    __slots__ = ("reason", "usage", "receipt", "turn", "stop_string", "stop_token_id", "seed", "repeated")
     REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +187,7 @@ class Finished(_message.Message):
     STOP_STRING_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    REPEATED_FIELD_NUMBER: _ClassVar[int]
     reason: FinishReason
     usage: Usage
     receipt: Receipt
@@ -181,7 +195,8 @@ class Finished(_message.Message):
     stop_string: str
     stop_token_id: int
     seed: int
-    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., turn: _Optional[int] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+    repeated: bool
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., turn: _Optional[int] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., seed: _Optional[int] = ..., repeated: _Optional[bool] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "input_tokens")
@@ -298,20 +313,22 @@ class Session(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., num_tokens: _Optional[int] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., token_ids: _Optional[_Iterable[int]] = ..., created_ms: _Optional[int] = ..., last_used_ms: _Optional[int] = ..., ttl_s: _Optional[int] = ..., pinned: _Optional[bool] = ..., version: _Optional[int] = ..., parent_session_id: _Optional[str] = ..., parent_turn: _Optional[int] = ..., residency: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., text: _Optional[str] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class Turn(_message.Message):
-    __slots__ = ("number", "start", "reply_start", "end", "reason", "committed_ms")
+    __slots__ = ("number", "start", "reply_start", "end", "reason", "committed_ms", "idempotency_key")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     REPLY_START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_MS_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     number: int
     start: int
     reply_start: int
     end: int
     reason: FinishReason
     committed_ms: int
-    def __init__(self, number: _Optional[int] = ..., start: _Optional[int] = ..., reply_start: _Optional[int] = ..., end: _Optional[int] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., committed_ms: _Optional[int] = ...) -> None: ...
+    idempotency_key: str
+    def __init__(self, number: _Optional[int] = ..., start: _Optional[int] = ..., reply_start: _Optional[int] = ..., end: _Optional[int] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., committed_ms: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
 class Residency(_message.Message):
     __slots__ = ("tier", "worker_id", "tokens")

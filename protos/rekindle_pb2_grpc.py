@@ -52,7 +52,8 @@ class InferenceServicer:
         INVALID_ARGUMENT: a field is bad (named in google.rpc.BadRequest). NOT_FOUND: no such session. ABORTED: another
         turn of the session is running. OUT_OF_RANGE: prompt and reply do not fit the model. RESOURCE_EXHAUSTED: too much
         work, with google.rpc.RetryInfo. UNAVAILABLE: no worker, or the session's record can't be read or committed.
-        A turn that ends in an error, or is cancelled, stores nothing in its session.
+        A worker that dies in mid-turn is not seen: another one goes on from the last token. A turn that ends in an error,
+        or is cancelled, stores nothing in its session, unless `on_failure` asks for it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -7,6 +7,7 @@ import asyncio
 import json
 import random
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar, cast
 
@@ -100,16 +101,25 @@ class Client:
         *,
         session_id: str = "",
         audit: bool = False,
+        keep_begun: bool = False,
+        idempotency_key: str = "",
         timeout_s: float | None = None,
         **sampling: Any,
     ) -> "Generation":
         """Start one turn. `sampling` are the fields of protos' Sampling (max_new_tokens, temperature, stop, ...).
 
-        With `audit` a turn on restored KV is computed again and compared: the receipt says what came of it. Raises
-        TypeError or ValueError for an unknown or impossible field; all else comes with the iteration.
+        With `audit` a turn on restored KV is computed again and compared: the receipt says what came of it. With
+        `keep_begun` a reply that no worker is left to go on with stays in the session as far as it came. A turn of a
+        session is given an idempotency key where there is none. Raises TypeError or ValueError for an unknown or
+        impossible field; all else comes with the iteration.
         """
         request = pb.GenerateRequest(
-            session_id=session_id, sampling=pb.Sampling(**sampling), audit=audit, **_input_field(input)
+            session_id=session_id,
+            sampling=pb.Sampling(**sampling),
+            audit=audit,
+            on_failure=pb.ON_FAILURE_COMMIT if keep_begun else pb.ON_FAILURE_DISCARD,
+            idempotency_key=idempotency_key or (uuid.uuid4().hex if session_id else ""),
+            **_input_field(input),
         )
         return Generation(self._start_turn, request, timeout_s or self._turn_timeout_s)
 
@@ -306,8 +316,8 @@ class Generation:
             return None
         if isinstance(error, Overloaded):
             return error.retry_after_s
-        # A connection that broke says nothing of the turn: a session may have it already.
-        if isinstance(error, Unavailable) and (error.answered or not self._request.session_id):
+        # A connection that broke says nothing of the turn: if the session has it already, its key finds it.
+        if isinstance(error, Unavailable):
             backoff_s = _FIRST_BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.8, 1.2)
             return backoff_s if error.retry_after_s is None else error.retry_after_s
         return None

@@ -64,6 +64,9 @@ class ServerConfig:
     lease_s: float = 30.0
     """How long a session stays locked after its front end has died in mid-turn."""
 
+    failover_wait_s: float = 60.0
+    """How long a turn that has lost its worker waits for another one to come up, where its call has no deadline."""
+
     flush_timeout_s: float = 1.0
     """How long a turn that moves to another worker waits for the blocks that the last one still has in hand."""
 
@@ -91,7 +94,7 @@ class ServerConfig:
         for name in ("redis_timeout_s", "lease_s", "worker_poll_s", "max_message_bytes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("session_ttl_s", "block_ttl_s", "flush_timeout_s", "drain_s"):
+        for name in ("session_ttl_s", "block_ttl_s", "failover_wait_s", "flush_timeout_s", "drain_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if bool(self.tls_cert) != bool(self.tls_key):

@@ -37,6 +37,7 @@ class FrontMetrics:
         self._completion_tokens = self._counter("completion_tokens", "Generated tokens of finished turns.")
         self._misses = self._counter("miss_tokens", "Prompt tokens that had to be computed, by reason.", "reason")
         self._retries = self._counter("turn_retries", "Turns started again on another worker, before a first delta.")
+        self._failovers = self._counter("turn_failovers", "Turns that another worker went on with in mid-reply.")
         self._prefetches = self._counter("prefetches", "Hints that a user is typing, by what came of them.", "outcome")
         self._workers = Gauge("rekindle_front_workers", "Workers known, by state.", ["state"], registry=self.registry)
         self._server: Any = None
@@ -65,6 +66,9 @@ class FrontMetrics:
 
     def turn_retried(self) -> None:
         self._retries.inc()
+
+    def turn_failed_over(self) -> None:
+        self._failovers.inc()
 
     def prefetched(self, outcome: str) -> None:
         """restored, hot (nothing was missing), joined (one was running), refused (too many were) or failed."""

@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import structlog
@@ -129,7 +130,7 @@ class SessionKeeper:
             codec=parent.codec,  # or it would share no block with its parent
             parent_session_id=session_id,
             parent_turn=num_turns,
-            turns=parent.turns[:num_turns],
+            turns=tuple(replace(turn, idempotency_key="") for turn in parent.turns[:num_turns]),
             token_ids=parent.token_ids[:num_tokens],
             num_tokens=num_tokens,
         )

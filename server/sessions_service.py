@@ -93,6 +93,7 @@ def session_of(record: SessionRecord) -> pb.Session:
                 end=turn.end,
                 reason=turn.finish_reason,  # type: ignore[arg-type]
                 committed_ms=turn.committed_ms,
+                idempotency_key=turn.idempotency_key,
             )
             for number, turn in enumerate(record.turns, start=1)
         ],

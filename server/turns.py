@@ -1,12 +1,15 @@
 """One turn: lock the session, pick a worker, relay its stream, commit, and only then say that it is finished.
 
-Nothing is stored for a turn that fails or is cancelled. Knows sessions and workers; not who calls, nor how.
+Nothing is stored for a turn that is cancelled, or that fails (unless it asks for that). Knows sessions and workers; not
+who calls, nor how.
 """
 
+import asyncio
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import grpc
@@ -24,6 +27,13 @@ from server.router import Candidate, choose
 
 _ELSEWHERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 """A worker that drains or is full says nothing about the others."""
+_FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+"""A worker that failed at the turn: out of memory, or broken. Another one may do better."""
+_MOST_LOST = 3
+"""Workers that one turn may lose: what kills whoever runs it is not given to all of them."""
+_ANSWER_S = 0.5
+"""Left of a turn's deadline when it stops waiting for a worker: its end has still to arrive."""
+_LOOK_S = 1.0
 
 _log = structlog.get_logger(__name__)
 
@@ -33,6 +43,8 @@ class TurnSettings(Protocol):
 
     @property
     def lease_s(self) -> float: ...
+    @property
+    def failover_wait_s(self) -> float: ...
     @property
     def flush_timeout_s(self) -> float: ...
     @property
@@ -56,6 +68,17 @@ class _Turn:
     first_delta_s: float = 0.0
     input_ids: list[int] = field(default_factory=list)
     reply_ids: list[int] = field(default_factory=list)
+    num_characters: int = 0
+    """Of the reply's text, those that the client has."""
+    num_lost: int = 0
+    """Workers that were lost, or failed, while they ran it."""
+    lost_s: float = 0.0
+    """When the last one was."""
+
+    @property
+    def is_begun(self) -> bool:
+        """Has the client a part of the reply, which only a worker with the same model can go on with?"""
+        return bool(self.reply_ids)
 
 
 class Turns:
@@ -83,10 +106,12 @@ class Turns:
                     yield response
             return
         lease = Lease(self._records, tenant, request.session_id, holder=request_id, lease_s=self._settings.lease_s)
-        async with lease, aclosing(self._relay(turn)) as responses:
+        async with lease:
             turn.lease, turn.record = lease, lease.record
-            async for response in responses:
-                yield response
+            number = _turn_of(lease.record, request.idempotency_key)
+            async with aclosing(self._relay(turn) if number is None else self._repeat(turn, number)) as responses:
+                async for response in responses:
+                    yield response
 
     def block_ttl_s(self, record: SessionRecord | None) -> int:
         """How long Redis keeps a session's blocks without use; 0: for ever."""
@@ -94,12 +119,14 @@ class Turns:
             return self._settings.block_ttl_s
         return 0 if record.pinned else max(record.ttl_s, self._settings.block_ttl_s)
 
-    def pick(self, record: SessionRecord | None, key: str, *, but: frozenset[str] = frozenset()) -> Worker:
-        """The worker for a session's next turn. Raises NoWorker."""
+    def pick(
+        self, record: SessionRecord | None, key: str, *, but: frozenset[str] = frozenset(), only_model: str = ""
+    ) -> Worker:
+        """The worker for a session's next turn, of this model only if one is given. Raises NoWorker."""
         able = {
             worker.worker_id: worker
             for worker in self._directory.living()
-            if worker.accepting and worker.worker_id not in but
+            if worker.accepting and worker.worker_id not in but and only_model in ("", worker.description.fingerprint)
         }
         candidates = [
             Candidate(worker.worker_id, worker.in_flight, worker.description.fingerprint) for worker in able.values()
@@ -112,50 +139,106 @@ class Turns:
 
     async def _relay(self, turn: _Turn) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Pass on what the workers say; commit before Finished."""
+        try:
+            async with aclosing(self._events(turn)) as events:
+                async for event in events:
+                    kind = event.WhichOneof("event")
+                    if kind == "delta":
+                        turn.reply_ids.extend(event.delta.token_ids)
+                        turn.num_characters += len(event.delta.text)
+                        if not turn.first_delta_s:
+                            turn.first_delta_s = time.monotonic()
+                        if turn.lease is not None:
+                            turn.lease.check()
+                        yield pb.GenerateResponse(delta=event.delta)
+                    elif kind == "started":
+                        turn.input_ids = list(event.started.input_token_ids)
+                    elif kind == "finished":
+                        yield pb.GenerateResponse(finished=await self._finish(turn, event.finished))
+                        return
+        except (NoWorker, WorkerLost, WorkerRefused):
+            if turn.request.on_failure == pb.ON_FAILURE_COMMIT and turn.is_begun:
+                await self._commit(turn, pb.FINISH_REASON_INTERRUPTED)
+            raise
+
+    async def _repeat(self, turn: _Turn, number: int) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """Send a committed turn again. A worker goes on with the whole of its reply, and so sends its text alone."""
+        record = turn.record
+        assert record is not None
+        said = record.turns[number - 1]
+        turn.record = replace(record, token_ids=record.token_ids[: said.start], turns=record.turns[: number - 1])
+        turn.input_ids = list(record.token_ids[said.start : said.reply_start])
+        turn.reply_ids = list(record.token_ids[said.reply_start : said.end])
+        turn.request.sampling.max_new_tokens = len(turn.reply_ids)
+        yield pb.GenerateResponse(delta=pb.Delta(token_ids=turn.reply_ids))
         async with aclosing(self._events(turn)) as events:
             async for event in events:
-                kind = event.WhichOneof("event")
-                if kind == "delta":
-                    turn.reply_ids.extend(event.delta.token_ids)
-                    if not turn.first_delta_s:
-                        turn.first_delta_s = time.monotonic()
-                    if turn.lease is not None:
-                        turn.lease.check()
+                if event.HasField("delta"):
+                    turn.num_characters += len(event.delta.text)
                     yield pb.GenerateResponse(delta=event.delta)
-                elif kind == "started":
-                    turn.input_ids = list(event.started.input_token_ids)
-                elif kind == "finished":
-                    yield pb.GenerateResponse(finished=await self._finish(turn, event.finished))
-                    return
-        raise WorkerLost("the worker's stream ended before its reply did")
+                elif event.HasField("finished"):
+                    finished = event.finished
+                    finished.turn, finished.repeated = number, True
+                    finished.reason = said.finish_reason  # type: ignore[assignment]  # a number, as records keep it
+                    yield pb.GenerateResponse(finished=finished)
 
     async def _events(self, turn: _Turn) -> AsyncGenerator[wpb.WorkerEvent, None]:
-        """One worker's stream; another's if the first is lost, or refuses for want of room, before its first delta."""
-        tried: frozenset[str] = frozenset()
-        refusal: ServingError | None = None
+        """What the workers say: the next one goes on where one is lost, fails, or has no room."""
+        refused: frozenset[str] = frozenset()
+        last: ServingError | None = None
         key = turn.request.session_id or _prefix_key(turn.request)
+        if not turn.request.sampling.HasField("seed"):
+            turn.request.sampling.seed = secrets.randbits(64)  # every worker draws the same
+        model = ""
         while True:
             try:
-                worker = turn.worker = self.pick(turn.record, key, but=tried)
-            except NoWorker:
-                raise refusal or NoWorker("no worker accepts work now") from refusal
+                worker = self.pick(turn.record, key, but=refused, only_model=model if turn.is_begun else "")
+            except NoWorker as error:
+                if last is None or not _is_worth_waiting(turn, last) or not await self._another_comes(turn):
+                    raise last or error from error
+                refused = frozenset()
+                continue
+            turn.worker, model = worker, worker.description.fingerprint
             await self._flush_last_worker(turn, worker)
             try:
                 with worker.serving():
                     async with aclosing(self._ask(turn, worker)) as events:
                         async for event in events:
                             yield event
-                return
-            except (WorkerLost, WorkerRefused) as error:
-                if isinstance(error, WorkerLost):
-                    self._directory.suspect(worker)
-                elif error.code not in _ELSEWHERE:
+                            if event.HasField("finished"):
+                                return
+                raise WorkerLost(f"the stream of worker {worker.worker_id} ended before its reply did")
+            except WorkerLost as error:
+                self._directory.suspect(worker)
+                turn.num_lost, turn.lost_s, last = turn.num_lost + 1, time.monotonic(), error
+            except WorkerRefused as error:
+                if error.code not in (*_ELSEWHERE, *_FAULTS):
                     raise
-                if turn.first_delta_s:
-                    raise
-                refusal, tried = error, tried | {worker.worker_id}
+                turn.num_lost += error.code in _FAULTS
+                turn.lost_s = turn.lost_s or time.monotonic()
+                refused, last = refused | {worker.worker_id}, error
+            if turn.num_lost >= _MOST_LOST:
+                raise last
+            if turn.is_begun:
+                self._metrics.turn_failed_over()
+            else:
                 self._metrics.turn_retried()
-                _log.warning("turn goes to another worker", worker=worker.worker_id, error=str(error))
+            _log.warning(
+                "turn goes to another worker", worker=worker.worker_id, tokens=len(turn.reply_ids), error=str(last)
+            )
+
+    async def _another_comes(self, turn: _Turn) -> bool:
+        """Wait for a worker that may have come up. False where the turn's time is over."""
+        patience_ends_s = turn.lost_s + self._settings.failover_wait_s
+        left_s = (patience_ends_s if turn.deadline_s is None else turn.deadline_s - _ANSWER_S) - time.monotonic()
+        if left_s <= 0:
+            return False
+        try:
+            async with asyncio.timeout(min(left_s, _LOOK_S)):
+                await self._directory.changed()
+        except TimeoutError:
+            pass
+        return True
 
     def _ask(self, turn: _Turn, worker: Worker) -> AsyncGenerator[wpb.WorkerEvent, None]:
         alone = wpb.History(tenant=turn.tenant, codec=self._settings.codec)
@@ -169,7 +252,11 @@ class Turns:
         )
         given = turn.request.WhichOneof("input")
         assert given is not None, "an unchecked request"
-        if given == "text":
+        if turn.is_begun:
+            request.tokens.token_ids.extend(turn.input_ids)
+            request.begun.token_ids.extend(turn.reply_ids)
+            request.begun.text_characters = turn.num_characters
+        elif given == "text":
             request.text = turn.request.text
         else:
             getattr(request, given).CopyFrom(getattr(turn.request, given))
@@ -198,14 +285,7 @@ class Turns:
                 f"worker {worker.worker_id} sent {len(turn.reply_ids)} tokens and counted {usage.completion_tokens}"
             )
         ended_s = time.monotonic()
-        if turn.lease is not None and turn.record is not None:
-            await turn.lease.commit(
-                [*turn.input_ids, *turn.reply_ids],
-                _turn_record(turn.record, len(turn.input_ids), len(turn.reply_ids), finished.reason),
-                model=worker.description.fingerprint,
-                worker_id=worker.worker_id,
-            )
-            finished.turn = len(turn.record.turns) + 1
+        finished.turn = await self._commit(turn, finished.reason)
         first_s = turn.first_delta_s or ended_s
         self._metrics.turn_finished(finished, ttft_s=first_s - turn.arrived_s, decode_s=ended_s - first_s)
         receipt = finished.receipt
@@ -225,21 +305,52 @@ class Turns:
         )
         return finished
 
+    async def _commit(self, turn: _Turn, reason: pb.FinishReason) -> int:
+        """Append the turn to its session. Returns its number; 0 without a session."""
+        if turn.lease is None or turn.record is None:
+            return 0
+        assert turn.worker is not None
+        await turn.lease.commit(
+            [*turn.input_ids, *turn.reply_ids],
+            _turn_record(turn, reason),
+            model=turn.worker.description.fingerprint,
+            worker_id=turn.worker.worker_id,
+        )
+        return len(turn.record.turns) + 1
+
+
+def _is_worth_waiting(turn: _Turn, error: ServingError) -> bool:
+    """Where no worker is left: may one that comes up do better?"""
+    if isinstance(error, WorkerRefused):
+        return turn.is_begun and error.code in _ELSEWHERE
+    return True
+
 
 def history_of(record: SessionRecord) -> wpb.History:
     """What a worker must know of a session to name its blocks."""
     return wpb.History(tenant=record.tenant, token_ids=record.token_ids, codec=record.codec)
 
 
-def _turn_record(record: SessionRecord, num_input: int, num_reply: int, reason: int) -> TurnRecord:
-    start = len(record.token_ids)
+def _turn_record(turn: _Turn, reason: pb.FinishReason) -> TurnRecord:
+    assert turn.record is not None
+    start = len(turn.record.token_ids)
+    reply_start = start + len(turn.input_ids)
     return TurnRecord(
         start=start,
-        reply_start=start + num_input,
-        end=start + num_input + num_reply,
+        reply_start=reply_start,
+        end=reply_start + len(turn.reply_ids),
         finish_reason=reason,
         committed_ms=int(time.time() * 1000),
+        idempotency_key=turn.request.idempotency_key,
     )
+
+
+def _turn_of(record: SessionRecord, idempotency_key: str) -> int | None:
+    """The number of the turn with this key, from 1."""
+    if not idempotency_key:
+        return None
+    numbers = (number for number, turn in enumerate(record.turns, 1) if turn.idempotency_key == idempotency_key)
+    return next(numbers, None)
 
 
 _PREFIXES: dict[str, Callable[[pb.GenerateRequest], str]] = {

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from cache_store.codecs import SESSION_CODECS
 from cache_store.errors import InvalidRequest
+from cache_store.records import check_session_id
 from protos import rekindle_pb2 as pb
 
 MAX_TTL_S = 10 * 365 * 86_400
@@ -30,6 +31,10 @@ def check_generate(request: pb.GenerateRequest) -> None:
         if not request.tokens.token_ids:
             raise InvalidRequest("tokens.token_ids", "must not be empty")
         _check_token_ids("tokens.token_ids", request.tokens.token_ids)
+    if request.idempotency_key:
+        if not request.session_id:
+            raise InvalidRequest("idempotency_key", "is of a session's turn; session_id is not set")
+        check_session_id(request.idempotency_key, "idempotency_key")
     _check_sampling(request.sampling)
 
 

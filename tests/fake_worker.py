@@ -56,6 +56,9 @@ class FakeWorker(WorkerServicer):
         self.may_warm.set()
         self.stop_after: int | None = None
         """End the stream, as a worker with a bug would, after this many deltas."""
+        self.fail_after: int | None = None
+        """End the stream with `failure` after this many deltas."""
+        self.failure: Exception = RuntimeError("CUDA error: misaligned address")
         self.miscount = 0
         self.generated: list[wpb.WorkerGenerateRequest] = []
         self.calls: list[str] = []
@@ -93,11 +96,18 @@ class FakeWorker(WorkerServicer):
         receipt = self._receipt(prompt, len(new))
         count = request.sampling.max_new_tokens if request.sampling.HasField("max_new_tokens") else 8
         reply = reply_to(prompt, count)
+        begun = list(request.begun.token_ids)
+        assert reply[: len(begun)] == begun, "asked to go on with what nobody has said"
+        unsent = detokenize(begun)[request.begun.text_characters :]
         try:
             yield wpb.WorkerEvent(started=wpb.Started(input_token_ids=new))
-            for number, token in enumerate(reply):
+            if unsent:
+                yield wpb.WorkerEvent(delta=pb.Delta(text=unsent))
+            for number, token in enumerate(reply[len(begun) :]):
                 if self.stop_after is not None and number >= self.stop_after:
                     return
+                if self.fail_after is not None and number >= self.fail_after:
+                    await abort(context, failure_of(self.failure, "fake"))
                 await asyncio.sleep(self.pause_s)
                 yield wpb.WorkerEvent(delta=pb.Delta(text=f"<{token}>", token_ids=[token]))
                 self.deltas_sent += 1

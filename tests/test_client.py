@@ -63,7 +63,10 @@ async def test_a_generation_streams_deltas_and_ends_with_what_the_turn_cost(
     assert generation.finished is not None
     assert generation.finished.turn == 2
     sampling = pb.Sampling(max_new_tokens=5, stop=["x"])
-    assert front_end.requests == [pb.GenerateRequest(session_id="s", text="hello", sampling=sampling)]
+    (request,) = front_end.requests
+    key = request.idempotency_key
+    assert key
+    assert request == pb.GenerateRequest(session_id="s", text="hello", sampling=sampling, idempotency_key=key)
 
 
 async def test_chat_messages_and_token_ids_travel_in_their_own_fields(
@@ -100,15 +103,19 @@ async def test_a_turn_that_has_begun_is_never_sent_again(front_end: ScriptedFron
     assert (generation.text, generation.finished, len(front_end.requests)) == ("a", None, 1)
 
 
-async def test_a_session_turn_is_not_sent_again_unless_the_server_itself_refused_it(
+async def test_a_session_turn_that_may_have_been_run_is_sent_again_under_its_key(
     front_end: ScriptedFrontEnd, client: Client
 ) -> None:
     broken = refusing(grpc.StatusCode.UNAVAILABLE)
-    front_end.turns = [broken, broken, refusing(grpc.StatusCode.UNAVAILABLE, WHY), reply]
-    with pytest.raises(errors.Unavailable):
-        await client.generate("hello", session_id="s").read()
-    assert len(front_end.requests) == 1
-    assert await client.generate("hello").read() == "good day"
+    front_end.turns = [broken, refusing(grpc.StatusCode.UNAVAILABLE, WHY), reply, reply, reply]
+    assert await client.generate("hello", session_id="s").read() == "good day"
+    assert len(front_end.requests) == 3
+    assert len({request.idempotency_key for request in front_end.requests}) == 1
+    await client.generate("hello", session_id="s").read()
+    assert front_end.requests[-1].idempotency_key != front_end.requests[0].idempotency_key
+    await client.generate("hello", session_id="s", idempotency_key="mine", keep_begun=True).read()
+    assert front_end.requests[-1].idempotency_key == "mine"
+    assert front_end.requests[-1].on_failure == pb.ON_FAILURE_COMMIT
 
 
 async def test_retries_are_bounded(front_end: ScriptedFrontEnd, client: Client) -> None:

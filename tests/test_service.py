@@ -262,28 +262,6 @@ async def test_a_worker_lost_before_its_first_token_is_replaced_unseen(front: Fr
     assert (await front.session()).version == 2
 
 
-async def test_a_worker_lost_in_mid_reply_ends_the_turn_and_stores_nothing(front: FrontEnd) -> None:
-    await front.new_session()
-    for worker in front.workers.values():
-        worker.pause_s = 0.1
-    turn = asyncio.create_task(front.turn("x", "s"))
-    await eventually(lambda: sum(worker.deltas_sent for worker in front.workers.values()) >= 2)
-    for worker_id in front.workers:
-        await front.kill(worker_id)
-    with pytest.raises(RpcError) as caught:
-        await turn
-    assert caught.value.code() == StatusCode.UNAVAILABLE
-    assert (await front.session()).version == 0
-
-
-async def test_a_stream_that_just_ends_is_a_lost_worker(front: FrontEnd) -> None:
-    for worker in front.workers.values():
-        worker.stop_after = 2
-    with pytest.raises(RpcError) as caught:
-        await front.turn()
-    assert caught.value.code() == StatusCode.UNAVAILABLE
-
-
 async def test_a_worker_that_comes_back_is_used_again(front: FrontEnd) -> None:
     for worker_id in front.workers:
         await front.kill(worker_id)

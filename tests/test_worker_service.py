@@ -220,6 +220,58 @@ async def test_a_stop_token_is_named(stub: Any, engine: FakeEngine) -> None:
     assert heard.finished.stop_string == ""
 
 
+# Replies that another worker has begun
+
+
+def going_on(text: str, num_sent: int, **sampling: Any) -> wpb.WorkerGenerateRequest:
+    """A request that goes on after `text`, of which its client has `num_sent` characters."""
+    request = asking("hi", **sampling)
+    request.begun.token_ids.extend(CODEC.encode(text, is_first=False))
+    request.begun.text_characters = num_sent
+    return request
+
+
+async def test_a_reply_that_was_begun_goes_on_behind_what_its_client_has(stub: Any, engine: FakeEngine) -> None:
+    engine.script = tokens_of(" day")
+    heard = await hear(stub, going_on("good", 4))
+    assert heard.text == " day"
+    assert heard.token_ids == [event.token_id for event in engine.script if isinstance(event, Token)]
+    assert engine.calls[0].begun == CODEC.encode("good", is_first=False)
+    assert heard.finished.usage.completion_tokens == 8
+
+
+async def test_text_that_its_client_has_not_is_sent_with_what_follows(stub: Any, engine: FakeEngine) -> None:
+    engine.script = tokens_of("D")
+    assert (await hear(stub, going_on("the EN", 4, stop=["END"]))).text == ""
+    engine.script = tokens_of("X")
+    assert (await hear(stub, going_on("the EN", 4, stop=["END"]))).text == "ENX"
+    engine.script = tokens_of("y")
+    assert (await hear(stub, going_on("all", 0))).text == "ally"
+
+
+async def test_text_that_ended_the_reply_is_not_sent_twice(stub: Any, engine: FakeEngine) -> None:
+    engine.script = ()
+    heard = await hear(stub, going_on("the EN", 6, stop=["END"]))  # its Finished alone was lost
+    assert (heard.text, heard.token_ids) == ("", [])
+    assert heard.finished.usage.completion_tokens == 6
+
+
+async def test_a_stop_string_that_was_complete_ends_the_reply_at_once(stub: Any, engine: FakeEngine) -> None:
+    engine.script, engine.reason = tokens_of("more"), None
+    heard = await hear(stub, going_on("one END", 4, stop=["END"]))
+    assert (heard.text, heard.token_ids) == ("", [])
+    assert (heard.finished.reason, heard.finished.stop_string) == (pb.FINISH_REASON_STOP, "END")
+    assert engine.kept == {engine.calls[0].request_id: 7}
+    assert heard.finished.usage.completion_tokens == 7
+
+
+async def test_a_stop_token_that_was_sent_is_named_all_the_same(stub: Any, engine: FakeEngine) -> None:
+    engine.script, engine.reason = (), FinishReason.STOP
+    request = going_on("a", 1, stop_token_ids=[300])
+    request.begun.token_ids.append(300)
+    assert (await hear(stub, request)).finished.stop_token_id == 300
+
+
 async def test_logprobs_come_with_their_tokens(stub: Any, engine: FakeEngine) -> None:
     engine.script = [Token(300, TokenLogprobs(-0.5, ((300, -0.5), (7, -1.5))))]
     heard = await hear(stub, asking(logprobs=2))

@@ -91,6 +91,8 @@ class GenerateCall:
     """Committed tokens of the session; their KV may be in any tier."""
     input: tuple[int, ...]
     """New tokens of this turn. history + input is the prompt and must not be empty."""
+    begun: tuple[int, ...] = ()
+    """The reply's first tokens, where another worker has generated them: what comes after them is generated."""
     sampling: Sampling
     max_new_tokens: int | None
     """None: 256, or what is left of the window where that is less."""

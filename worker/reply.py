@@ -22,16 +22,35 @@ class Piece(NamedTuple):
 
 
 class Reply:
-    def __init__(self, detokenizer: Detokenizing, stops: Sequence[str]) -> None:
+    def __init__(
+        self, detokenizer: Detokenizing, stops: Sequence[str], *, begun: Sequence[int] = (), num_sent: int = 0
+    ) -> None:
+        """`begun` tokens of it, and `num_sent` characters, were sent by another worker: neither is sent again."""
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops) if stops else None
+        self._num_sent = num_sent
+        self._begun_text = ""
+        """Of the tokens that were sent before, what is to be sent with the next piece."""
         self.num_tokens = 0
         """Tokens of the reply: none after the one that completed a stop string."""
         self.stop_string: str | None = None
         """The one that ended the reply, once it has."""
 
+        self._begun_text = self.push([Token(token_id) for token_id in begun]).text
+
     def push(self, tokens: Sequence[Token]) -> Piece:
         """Take what was generated next. What comes after a stop string is not part of the reply."""
+        piece = self._push(tokens)
+        return Piece(self._unsent(piece.text), piece.tokens)
+
+    def _unsent(self, text: str) -> str:
+        """The text with what was not sent of what came before it, without what was."""
+        text, self._begun_text = self._begun_text + text, ""
+        skipped = min(self._num_sent, len(text))
+        self._num_sent -= skipped
+        return text[skipped:]
+
+    def _push(self, tokens: Sequence[Token]) -> Piece:
         if self.stop_string is not None:
             return Piece("", ())
         if self._stops is None:
@@ -50,9 +69,9 @@ class Reply:
     def flush(self) -> str:
         """The text that was held back, now that the reply has ended."""
         if self.stop_string is not None:
-            return ""
+            return self._unsent("")
         text = self._detokenizer.flush()
         if self._stops is None:
-            return text
+            return self._unsent(text)
         shown, self.stop_string = self._stops.push(text)
-        return shown + self._stops.flush()
+        return self._unsent(shown + self._stops.flush())

@@ -78,7 +78,12 @@ class WorkerService(WorkerServicer):
                 call_id=f"{request.request_id}#{next(self._numbers)}",  # a retry may overtake what it replaces
                 deadline_s=_deadline_s(context),
             )
-            reply = Reply(self._codec.detokenizer(call.input or call.history), translate.stops_of(request.sampling))
+            reply = Reply(
+                self._codec.detokenizer(call.input or call.history),
+                translate.stops_of(request.sampling),
+                begun=call.begun,
+                num_sent=request.begun.text_characters,
+            )
             stream = EventStream()
             self._engine.submit(call, self._crossing.into(stream))
             try:
@@ -89,15 +94,16 @@ class WorkerService(WorkerServicer):
 
     async def _relay(self, call: GenerateCall, reply: Reply, stream: EventStream, context: Context) -> None:
         """Send what the engine says until it says that it is done."""
-        last_token_id: int | None = None
+        last_token_id = call.begun[-1] if call.begun else None
+        is_finishing = False
         while True:
             events = await stream.take()
             ended = events.pop() if not isinstance(events[-1], Token) else None
             if isinstance(ended, Failed):
                 raise ended.error
-            was_stopped = reply.stop_string is not None
             text, tokens = reply.push([event for event in events if isinstance(event, Token)])
-            if reply.stop_string is not None and not was_stopped:
+            if reply.stop_string is not None and not is_finishing:
+                is_finishing = True
                 self._engine.finish(call.request_id, reply.num_tokens)
             if ended is not None:
                 text += reply.flush()

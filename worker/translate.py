@@ -69,6 +69,7 @@ def call_of(
         raise InvalidRequest("input", "the prompt is empty")
     check_tokens("history.token_ids", history, engine.vocab_size)
     check_tokens("tokens.token_ids", input_ids, engine.vocab_size)
+    check_tokens("begun.token_ids", request.begun.token_ids, engine.vocab_size)
     check_tokens("sampling.stop_token_ids", sampling.stop_token_ids, engine.vocab_size)
     if sampling.HasField("max_new_tokens") and sampling.max_new_tokens == 0:
         raise InvalidRequest("sampling.max_new_tokens", "must be above 0")
@@ -77,6 +78,7 @@ def call_of(
         tenant=request.history.tenant,
         history=history,
         input=input_ids,
+        begun=tuple(request.begun.token_ids),
         sampling=sampling_of(sampling),
         max_new_tokens=sampling.max_new_tokens if sampling.HasField("max_new_tokens") else None,
         stop_token_ids=frozenset(sampling.stop_token_ids),

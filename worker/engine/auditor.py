@@ -101,7 +101,7 @@ class Auditor:
             recording.keep(kept)
 
     def _is_watched(self, request: Request) -> bool:
-        is_first = not request.num_generated
+        is_first = not request.num_generated  # never of a reply that another worker has begun
         if is_first and request.restored and (request.call.audit or self._draw() < self._rate):
             request.recording = Recording()
         return request.recording is not None

@@ -103,7 +103,10 @@ class BlockTables:
         if full:
             request.name_of(full - 1)
         tokens = request.tokens[: request.num_target]
-        return wanted_by_prompt(request.root, request.names[:full], tokens, len(request.call.history), size)
+        # Once a prompt was computed, here or where its reply was begun, the block that the history's last one became
+        # is full: that one is worth more.
+        num_history = 0 if request.num_generated else len(request.call.history)
+        return wanted_by_prompt(request.root, request.names[:full], tokens, num_history, size)
 
     def _copy_on_write(self, source: BlockId, target: BlockId, num_tokens: int) -> None:
         """Copy what was found into a request's own block, as it goes on writing behind these tokens."""

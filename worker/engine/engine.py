@@ -103,7 +103,7 @@ class Engine:
             root=root_hash(self.fingerprint, call.tenant, fidelity_of(call.codec)),
             block_tokens=self.layout.block_tokens,
             max_new_tokens=max_new_tokens,
-            row=self._sampler.start(call.sampling, [*call.history, *call.input]),
+            row=self._sampler.start(call.sampling, [*call.history, *call.input], call.begun),
         )
         self._inbox.post(lambda: self._accept(request))
 

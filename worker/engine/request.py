@@ -44,10 +44,10 @@ class Request:
         self.row = row
         self.max_new_tokens = max_new_tokens
         self.phase = Phase.WAITING
-        self.tokens: list[int] = [*call.history, *call.input]
-        self.num_prompt = len(self.tokens)
-        self.num_target = self.num_prompt
-        """Prefill computes up to here: the prompt, and after a preemption what was generated too."""
+        self.tokens: list[int] = [*call.history, *call.input, *call.begun]
+        self.num_prompt = len(call.history) + len(call.input)
+        self.num_target = len(self.tokens)
+        """Prefill computes up to here: the prompt, and what was generated here before a preemption, or elsewhere."""
         self.names: list[BlockHash] = []
         self.table: list[BlockId] = []
         self.gaps: list[Span] = []
@@ -125,6 +125,9 @@ class Request:
         self.may_compute([Span(max(gap.start, passed), gap.end) for gap in gaps if gap.end > passed])
         if self.receipt is not None:
             return
+        # The receipt is the prompt's, also where a part of the reply was generated elsewhere.
+        covered = [(cut, tier) for span, tier in covered if (cut := _upto(span, self.num_prompt)).tokens > 0]
+        gaps = [cut for gap in gaps if (cut := _upto(gap, self.num_prompt)).tokens > 0]
         tokens = dict.fromkeys(Tier, 0)
         for span, tier in covered:
             tokens[tier] += span.tokens
@@ -182,6 +185,11 @@ def why_missed(found: Tier | MissReason, position: int, num_history: int) -> Mis
     if not num_history and found is MissReason.ABSENT:
         return MissReason.NEW
     return found
+
+
+def _upto(span: Span, end: int) -> Span:
+    """What of a span lies before `end`; empty where nothing does."""
+    return Span(span.start, max(span.start, min(span.end, end)))
 
 
 def complement(covered: Sequence[Span], end: int) -> list[Span]:

@@ -154,15 +154,25 @@ class Stepper:
         return list(zip(requests, tokens, strict=True))
 
     def _publish(self, request: Request, token: Token) -> None:
-        if not request.num_generated:
+        if not request.first_token_s:
             request.first_token_s = time.monotonic()
             self.prefill_s_saved += sum(self._cost_model.prefill_s(span) for span in request.spared)
-        request.tokens.append(token.token_id)
-        request.row.append(token.token_id)
-        request.listener(token)
-        if token.token_id in request.call.stop_token_ids:
-            self._scheduler.finish(request, FinishReason.STOP)
-        elif token.token_id in request.call.eos_token_ids:
-            self._scheduler.finish(request, FinishReason.EOS)
-        elif request.num_generated >= request.max_new_tokens:
-            self._scheduler.finish(request, FinishReason.LENGTH)
+        ending = _ending(request)  # of a reply that was complete when its worker was lost
+        if ending is None:
+            request.tokens.append(token.token_id)
+            request.row.append(token.token_id)
+            request.listener(token)
+            ending = _ending(request)
+        if ending is not None:
+            self._scheduler.finish(request, ending)
+
+
+def _ending(request: Request) -> FinishReason | None:
+    """Why the reply ends with its last token; None where it goes on."""
+    if not request.num_generated:
+        return None
+    if request.tokens[-1] in request.call.stop_token_ids:
+        return FinishReason.STOP
+    if request.tokens[-1] in request.call.eos_token_ids:
+        return FinishReason.EOS
+    return FinishReason.LENGTH if request.num_generated >= request.max_new_tokens else None
