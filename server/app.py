@@ -71,6 +71,7 @@ class Application:
             directory=WorkerDirectory(
                 workers,
                 poll_s=config.worker_poll_s,
+                silence_s=config.worker_silence_s,
                 max_message_bytes=config.max_message_bytes,
                 tls=_tls_to_workers(config),
             ),

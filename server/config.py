@@ -73,6 +73,9 @@ class ServerConfig:
     worker_poll_s: float = 1.0
     """How often workers are asked whether they live."""
 
+    worker_silence_s: float = 10.0
+    """How long a worker may be silent, frozen or behind a network that is gone, before its turns go to another one."""
+
     drain_s: float = 30.0
     """How long running turns may go on after SIGTERM."""
 
@@ -91,7 +94,7 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be from 0 to 65535, got {getattr(self, name)}")
         if self.port and self.port == self.metrics_port:
             raise ConfigError(f"port and metrics_port must differ, both are {self.port}")
-        for name in ("redis_timeout_s", "lease_s", "worker_poll_s", "max_message_bytes"):
+        for name in ("redis_timeout_s", "lease_s", "worker_poll_s", "worker_silence_s", "max_message_bytes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("session_ttl_s", "block_ttl_s", "failover_wait_s", "flush_timeout_s", "drain_s"):

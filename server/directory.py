@@ -1,6 +1,7 @@
 """Which workers there are, and which of them live. Asks each one again and again; decides nothing about turns."""
 
 import asyncio
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
@@ -43,6 +44,8 @@ class Worker:
         self.alive = False
         self.description = wpb.DescribeReply()
         """What it last said of itself."""
+        self.heard_s = time.monotonic()
+        """When it last answered."""
         self.in_flight = 0
         """Turns that this front end has on it now."""
 
@@ -63,11 +66,19 @@ class WorkerDirectory:
     """Keeps a client for each worker and probes it every `poll_s`, and at once when it is suspected."""
 
     def __init__(
-        self, source: WorkerAddresses, *, poll_s: float, max_message_bytes: int, tls: Tls | None = None
+        self,
+        source: WorkerAddresses,
+        *,
+        poll_s: float,
+        silence_s: float,
+        max_message_bytes: int,
+        tls: Tls | None = None,
     ) -> None:
+        """A worker that has not answered for `silence_s` loses its turns: it is frozen, or its network is gone."""
         self._source = source
         self._poll_s = poll_s
         self._probe_s = max(1.0, poll_s)
+        self._silence_s = silence_s
         self._max_message_bytes = max_message_bytes
         self._tls = tls
         self._workers: dict[str, Worker] = {}
@@ -155,7 +166,10 @@ class WorkerDirectory:
             if worker.alive:
                 _log.warning("worker does not answer", worker=worker.worker_id, error=str(error))
             self._mark(worker, alive=False)
+            if time.monotonic() - worker.heard_s >= self._silence_s:
+                worker.client.abandon()
             return
+        worker.heard_s = time.monotonic()
         moved = description.accepting != worker.description.accepting
         worker.description = description
         # A port can be taken over by another worker after a restart: then this is not the one we mean.

@@ -1,5 +1,6 @@
 """A worker, reached over gRPC. Closing a stream tells the worker to stop."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -39,19 +40,33 @@ class WorkerClient:
         except OSError as error:
             raise WorkerLost(f"worker at {address}: {error}") from error
         self._stub: Any = WorkerStub(self._channel)  # type: ignore[no-untyped-call]
+        self._streams: set[Any] = set()
+        """Of turns that run."""
 
     async def generate(
         self, request: wpb.WorkerGenerateRequest, *, timeout_s: float | None
     ) -> AsyncGenerator[wpb.WorkerEvent, None]:
         """Started, deltas, Finished. `timeout_s` None waits for ever."""
         stream = self._stub.Generate(request, timeout=timeout_s)
+        self._streams.add(stream)
         try:
             async for event in stream:
                 yield event
         except grpc.aio.AioRpcError as error:
             raise self._ours(error) from error
+        except asyncio.CancelledError:
+            if stream in self._streams:
+                raise
+            raise WorkerLost(f"worker at {self.address} is silent") from None
         finally:
+            self._streams.discard(stream)
             stream.cancel()  # harmless when it has ended
+
+    def abandon(self) -> None:
+        """End all streams, each as WorkerLost: whoever they come from does not answer any more."""
+        streams, self._streams = self._streams, set()
+        for stream in streams:
+            stream.cancel()
 
     async def park(self, request: wpb.ParkRequest) -> wpb.ParkReply:
         reply: wpb.ParkReply = await self._ask(self._stub.Park, request, _MOVE_S)

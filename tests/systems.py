@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -77,6 +78,13 @@ class WorkerProcess:
         """End it as a crash would, and wait until it is gone."""
         self._process.kill()
         self._process.wait()
+
+    def freeze(self) -> None:
+        """Stop it where it is, its connections open."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
 
     def __enter__(self) -> Self:
         return self

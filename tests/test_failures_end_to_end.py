@@ -94,13 +94,13 @@ async def test_a_turn_whose_worker_is_killed_goes_on_where_it_was(
     session_id = (await system.client.create_session(session_for("doomed", ["doomed", other]))).session_id
     await system.say(chat(f"Nothing can happen to us, {sampling}."), session_id)
     undisturbed_id = (await system.client.fork_session(session_id)).session_id
-    more: dict[str, Any] = {"max_new_tokens": 1500, "ignore_eos": True, "stop": ["never to be found"], **sampling}
+    more: dict[str, Any] = {"max_new_tokens": 800, "ignore_eos": True, "stop": ["never to be found"], **sampling}
     generation = system.client.generate(chat("Tell me more."), session_id=session_id, **more)
     deltas = aiter(generation)
     for _ in range(20):
         await anext(deltas)
     doomed.kill()
-    assert len(generation.token_ids) < 1500, "it was over too early"
+    assert len(generation.token_ids) < 800, "it was over too early"
     await generation.read()
     assert generation.finished is not None
     assert generation.finished.receipt.worker_id == other
@@ -111,6 +111,31 @@ async def test_a_turn_whose_worker_is_killed_goes_on_where_it_was(
     assert (session.version, len(session.turns)) == (2, 2)
     if not sampling:
         assert truth.confirms(session)
+
+
+async def test_a_worker_that_freezes_is_lost_too(
+    redis_url: str, doomed: WorkerProcess, workers: tuple[WorkerProcess, WorkerProcess]
+) -> None:
+    async with running_system(redis_url, [doomed, workers[0]], worker_silence_s=1.0) as system:
+        session_id = session_for("doomed", ["doomed", workers[0].worker_id])
+        await system.client.create_session(session_id)
+        generation = system.client.generate(
+            chat("Stay."), session_id=session_id, max_new_tokens=600, ignore_eos=True, timeout_s=60
+        )
+        await anext(aiter(generation))
+        doomed.freeze()
+        await generation.read()
+        assert generation.finished is not None
+        assert generation.finished.receipt.worker_id == workers[0].worker_id
+        assert len(generation.token_ids) == 600
+        doomed.thaw()
+        undisturbed = await system.say(chat("Stay."), max_new_tokens=600, ignore_eos=True)
+        assert generation.token_ids == undisturbed.token_ids
+
+        async def is_back() -> bool:
+            return await system.is_serving("worker/doomed")
+
+        await eventually(is_back)
 
 
 async def needs_every_block(system: System) -> None:

@@ -60,7 +60,7 @@ async def test_a_crashed_worker_is_restarted_and_found_again(clusters: list[RayC
     await cluster.wait_until_up()
     before = await cluster.addresses()
     assert set(before) == {"0", "1"}
-    directory = WorkerDirectory(cluster, poll_s=0.2, max_message_bytes=1 << 20)
+    directory = WorkerDirectory(cluster, poll_s=0.2, silence_s=10.0, max_message_bytes=1 << 20)
     await directory.start()
     await directory.wait_for_workers(2, timeout_s=10)
     os.kill(await process_id(cluster, "0"), signal.SIGKILL)

@@ -265,6 +265,7 @@ async def test_a_worker_lost_before_its_first_token_is_replaced_unseen(front: Fr
 async def test_a_worker_that_comes_back_is_used_again(front: FrontEnd) -> None:
     for worker_id in front.workers:
         await front.kill(worker_id)
+    await eventually(lambda: not front.app.directory.living())
     with pytest.raises(RpcError) as caught:
         await front.turn()
     assert caught.value.code() == StatusCode.UNAVAILABLE
