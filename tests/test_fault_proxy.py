@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from benchmarks.fault_proxy import FaultProxy
 from cache_store.embedded_redis import RedisServer
@@ -28,7 +30,7 @@ def proxy(running: FaultProxy, redis_server: RedisServer) -> Iterator[FaultProxy
 
 @pytest.fixture
 def client(proxy: FaultProxy) -> Iterator[redis.Redis]:
-    with redis.Redis(port=proxy.port, socket_timeout=0.3, retry=None) as client:
+    with redis.Redis(port=proxy.port, socket_timeout=0.3, retry=Retry(NoBackoff(), 0)) as client:
         client.set("key", VALUE)
         yield client
 
