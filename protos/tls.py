@@ -69,7 +69,7 @@ def listen(server: grpc.aio.Server, host: str, port: int, tls: ServerTls, *, set
     try:
         if tls.cert:
             return server.add_secure_port(address, _Certificate(tls).credentials)
-        if not _is_loopback(host):
+        if not is_loopback(host):
             _log.warning("calls travel in plain text", address=address, setting=setting)
         return server.add_insecure_port(address)
     except RuntimeError as error:  # gRPC's way to say that the port is taken
@@ -116,7 +116,8 @@ def _read(path: str) -> bytes | None:
     return Path(path).read_bytes() if path else None
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on `host`."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

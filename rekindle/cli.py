@@ -16,6 +16,7 @@ from cyclopts.config import Env, Toml
 from cyclopts.validators import Path as PathValidator
 
 from rekindle.cli_connection import AsJson, Connection, print_answer
+from rekindle.cli_keys import keys_app
 from rekindle.cli_measure import bench_app, eval_app
 from rekindle.cli_sessions import sessions_app
 from rekindle.settings import Settings, all_settings
@@ -50,6 +51,7 @@ def make_app() -> App:
     app.command(chat)
     app.command(demo)
     app.command(sessions_app())
+    app.command(keys_app())
     app.command(stats)
     app.command(bench_app())
     app.command(eval_app())

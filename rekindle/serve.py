@@ -13,6 +13,7 @@ from cache_store.host_claim import deployment_folder
 from rekindle.settings import Settings
 from rekindle.signals import StopSignals, whole
 from server.app import Application
+from server.config import ConfigError
 from server.logs import set_up_logs
 from server.ray_cluster import RayCluster
 from worker.actor import WorkerActor
@@ -24,7 +25,7 @@ def serve(settings: Settings) -> None:
     set_up_logs(settings.server.log_format, settings.server.log_level)
     try:
         asyncio.run(_serve(settings, Console(stderr=True)))
-    except (ServingError, OSError) as error:
+    except (ServingError, ConfigError, OSError) as error:
         raise SystemExit(f"rekindle: {error}") from error
 
 
@@ -50,7 +51,7 @@ async def running_system(settings: Settings, console: Console, signals: StopSign
 
     At the end turns finish, what is hot is parked, and Ray's actors are removed: within two times `drain_s` and a few
     seconds. Raises WorkerFault if a worker can't start, OSError if a port is taken, StoreUnavailable without a
-    redis-server.
+    redis-server, and for files of keys what Application.build raises.
     """
     async with AsyncExitStack() as stack:
         settings = stack.enter_context(_with_redis(settings))
@@ -67,6 +68,7 @@ async def running_system(settings: Settings, console: Console, signals: StopSign
             gpus_per_worker=system.gpus_per_worker,
             cpus_per_worker=system.reserved_cpus,
         )
+        front_end = Application.build(settings.server, cluster)  # first: what can't be read is found out at once
         stack.push_async_callback(cluster.close)
         with console.status("starting Ray") as status:
             await whole(cluster.start())
@@ -75,7 +77,6 @@ async def running_system(settings: Settings, console: Console, signals: StopSign
             status.update(f"loading {settings.worker.model} on {system.num_workers} worker(s)")
             await cluster.wait_until_up()
         patience_s = settings.server.drain_s
-        front_end = Application.build(settings.server, cluster)
         stack.push_async_callback(front_end.aclose)
         await front_end.start()
         stack.push_async_callback(front_end.drain)

@@ -12,12 +12,13 @@ from cache_store.open_records import open_records
 from cache_store.records import RecordStore
 from protos import rekindle_pb2 as pb
 from protos import rekindle_pb2_grpc as pb_grpc
-from protos.tls import ServerTls, Tls, listen
+from protos.tls import ServerTls, Tls, is_loopback, listen
 from server.cache_service import CacheService
 from server.calls import Calls
 from server.config import ServerConfig
 from server.directory import WorkerAddresses, WorkerDirectory
 from server.health import Health
+from server.identity import Identities
 from server.metrics import FrontMetrics
 from server.service import InferenceService
 from server.sessions import SessionKeeper
@@ -44,7 +45,8 @@ class Application:
         self._records = records
         self.directory = directory
         self.metrics = metrics
-        self._calls = Calls(metrics)
+        self._identities = Identities(config)
+        self._calls = Calls(metrics, self._identities)
         self._turns = Turns(records, directory, metrics, config)
         self._sessions = SessionKeeper(
             records,
@@ -64,7 +66,10 @@ class Application:
 
     @classmethod
     def build(cls, config: ServerConfig, workers: WorkerAddresses) -> Self:
-        """Wire a front end for these workers. Nothing is connected yet."""
+        """Wire a front end for these workers. Nothing is connected yet.
+
+        Raises ConfigError for files of keys that make no sense, OSError for files that can't be read.
+        """
         return cls(
             config,
             records=open_records(config.redis_url, timeout_s=config.redis_timeout_s),
@@ -84,6 +89,8 @@ class Application:
         self._server = self._make_server()
         tls = ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
         port = listen(self._server, config.listen_host, config.port, tls, setting="tls_cert")
+        if not (self._identities.ask or config.tls_client_ca or is_loopback(config.listen_host)):
+            _log.warning("anybody may call", address=config.listen_host, setting="api_keys")
         metrics_port = self.metrics.serve(config.listen_host, config.metrics_port)
         self.address = f"{config.listen_host}:{port}"
         self.metrics_address = f"{config.listen_host}:{metrics_port}"

@@ -1,4 +1,4 @@
-"""Around every call of ours: an id, the log context, metrics, errors as statuses, and a door that closes on drain."""
+"""Around every call of ours: who calls, an id, the log context, metrics, errors as statuses, a door that closes."""
 
 import asyncio
 import time
@@ -13,7 +13,8 @@ import grpc.aio
 import structlog
 
 from protos.status import abort
-from server.errors import ShuttingDown
+from server.errors import ShuttingDown, Unauthenticated
+from server.identity import Caller, Identities, answer_for
 from server.metrics import FrontMetrics
 from server.status import failure_of, is_expected
 
@@ -31,8 +32,9 @@ def request_id() -> str:
 class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the methods of rekindle.v1; health and reflection pass as they are."""
 
-    def __init__(self, metrics: FrontMetrics) -> None:
+    def __init__(self, metrics: FrontMetrics, identities: Identities) -> None:
         self._metrics = metrics
+        self._identities = identities
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -47,12 +49,15 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         path = handler_call_details.method
         if handler is None or not path.startswith(_OURS):
             return handler
-        wrap = (
-            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
-        )
-        behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        method, streams = path.removeprefix(_OURS), handler.response_streaming
+        try:
+            caller = self._identities.identify(handler_call_details.invocation_metadata or ())
+        except Unauthenticated as error:
+            return self._refused(method, error)
+        wrap = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+        behaviour = handler.unary_stream if streams else handler.unary_unary
         return wrap(
-            self._around(path.removeprefix(_OURS), behaviour),
+            self._around(method, behaviour, caller),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
@@ -67,18 +72,30 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return False
         return True
 
-    def _around(self, method: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Any:
+    def _around(self, method: str, behaviour: Callable[[Any, Any], Awaitable[Any]], caller: Caller) -> Any:
         async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            async with self._accounted(method, context):
+            answer_for(caller)
+            async with self._accounted(method, context, tenant=caller.tenant):
                 return await behaviour(request, context)
 
         return answer
 
+    def _refused(self, method: str, error: Unauthenticated) -> Any:
+        """Answers without having received a message, be it one or many: 64 MiB of a stranger's are not read."""
+
+        async def refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            async with self._accounted(method, context):
+                raise error
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
     @asynccontextmanager
-    async def _accounted(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncGenerator[None, None]:
+    async def _accounted(
+        self, method: str, context: grpc.aio.ServicerContext[Any, Any], **bound: str
+    ) -> AsyncGenerator[None, None]:
         call_id = uuid.uuid4().hex
         _request_id.set(call_id)  # each call is a task with a context of its own
-        structlog.contextvars.bind_contextvars(request=call_id, method=method)
+        structlog.contextvars.bind_contextvars(request=call_id, method=method, **bound)
         self._enter(method)
         code = "OK"
         try:

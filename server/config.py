@@ -43,6 +43,29 @@ class ServerConfig:
     worker_tls_name: str = ""
     """The name in the workers' certificates; empty: the address that they are reached by."""
 
+    api_keys: str = ""
+    """TOML file with the hashes of API keys, each with its tenant, and with tenants' limits; `rekindle keys new` writes
+    it, and changes are taken up as they come. Without it and jwt_keys, calls need no key."""
+
+    jwt_keys: str = ""
+    """PEM file with the public key, or JWKS, of who signs JSON Web Tokens: RS256, ES256 or HS256."""
+
+    jwt_audience: str = ""
+    jwt_issuer: str = ""
+    """What a token must name as its audience and its issuer; needed with jwt_keys."""
+
+    jwt_tenant_claim: str = "tenant"
+    """The claim that names a token's tenant."""
+
+    tenant_max_sessions: int = 0
+    """How many sessions a tenant may keep, where api_keys doesn't say; 0: any number."""
+
+    tenant_max_tokens: int = 0
+    """How many tokens (of 4 bytes) a tenant's sessions may have together, where api_keys doesn't say; 0: any number."""
+
+    tenant_max_turns: int = 0
+    """How many turns of a tenant may run at once on this front end, where api_keys doesn't say; 0: any number."""
+
     redis_url: str = "redis://127.0.0.1:6379"
     """redis://, rediss:// or unix:// for the server that keeps sessions; redis+cluster:// or rediss+cluster:// for a
     Redis Cluster; memory:// (or nothing) keeps them in this process, for tests."""
@@ -97,12 +120,26 @@ class ServerConfig:
         for name in ("redis_timeout_s", "lease_s", "worker_poll_s", "worker_silence_s", "max_message_bytes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("session_ttl_s", "block_ttl_s", "failover_wait_s", "flush_timeout_s", "drain_s"):
+        for name in (
+            "tenant_max_sessions",
+            "tenant_max_tokens",
+            "tenant_max_turns",
+            "session_ttl_s",
+            "block_ttl_s",
+            "failover_wait_s",
+            "flush_timeout_s",
+            "drain_s",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError(f"tls_cert and tls_key go together, got {self.tls_cert!r} and {self.tls_key!r}")
-        for name, needed in (("tls_client_ca", "tls_cert"), ("worker_tls_name", "worker_tls_ca")):
+        for name, needed in (
+            ("tls_client_ca", "tls_cert"),
+            ("worker_tls_name", "worker_tls_ca"),
+            ("jwt_keys", "jwt_audience"),
+            ("jwt_keys", "jwt_issuer"),
+        ):
             if getattr(self, name) and not getattr(self, needed):
                 raise ConfigError(f"{name} needs {needed}")
         if self.codec not in SESSION_CODECS:

@@ -31,5 +31,13 @@ class WorkerFault(ServingError):
     """A worker broke the protocol, or could not start. Says which and how."""
 
 
+class Unauthenticated(ServingError):
+    """Nobody knows who calls. Says no more."""
+
+
+class NotAllowed(ServingError):
+    """The caller is known, and may not do this."""
+
+
 class ShuttingDown(ServingError):
     """This front end takes no new calls. Another one does."""

@@ -9,7 +9,7 @@ from cache_store.records import check_session_id
 from protos import rekindle_pb2 as pb
 from protos.rekindle_pb2_grpc import InferenceServicer
 from server.calls import deadline_of, request_id
-from server.identity import tenant_of
+from server.identity import caller
 from server.turns import Turns
 from server.validation import check_generate
 
@@ -24,7 +24,7 @@ class InferenceService(InferenceServicer):
         check_generate(request)
         if request.session_id:
             check_session_id(request.session_id)
-        turn = self._turns.run(tenant_of(context), request, request_id=request_id(), deadline_s=deadline_of(context))
+        turn = self._turns.run(caller().tenant, request, request_id=request_id(), deadline_s=deadline_of(context))
         # Written, not yielded: a client that hangs up then cancels this very coroutine, and the turn is closed at once.
         async with aclosing(turn) as responses:
             async for response in responses:

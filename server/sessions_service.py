@@ -7,7 +7,7 @@ import grpc.aio
 from cache_store.records import SessionRecord, check_session_id
 from protos import rekindle_pb2 as pb
 from protos.rekindle_pb2_grpc import SessionsServicer
-from server.identity import tenant_of
+from server.identity import caller
 from server.sessions import SessionKeeper
 from server.validation import check_codec, check_page_size, check_ttl
 
@@ -24,7 +24,7 @@ class SessionsService(SessionsServicer):
         if request.session_id:
             check_session_id(request.session_id)
         record = await self._keeper.create(
-            tenant_of(context),
+            caller().tenant,
             request.session_id,
             ttl_s=check_ttl(request.ttl_s),
             pinned=request.pinned,
@@ -33,7 +33,7 @@ class SessionsService(SessionsServicer):
         return session_of(record)
 
     async def GetSession(self, request: pb.GetSessionRequest, context: _Context) -> pb.Session:
-        record = await self._keeper.get(tenant_of(context), check_session_id(request.session_id))
+        record = await self._keeper.get(caller().tenant, check_session_id(request.session_id))
         if request.user_is_typing:
             self._keeper.prefetch(record)
         session = session_of(record)
@@ -47,13 +47,13 @@ class SessionsService(SessionsServicer):
 
     async def ListSessions(self, request: pb.ListSessionsRequest, context: _Context) -> pb.ListSessionsResponse:
         page_size = check_page_size(request.page_size)
-        page = await self._keeper.page(tenant_of(context), page_size=page_size, page_token=request.page_token)
+        page = await self._keeper.page(caller().tenant, page_size=page_size, page_token=request.page_token)
         sessions = [session_of(record) for record in page.records]
         return pb.ListSessionsResponse(sessions=sessions, next_page_token=page.next_token)
 
     async def UpdateSession(self, request: pb.UpdateSessionRequest, context: _Context) -> pb.Session:
         record = await self._keeper.update(
-            tenant_of(context),
+            caller().tenant,
             check_session_id(request.session_id),
             ttl_s=check_ttl(request.ttl_s) if request.HasField("ttl_s") else None,
             pinned=request.pinned if request.HasField("pinned") else None,
@@ -65,18 +65,18 @@ class SessionsService(SessionsServicer):
         if request.new_session_id:
             check_session_id(request.new_session_id, "new_session_id")
         at_turn = request.at_turn if request.HasField("at_turn") else None
-        fork = await self._keeper.fork(tenant_of(context), session_id, at_turn=at_turn, new_id=request.new_session_id)
+        fork = await self._keeper.fork(caller().tenant, session_id, at_turn=at_turn, new_id=request.new_session_id)
         return session_of(fork)
 
     async def ParkSession(self, request: pb.ParkSessionRequest, context: _Context) -> pb.ParkSessionResponse:
         session_id = check_session_id(request.session_id)
-        return await self._keeper.park(tenant_of(context), session_id, drop_host=request.drop_host)
+        return await self._keeper.park(caller().tenant, session_id, drop_host=request.drop_host)
 
     async def WarmSession(self, request: pb.WarmSessionRequest, context: _Context) -> pb.WarmSessionResponse:
-        return await self._keeper.warm(tenant_of(context), check_session_id(request.session_id))
+        return await self._keeper.warm(caller().tenant, check_session_id(request.session_id))
 
     async def DeleteSession(self, request: pb.DeleteSessionRequest, context: _Context) -> pb.DeleteSessionResponse:
-        return await self._keeper.delete(tenant_of(context), check_session_id(request.session_id))
+        return await self._keeper.delete(caller().tenant, check_session_id(request.session_id))
 
 
 def session_of(record: SessionRecord) -> pb.Session:

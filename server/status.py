@@ -23,6 +23,8 @@ MEANINGS: Final[dict[type[BaseException], Meaning]] = {
     errors.NoWorker: Meaning(_Code.UNAVAILABLE, "NO_WORKER", retry_after_s=1.0),
     errors.WorkerLost: Meaning(_Code.UNAVAILABLE, "WORKER_LOST", retry_after_s=0.5),
     errors.WorkerFault: Meaning(_Code.INTERNAL, "WORKER_FAULT"),
+    errors.Unauthenticated: Meaning(_Code.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    errors.NotAllowed: Meaning(_Code.PERMISSION_DENIED, "NOT_ALLOWED"),
     errors.ShuttingDown: Meaning(_Code.UNAVAILABLE, "SHUTTING_DOWN", retry_after_s=1.0),
 }
 _BUG: Final = Meaning(_Code.INTERNAL, "INTERNAL")

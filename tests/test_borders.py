@@ -27,6 +27,7 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "worker/service.py": ("protos",),
     "worker/status.py": ("protos",),
     "worker/translate.py": ("protos",),
+    "rekindle/cli_keys.py": ("server.api_keys", "server.config"),
     "rekindle/cli_measure.py": ("benchmarks",),
     "rekindle/settings.py": ("server.config", "worker.config"),
     "rekindle/serve.py": ("server", "worker.actor", "worker.config", "cache_store"),
@@ -39,6 +40,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "torch": ("worker/", "models/", "benchmarks/"),
     "transformers": ("worker/", "models/", "benchmarks/"),
     "prometheus_client": ("server/metrics.py", "worker/metrics.py", "benchmarks/"),
+    "jwt": ("server/tokens.py",),
 }
 """Libraries, and the only places that know them."""
 
