@@ -30,7 +30,7 @@ def proxy(running: FaultProxy, redis_server: RedisServer) -> Iterator[FaultProxy
 
 @pytest.fixture
 def client(proxy: FaultProxy) -> Iterator[redis.Redis]:
-    with redis.Redis(port=proxy.port, socket_timeout=0.3, retry=Retry(NoBackoff(), 0)) as client:
+    with redis.Redis(port=proxy.port, socket_timeout=1.0, retry=Retry(NoBackoff(), 0)) as client:
         client.set("key", VALUE)
         yield client
 
