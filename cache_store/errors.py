@@ -37,6 +37,10 @@ class BlockForeign(StoreError):
     """A block came back whole, but of another model, layout or codec."""
 
 
+class RecordUnreadable(StoreError):
+    """A session's record is not as it was sealed, or there is no key for it here."""
+
+
 class SessionNotFound(ServingError):
     """This tenant has no such session."""
 

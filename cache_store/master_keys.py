@@ -14,6 +14,7 @@ from cache_store.sealing import KEY_BYTES, Keyring, MasterKey
 
 _ENTRY = re.compile(rf"([A-Za-z0-9._-]{{1,16}}):([0-9a-fA-F]{{{2 * KEY_BYTES}}})")
 _NAMES = "names"
+_PLAIN = "plain"
 _COMMAND_WITHIN_S = 30.0
 _FIELD = "master_keys"
 SOURCES = ("file:", "env:", "command:")
@@ -41,10 +42,16 @@ def load_keyring(source: str) -> Keyring | None:
 
 def parse_keys(text: str) -> Keyring:
     """Read entries ID:HEX, parted by whitespace. The first one seals, all open, and the one called `names` names
-    blocks. Raises InvalidRequest, which says which entry is wrong and never what is in it."""
+    blocks. The word `plain` beside them has records read that were never sealed.
+
+    Raises InvalidRequest, which says which entry is wrong and never what is in it.
+    """
     keys: list[MasterKey] = []
     names: bytes | None = None
-    for number, entry in enumerate(text.split(), start=1):
+    entries = text.split()
+    for number, entry in enumerate(entries, start=1):
+        if entry == _PLAIN:
+            continue
         match = _ENTRY.fullmatch(entry)
         if match is None:
             raise InvalidRequest(
@@ -59,7 +66,7 @@ def parse_keys(text: str) -> Keyring:
             keys.append(MasterKey(key_id, secret))
     if not keys or names is None:
         raise InvalidRequest(_FIELD, f"needs an entry ID:HEX that seals and one {_NAMES}:HEX that names blocks")
-    return Keyring(keys, names=names)
+    return Keyring(keys, names=names, takes_plain=_PLAIN in entries)
 
 
 def _read_file(path: Path) -> str:

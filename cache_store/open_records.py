@@ -7,20 +7,25 @@ from redis.backoff import ExponentialBackoff
 
 from cache_store.errors import InvalidRequest
 from cache_store.memory_records import MemoryRecords
+from cache_store.record_format import SealedFormat
 from cache_store.records import RecordStore
 from cache_store.redis_records import RedisRecords
+from cache_store.sealing import Keyring, Purpose
 
 _MAX_CONNECTIONS = 64
 
 
-def open_records(url: str, *, timeout_s: float = 2.0) -> RecordStore:
+def open_records(url: str, *, timeout_s: float = 2.0, keyring: Keyring | None = None) -> RecordStore:
     """Open the store that `url` names; nothing is connected yet. Raises InvalidRequest for a URL that can't be used.
 
     redis://, rediss:// and unix:// name one server, redis+cluster:// and rediss+cluster:// any node of a Redis
-    Cluster; memory:// (or nothing) keeps records in this process.
+    Cluster; memory:// (or nothing) keeps records in this process. With a `keyring`, what leaves it is sealed.
     """
     if url in ("", "memory://"):
         return MemoryRecords()
+    record_format = None
+    if keyring is not None:
+        record_format = SealedFormat(keyring.sealer(Purpose.RECORDS), takes_plain=keyring.takes_plain)
     # One retry heals a connection that died while it lay idle; our scripts may be repeated.
     retry = Retry(ExponentialBackoff(cap=0.1, base=0.01), 1)
     sockets = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
@@ -29,10 +34,10 @@ def open_records(url: str, *, timeout_s: float = 2.0) -> RecordStore:
         if scheme in ("redis+cluster", "rediss+cluster"):
             node = scheme.removesuffix("+cluster") + separator + rest
             cluster = RedisCluster.from_url(node, retry=retry, max_connections=_MAX_CONNECTIONS, **sockets)
-            return RedisRecords(cluster, timeout_s=2 * timeout_s)
+            return RedisRecords(cluster, timeout_s=2 * timeout_s, record_format=record_format)
         pool = BlockingConnectionPool.from_url(
             url, max_connections=_MAX_CONNECTIONS, timeout=timeout_s, retry=retry, **sockets
         )
     except ValueError as error:
         raise InvalidRequest("redis_url", str(error)) from error
-    return RedisRecords(Redis.from_pool(pool), timeout_s=2 * timeout_s)
+    return RedisRecords(Redis.from_pool(pool), timeout_s=2 * timeout_s, record_format=record_format)

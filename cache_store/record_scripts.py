@@ -97,7 +97,8 @@ keep()
 return {'OK'}
 """)
 
-# ARGV: holder, version before, new tokens, turn, now in ms, model, worker id.
+# ARGV: holder, version before, new tokens, turn, now in ms, model, worker id, whether these are all tokens and turns,
+# number of all tokens, seal or ''.
 COMMIT = _script("""
 if missing() then return {'MISSING'} end
 local version, before = tonumber(redis.call('HGET', meta, 'version')), tonumber(ARGV[2])
@@ -106,9 +107,11 @@ if version == before + 1 and redis.call('HGET', meta, 'committed_by') == ARGV[1]
 end
 if version ~= before or redis.call('GET', lock) ~= ARGV[1] then return {'BUSY'} end
 insist()
-local length = redis.call('APPEND', tokens, ARGV[3])
+if ARGV[8] == '1' then redis.call('DEL', tokens, turns) end
+if ARGV[3] ~= '' then redis.call('APPEND', tokens, ARGV[3]) end
 redis.call('RPUSH', turns, ARGV[4])
-redis.call('HSET', meta, 'version', before + 1, 'num_tokens', length / 4, 'committed_by', ARGV[1],
+if ARGV[10] ~= '' then redis.call('HSET', meta, 'seal', ARGV[10]) end
+redis.call('HSET', meta, 'version', before + 1, 'num_tokens', ARGV[9], 'committed_by', ARGV[1],
   'last_used_ms', ARGV[5], 'model', ARGV[6], 'worker_id', ARGV[7])
 redis.call('DEL', lock)
 keep()

@@ -50,6 +50,8 @@ class SessionRecord:
     token_ids: tuple[int, ...] = field(default=(), repr=False)
     num_tokens: int = 0
     """Length of the history. Listings give it without `token_ids`; a store fills it in on every read."""
+    continuation: bytes = field(default=b"", repr=False, compare=False)
+    """The store's own: what the commit that follows this read goes on from."""
 
 
 class Page(NamedTuple):

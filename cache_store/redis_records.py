@@ -8,29 +8,34 @@ import asyncio
 import base64
 import binascii
 import re
-import struct
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-import numpy as np
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import NoScriptError
 
 from cache_store import record_scripts as scripts
-from cache_store.codecs import RAW
-from cache_store.errors import InvalidRequest, SessionBusy, SessionExists, SessionNotFound, StoreError, StoreUnavailable
+from cache_store.errors import (
+    InvalidRequest,
+    RecordUnreadable,
+    SessionBusy,
+    SessionExists,
+    SessionNotFound,
+    StoreError,
+    StoreUnavailable,
+)
 from cache_store.late_releases import LateReleases
+from cache_store.record_format import Kept, PlainFormat, RecordFormat, Written, meta_fields, read_meta
 from cache_store.record_scripts import Script
 from cache_store.records import Page, SessionRecord, TurnRecord
 from cache_store.redis_errors import ours
 from cache_store.store import ServerInfo
 
-_TURN = struct.Struct("<IIIIq")  # start, reply_start, end, finish_reason, committed_ms; then the idempotency key
 _MEMBER = re.compile(r"(\d{15}):([A-Za-z0-9._:-]{1,128})")  # created_ms, session_id: sorts by age
 _GONE_MS = 300_000
 """How long a released holder can't lock again: longer than what it sent stays on its way."""
@@ -64,24 +69,29 @@ class RedisRecords:
         *,
         timeout_s: float,
         asked: Sequence[Redis] = (),
+        record_format: RecordFormat | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`asked` are clients of the Sentinels that `redis` is found through, to be closed with it."""
+        """`asked` are clients of the Sentinels that `redis` is found through, to be closed with it.
+
+        Without a `record_format` records are kept in the clear.
+        """
         self._redis: Any = redis  # redis-py's own types don't agree with what its methods return
         self._asked = asked
         self._timeout_s = timeout_s
         self._now = now
+        self._format = record_format or PlainFormat()
         self._late = LateReleases(self._release)
 
     async def create(self, record: SessionRecord) -> None:
         index, member = _index(record.tenant), _member(record.created_ms, record.session_id)
-        fields = [part for pair in _meta_fields(record).items() for part in pair]
-        turns = [_pack_turn(turn) for turn in record.turns]
+        written = self._format.created(record)
+        fields = [part for pair in (meta_fields(record) | _seal_field(written)).items() for part in pair]
         async with self._asking(f"create session {record.session_id}"):
             # Expired sessions leave the index when it is read; where nobody reads it, creating keeps it small.
             await self._live_metas(record.tenant, await self._redis.zrandmember(index, 2))
             await self._redis.zadd(index, {member: 0})  # first: a session that is there is always listed
-            args = [uuid.uuid4().hex, _pack_tokens(record.token_ids), len(turns), *turns, *fields]
+            args = [uuid.uuid4().hex, written.tokens, len(written.entries), *written.entries, *fields]
             status, *_ = await self._run(scripts.CREATE, record.tenant, record.session_id, *args)
         if status == b"EXISTS":
             raise SessionExists(f"session {record.session_id} exists")
@@ -97,7 +107,7 @@ class RedisRecords:
                 wanted = page_size + 1 - len(found)
                 members = await self._redis.zrevrangebylex(index, upto, "-", start=0, num=wanted)
                 live = await self._live_metas(tenant, members)
-                found += [_read_record(tenant, entry.session_id, meta) for entry, meta in live]
+                found += [read_meta(tenant, entry.session_id, meta) for entry, meta in live]
                 if len(members) < wanted:
                     break
                 upto = "(" + members[-1].decode()
@@ -111,9 +121,13 @@ class RedisRecords:
         return await self._record(scripts.UPDATE, tenant, session_id, *args)
 
     async def begin(self, tenant: str, session_id: str, *, holder: str, lease_s: float) -> SessionRecord:
-        return await self._record(
-            scripts.BEGIN, tenant, session_id, holder, _ms(lease_s), _ms(self._now()), doing="lock"
-        )
+        try:
+            return await self._record(
+                scripts.BEGIN, tenant, session_id, holder, _ms(lease_s), _ms(self._now()), doing="lock"
+            )
+        except RecordUnreadable:  # locked, and nobody would unlock it
+            await self.release(tenant, session_id, holder=holder)
+            raise
 
     async def renew(self, tenant: str, session_id: str, *, holder: str, lease_s: float) -> None:
         await self._answer(scripts.RENEW, tenant, session_id, holder, _ms(lease_s), doing="renew the lease of")
@@ -128,17 +142,22 @@ class RedisRecords:
         model: str,
         worker_id: str,
     ) -> None:
+        written = self._format.committed(before, new_tokens=new_tokens, turn=turn, model=model)
+        [entry] = written.entries
         await self._answer(
             scripts.COMMIT,
             before.tenant,
             before.session_id,
             holder,
             before.version,
-            _pack_tokens(new_tokens),
-            _pack_turn(turn),
+            written.tokens,
+            entry,
             _ms(self._now()),
             model,
             worker_id,
+            int(written.replaces),
+            written.num_tokens,
+            written.seal,
             doing="commit to",
         )
 
@@ -188,7 +207,7 @@ class RedisRecords:
     ) -> SessionRecord:
         _, meta, tokens, turns = await self._answer(script, tenant, session_id, *args, doing=doing)
         fields = dict(zip(meta[::2], meta[1::2], strict=True))
-        return _read_record(tenant, session_id, fields, tokens=tokens, turns=turns)
+        return self._format.read(tenant, session_id, Kept(fields, tokens, turns))
 
     async def _answer(self, script: Script, tenant: str, session_id: str, *args: Any, doing: str) -> Any:
         async with self._asking(f"{doing} session {session_id}"):
@@ -244,6 +263,10 @@ class RedisRecords:
                 raise asyncio.CancelledError
 
 
+def _seal_field(written: Written) -> dict[str, str | int | bytes]:
+    return {"seal": written.seal} if written.seal else {}
+
+
 def _keys(tenant: str, session_id: str) -> _Keys:
     tag = f"rekindle:{{{quote(tenant, safe='')}/{session_id}}}"
     return _Keys(f"{tag}:meta", f"{tag}:tokens", f"{tag}:turns", f"{tag}:lock", f"{tag}:gone")
@@ -279,62 +302,3 @@ def _cursor(page_token: str) -> str:
 
 def _ms(seconds: float) -> int:
     return int(seconds * 1000)
-
-
-def _pack_tokens(token_ids: Sequence[int]) -> bytes:
-    return np.asarray(token_ids, dtype="<u4").tobytes()
-
-
-def _pack_turn(turn: TurnRecord) -> bytes:
-    fixed = _TURN.pack(turn.start, turn.reply_start, turn.end, turn.finish_reason, turn.committed_ms)
-    return fixed + turn.idempotency_key.encode()
-
-
-def _read_turn(packed: bytes) -> TurnRecord:
-    start, reply_start, end, finish_reason, committed_ms = _TURN.unpack_from(packed)
-    return TurnRecord(
-        start=start,
-        reply_start=reply_start,
-        end=end,
-        finish_reason=finish_reason,
-        committed_ms=committed_ms,
-        idempotency_key=packed[_TURN.size :].decode(),
-    )
-
-
-def _meta_fields(record: SessionRecord) -> dict[str, str | int]:
-    return {
-        "version": record.version,
-        "model": record.model,
-        "created_ms": record.created_ms,
-        "last_used_ms": record.last_used_ms,
-        "ttl_s": record.ttl_s,
-        "pinned": int(record.pinned),
-        "worker_id": record.worker_id,
-        "codec": record.codec,
-        "parent_session_id": record.parent_session_id,
-        "parent_turn": record.parent_turn,
-        "num_tokens": len(record.token_ids),
-    }
-
-
-def _read_record(
-    tenant: str, session_id: str, meta: Mapping[bytes, bytes], *, tokens: bytes = b"", turns: Iterable[bytes] = ()
-) -> SessionRecord:
-    return SessionRecord(
-        tenant=tenant,
-        session_id=session_id,
-        version=int(meta[b"version"]),
-        model=meta[b"model"].decode(),
-        created_ms=int(meta[b"created_ms"]),
-        last_used_ms=int(meta[b"last_used_ms"]),
-        ttl_s=int(meta[b"ttl_s"]),
-        pinned=meta[b"pinned"] == b"1",
-        worker_id=meta[b"worker_id"].decode(),
-        codec=meta.get(b"codec", RAW.name.encode()).decode(),  # none in a record from before there was a choice
-        parent_session_id=meta[b"parent_session_id"].decode(),
-        parent_turn=int(meta[b"parent_turn"]),
-        turns=tuple(_read_turn(turn) for turn in turns),
-        token_ids=tuple(np.frombuffer(tokens, dtype="<u4").tolist()),
-        num_tokens=int(meta[b"num_tokens"]),
-    )

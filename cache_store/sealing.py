@@ -68,14 +68,18 @@ class MasterKey:
 class Keyring:
     """Master keys. The first one seals, all of them open. Shows no secret when it is printed."""
 
-    def __init__(self, keys: Sequence[MasterKey], *, names: bytes) -> None:
-        """`names` is a secret of 32 bytes that names blocks. It seals nothing, and stays when master keys change."""
+    def __init__(self, keys: Sequence[MasterKey], *, names: bytes, takes_plain: bool = False) -> None:
+        """`names` is a secret of 32 bytes that names blocks. It seals nothing, and stays when master keys change.
+
+        With `takes_plain` records that were never sealed are read too.
+        """
         assert keys, "a keyring without keys"
         assert len(names) == KEY_BYTES, f"a secret of {len(names)} bytes"
         self._secrets = {key.key_id: key.secret for key in keys}
         self._names = names
         self.first = keys[0].key_id
         """The id of the key that seals."""
+        self.takes_plain = takes_plain
 
     def __repr__(self) -> str:
         return f"Keyring({', '.join(self._secrets)})"

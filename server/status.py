@@ -19,6 +19,7 @@ MEANINGS: Final[dict[type[BaseException], Meaning]] = {
     store.StoreFull: Meaning(_Code.RESOURCE_EXHAUSTED, "STORE_FULL", retry_after_s=10.0),
     store.BlockCorrupt: Meaning(_Code.DATA_LOSS, "BLOCK_CORRUPT"),
     store.BlockForeign: Meaning(_Code.DATA_LOSS, "BLOCK_FOREIGN"),
+    store.RecordUnreadable: Meaning(_Code.DATA_LOSS, "RECORD_UNREADABLE"),
     store.StoreError: Meaning(_Code.INTERNAL, "STORE_FAILED"),
     errors.NoWorker: Meaning(_Code.UNAVAILABLE, "NO_WORKER", retry_after_s=1.0),
     errors.WorkerLost: Meaning(_Code.UNAVAILABLE, "WORKER_LOST", retry_after_s=0.5),

@@ -5,10 +5,10 @@ import hashlib
 from cache_store.sealing import Keyring, MasterKey
 
 
-def keyring(*key_ids: str) -> Keyring:
+def keyring(*key_ids: str, takes_plain: bool = False) -> Keyring:
     """The first of these seals, all open."""
     keys = [MasterKey(key_id, _secret(key_id)) for key_id in key_ids or ("2026",)]
-    return Keyring(keys, names=_secret("names"))
+    return Keyring(keys, names=_secret("names"), takes_plain=takes_plain)
 
 
 def entries(*key_ids: str) -> str:

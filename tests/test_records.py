@@ -12,19 +12,20 @@ from cache_store.embedded_redis import RedisServer
 from cache_store.errors import InvalidRequest, SessionBusy, SessionExists, SessionNotFound, StoreFull, StoreUnavailable
 from cache_store.open_records import open_records
 from cache_store.records import RecordStore, SessionRecord, TurnRecord, check_session_id
+from tests.keyrings import keyring
 
 NOW_MS = 1_700_000_000_000
 
 
-@pytest.fixture(params=["memory", "redis", "cluster"])
+@pytest.fixture(params=["memory", "redis", "sealed", "cluster"])
 async def records(request: pytest.FixtureRequest) -> AsyncIterator[RecordStore]:
     if request.param == "memory":
         url = "memory://"
-    elif request.param == "redis":
+    elif request.param in ("redis", "sealed"):
         url = request.getfixturevalue("redis_url")
     else:
         url = request.getfixturevalue("redis_cluster").url
-    store = open_records(url)
+    store = open_records(url, keyring=keyring() if request.param == "sealed" else None)
     yield store
     await store.aclose()
 

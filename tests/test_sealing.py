@@ -135,7 +135,9 @@ def test_keys_come_from_a_file_the_environment_or_a_command(tmp_path: Path, monk
         assert ring is not None
         assert ring.first == "2026"
         assert repr(ring) == "Keyring(2026, 2025)"
+        assert not ring.takes_plain
     assert load_keyring("") is None
+    assert parse_keys(f"{ENTRIES} plain").takes_plain
 
 
 @pytest.mark.parametrize(
