@@ -1,4 +1,4 @@
-"""Run a real redis-server process of our own, for demos and tests: on loopback, nothing on disk, ended with its owner.
+"""Run a real redis-server process of our own, for demos and tests: on loopback, ended with its owner, its files too.
 
 Knows processes and ports. Knows nothing of blocks or records.
 """
@@ -27,6 +27,7 @@ class RedisServer:
     """One redis-server on a free loopback port and a unix socket, until `close`.
 
     `user` is an ACL user's name and password (the default user is then off); `password` alone guards the default user.
+    With `append_only` what was acknowledged outlives a restart.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class RedisServer:
         max_memory_bytes: int = 0,
         eviction_policy: str = "noeviction",
         cluster: bool = False,
+        append_only: bool = False,
     ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="rekindle-redis-"))  # short: a socket's path has 108 bytes at most
         self._cluster = cluster
@@ -47,7 +49,7 @@ class RedisServer:
             f"dir {self._folder}",
             f"unixsocket {self._socket_path}",
             'save ""',
-            "appendonly no",
+            f"appendonly {'yes' if append_only else 'no'}",
             f"maxmemory {max_memory_bytes}",
             f"maxmemory-policy {eviction_policy}",
         ]
@@ -97,7 +99,7 @@ class RedisServer:
             time.sleep(0.01)
 
     def stop(self) -> None:
-        """End the server in good order; everything in it is gone."""
+        """End the server in good order; everything in it is gone, unless it was saved."""
         if self._process is None:
             return
         self._process.send_signal(signal.SIGCONT)  # a paused process does not hear SIGTERM

@@ -80,6 +80,9 @@ class FakeEngine:
     def retain(self, tenant: str, tokens: Sequence[int], *, codec: str, ttl_s: int) -> Future[int]:
         return self._answer(7, "retain", tenant, tokens, codec, ttl_s)
 
+    def check(self) -> None:
+        """Nothing here could be out of balance."""
+
     def stats(self) -> EngineStats:
         return EngineStats(
             device_tokens=1,

@@ -1,4 +1,7 @@
-"""A worker as a plain process, without Ray: `python -m worker --config JSON`. Stops cleanly on SIGTERM and SIGINT."""
+"""A worker as a plain process, without Ray: `python -m worker --config JSON`. Stops cleanly on SIGTERM and SIGINT.
+
+On SIGUSR1 it proves that its blocks balance, and says so on standard output: `{"check": ""}`, or what is wrong.
+"""
 
 import argparse
 import asyncio
@@ -18,11 +21,32 @@ async def _serve(worker_id: str, config: WorkerConfig, port: int, drain_s: float
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     app = await WorkerApp.start(worker_id, config, port=port)
+    checks: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
+
+    def check() -> None:
+        task = asyncio.create_task(_say_check(app))
+        checks.add(task)
+        task.add_done_callback(checks.discard)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, check)
     # One line for whoever started this process and waits for it to be up.
-    sys.stdout.write(json.dumps({"address": app.address, "metrics_address": app.metrics_address}) + "\n")
-    sys.stdout.flush()
+    _say({"address": app.address, "metrics_address": app.metrics_address})
     await stopped.wait()
     await app.stop(within_s=drain_s)
+
+
+async def _say_check(app: WorkerApp) -> None:
+    try:
+        await app.check()
+    except AssertionError as error:
+        _say({"check": str(error) or "an assertion failed"})
+    else:
+        _say({"check": ""})
+
+
+def _say(line: dict[str, str]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
 
 
 def main() -> int:

@@ -60,6 +60,10 @@ class WorkerApp:
         _log.info("worker serves", worker=worker_id, model=config.model, address=address, metrics=metrics_address)
         return app
 
+    async def check(self) -> None:
+        """Prove that the engine's blocks balance (asserts). For idle moments and tests."""
+        await asyncio.to_thread(self._engine.check)
+
     async def stop(self, *, within_s: float) -> None:
         """Let running turns finish within `within_s`, store what is not yet stored, and go. Called again: wait."""
         if self._stopping is None:
