@@ -64,7 +64,7 @@ class Faults:
         await self._weather(1.0, 6.0, swallowed=True)
 
     async def redis_resets(self) -> None:
-        """In the middle of values: a block has 32 KiB."""
+        """In the middle of values: a block has 64 KiB."""
         await self._weather(2.0, 6.0, reset_within_bytes=256 << 10)
 
     async def redis_refuses(self) -> None:

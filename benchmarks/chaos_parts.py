@@ -26,9 +26,12 @@ LEASE_S = 4.0
 
 _WORKER = {
     "model": "rekindle-recall",
-    "block_tokens": 16,  # 32 KiB each
-    "device_cache_bytes": 8 << 20,  # less than the conversations need together: blocks are evicted too
-    "host_cache_bytes": 16 << 20,
+    # A block that is lost is computed again in another batch. In bfloat16 that rounds otherwise, and where two tokens
+    # are about equally likely the reply goes otherwise too: no fault of anybody's, and not to be told from one.
+    "dtype": "float32",
+    "block_tokens": 16,  # 64 KiB each
+    "device_cache_bytes": 16 << 20,  # less than the conversations need together: blocks are evicted too
+    "host_cache_bytes": 32 << 20,
     "redis_timeout_s": _REDIS_TIMEOUT_S,
     "restore_timeout_s": 5.0,
     "cpu_threads": 1,
