@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import redis as redis_py
 
 from benchmarks.chaos_load import Clients
-from benchmarks.chaos_parts import Deployment, Part
+from benchmarks.chaos_parts import SILENCE_S, Deployment, Part
 from rekindle.client import Client
 from rekindle.errors import RekindleError
 
@@ -43,6 +43,13 @@ class Faults:
 
     async def worker_killed(self) -> Part:
         return await self._killed(self._random.choice(self._deployment.workers))
+
+    async def worker_frozen(self) -> None:
+        """For less or more than it may be silent."""
+        worker = self._random.choice(self._deployment.workers)
+        worker.freeze()
+        await self._last(0.5 * SILENCE_S, 2.0 * SILENCE_S)
+        worker.thaw()
 
     async def front_end_killed(self) -> Part:
         return await self._killed(self._random.choice(self._deployment.fronts))

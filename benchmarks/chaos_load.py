@@ -48,7 +48,7 @@ class Tally:
     stuck: int = 0
     repeated_turns: int = 0
     committed_unheard: int = 0
-    """Turns whose call failed, and which were found committed."""
+    """Turns whose call failed, and which were committed all the same: asked for again, they were sent again."""
     failures: Counter[str] = field(default_factory=Counter)
     """Turns' calls that failed, by fault and status."""
     other_failures: Counter[str] = field(default_factory=Counter)
@@ -125,27 +125,29 @@ class Speaker:
         give_up_s = time.monotonic() + _GIVE_UP_S
         while True:
             generation = self._client.generate(
-                [{"role": "user", "content": said}], session_id=session_id, timeout_s=30.0, **script.sampling
+                [{"role": "user", "content": said}],
+                session_id=session_id,
+                idempotency_key=f"turn-{number}",
+                timeout_s=30.0,
+                **script.sampling,
             )
             try:
                 await generation.read()
             except RekindleError as error:
                 self._tally.failures[f"{self._fault()}: {error.code.name}"] += 1
+            finished = generation.finished
             if expected is not None:
-                whole = generation.finished is not None
-                self._compare_reply(generation.token_ids, expected, number, whole=whole)
-            if generation.finished is not None:
-                if generation.finished.turn != number:
-                    self._tally.doubled_turns += 1
-                    self._tally.wrong(f"{session_id}: turn {number} became turn {generation.finished.turn}")
-                self._tally.tokens += len(generation.token_ids)
-                return
+                self._compare_reply(generation.token_ids, expected, number, whole=finished is not None)
+            if finished is not None:
+                break
             self._move_on(give_up_s)
-            await asyncio.sleep(0.1)
-            if len((await self._read(session_id)).turns) >= number:
-                self._tally.committed_unheard += 1
-                return
             self._tally.repeated_turns += 1
+            await asyncio.sleep(0.1)
+        if finished.turn != number:
+            self._tally.doubled_turns += 1
+            self._tally.wrong(f"{session_id}: turn {number} became turn {finished.turn}")
+        self._tally.committed_unheard += finished.repeated
+        self._tally.tokens += len(generation.token_ids)
 
     def _compare_reply(self, token_ids: Sequence[int], expected: pb.Session, number: int, *, whole: bool) -> None:
         """What was streamed, to its end or not, is what the undisturbed turn said."""

@@ -23,6 +23,8 @@ _STOP_WITHIN_S = 20.0
 _REDIS_TIMEOUT_S = 1.0
 LEASE_S = 4.0
 """How long a session stays locked when its front end is killed."""
+SILENCE_S = 2.0
+"""How long a worker may be frozen before its turns go to the other one."""
 
 _WORKER = {
     "model": "rekindle-recall",
@@ -40,6 +42,7 @@ _WORKER = {
 _FRONT = {
     "redis_timeout_s": _REDIS_TIMEOUT_S,
     "lease_s": LEASE_S,
+    "worker_silence_s": SILENCE_S,
     "worker_poll_s": 0.2,
     "drain_s": 5.0,
     "log_format": "json",
@@ -84,11 +87,19 @@ class Part:
         process.kill()
         process.communicate()
 
+    def freeze(self) -> None:
+        """Let it neither run nor die, until `thaw`."""
+        self._running.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._running.send_signal(signal.SIGCONT)
+
     def stop(self) -> None:
         """End it in good order, if it runs."""
         process, self._process = self._process, None
         if process is None:
             return
+        process.send_signal(signal.SIGCONT)  # what is frozen does not hear SIGTERM
         process.terminate()
         try:
             process.communicate(timeout=_STOP_WITHIN_S)
