@@ -133,7 +133,14 @@ _GROUPS = {
         "tenant_max_tokens",
         "tenant_max_turns",
     ),
-    "Batching": ("max_step_tokens", "max_prefill_tokens", "max_running", "max_waiting"),
+    "Batching": (
+        "max_step_tokens",
+        "max_prefill_tokens",
+        "max_running",
+        "max_waiting",
+        "max_waiting_tokens",
+        "tenant_weights",
+    ),
     "Workers and Ray": (),
 }
 _GROUP_OF_THE_REST = {ServerConfig: "Front end", WorkerConfig: "Workers and Ray", SystemConfig: "Workers and Ray"}

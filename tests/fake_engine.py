@@ -95,6 +95,8 @@ class FakeEngine:
             evicted_then_needed=8,
             running=9,
             waiting=10,
+            waiting_tokens=11,
+            turned_away={"deadline_unmeetable": 12},
             device_blocks={"free": 5, "used": 3, "cached": 2},
             moved=(Moved("redis", "host", "int8", blocks=4, bytes=200, raw_bytes=400, seconds=0.5),),
             prefill_s_saved=2.5,

@@ -20,6 +20,7 @@ from tests.engines import TENANT, EngineFactory, Turn, generate, poison, start
 from tests.systems import System, WorkerProcess, scrape
 from worker import translate
 from worker.calls import AuditReport, Event, Finished, FinishReason, GenerateCall, Receipt, Sampling, Token
+from worker.engine.admission import Ticket
 from worker.engine.audit import Comparison, Recording, bound_of
 from worker.engine.auditor import Auditor
 from worker.engine.engine import Engine
@@ -678,7 +679,7 @@ def a_turn(
     )
     row = RowState(call.sampling, seen=None, counts=None, position=0)
     root = root_hash(b"model", TENANT)
-    return Request(call, listener, root=root, block_tokens=BLOCK, max_new_tokens=2, row=row)
+    return Request(call, listener, root=root, block_tokens=BLOCK, max_new_tokens=2, row=row, ticket=Ticket(40))
 
 
 def finish(auditor: Auditor, request: Request) -> None:

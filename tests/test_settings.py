@@ -6,7 +6,7 @@ import pytest
 
 from rekindle.settings import Settings, SystemConfig, all_settings, field_docs
 from server.config import ServerConfig
-from worker.config import WorkerConfig
+from worker.config import WorkerConfig, parse_weights
 
 CONFIGS = (ServerConfig, WorkerConfig, SystemConfig)
 NAMES = [setting.name for setting in all_settings()]
@@ -67,3 +67,14 @@ def test_a_docstring_serves_all_fields_right_above_it() -> None:
         bare: int = 2
 
     assert field_docs(Pair) == {"low": "Both ends.", "high": "Both ends."}
+
+
+@pytest.mark.parametrize("weights", ["acme", "acme=0", "acme=-1", "acme=nan", "acme=inf", "=2", "a=1,a=2", "acme=much"])
+def test_weights_that_cannot_work_are_refused_by_name(weights: str) -> None:
+    with pytest.raises(ValueError, match="tenant_weights"):
+        Settings.from_values({"tenant_weights": weights})
+
+
+def test_weights_are_read_by_tenant() -> None:
+    assert parse_weights("acme=4, a=b=0.5") == {"acme": 4.0, "a=b": 0.5}
+    assert parse_weights("") == {}

@@ -523,6 +523,8 @@ def test_metrics_show_the_engines_figures_and_each_kind_of_turn(engine: FakeEngi
     assert found["rekindle_stores_dropped_total"] == 7
     assert found["rekindle_evicted_then_needed_total"] == 8
     assert found['rekindle_queue_requests{state="waiting"}'] == 10
+    assert found["rekindle_queue_tokens"] == 11
+    assert found['rekindle_turned_away_requests_total{reason="deadline_unmeetable"}'] == 12
     for kind in ("new", "hot", "host", "redis"):
         assert found[f'rekindle_ttft_seconds_sum{{kind="{kind}"}}'] == pytest.approx(0.03)
         assert found[f'rekindle_tpot_seconds_bucket{{kind="{kind}",le="0.01"}}'] == 1

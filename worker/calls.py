@@ -290,5 +290,10 @@ class EngineStats:
     local_faults: dict[str, int] = field(default_factory=dict)
     """By kind: host_corrupt, disk_corrupt (payloads that were wrong), disk_failed (refused reads and writes), and
     disk_dropped (blocks not written for want of time or room)."""
+    waiting_tokens: int = 0
+    """Of the prompts of those that wait."""
+    turned_away: dict[str, int] = field(default_factory=dict)
+    """Requests by reason: overload_requests and overload_tokens (refused: the queue's bounds), deadline_unmeetable
+    (dropped while they waited), deadline_passed."""
     prefill_s_saved: float = 0.0
     """What computing the tokens that came from a tier would have taken, by what prefill costs here."""

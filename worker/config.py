@@ -9,6 +9,19 @@ AUTO = "auto"
 """As `host_cache_dir`: whoever starts the worker chooses."""
 
 
+def parse_weights(text: str) -> dict[str, float]:
+    """Read "acme=4,trial=0.5": weights by tenant. Raises ValueError with what is wrong."""
+    weights: dict[str, float] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        tenant, _, weight = part.rpartition("=")
+        if not tenant or tenant in weights:
+            raise ValueError(f"needs TENANT=WEIGHT, each tenant once, got {part!r}")
+        weights[tenant] = float(weight)
+        if not 0 < weights[tenant] < float("inf"):
+            raise ValueError(f"a weight must be above 0, got {part!r}")
+    return weights
+
+
 class ConfigError(ValueError):
     """A setting, or a pair of settings, cannot work."""
 
@@ -91,6 +104,13 @@ class WorkerConfig:
     max_waiting: int = 256
     """Requests that may queue behind them; more are refused."""
 
+    max_waiting_tokens: int = 1 << 20
+    """Tokens that the prompts of those that queue may have together; a single one may have more."""
+
+    tenant_weights: str = ""
+    """Shares of tenants that compete, such as acme=4,trial=0.5: tokens of prompts and replies are shared out in this
+    proportion. Who is not named has weight 1."""
+
     cpu_threads: int = 0
     """Threads of torch's CPU kernels; 0 leaves torch's own choice."""
 
@@ -138,6 +158,7 @@ class WorkerConfig:
             "host_cache_bytes",
             "disk_bytes",
             "max_waiting",
+            "max_waiting_tokens",
             "cpu_threads",
             "metrics_port",
             "block_ttl_s",
@@ -153,10 +174,11 @@ class WorkerConfig:
             raise ConfigError(f"tls_cert and tls_key go together, got {self.tls_cert!r} and {self.tls_key!r}")
         if self.tls_client_ca and not self.tls_cert:
             raise ConfigError("tls_client_ca needs tls_cert")
-        try:
-            parse_ladder(self.codec_ladder)
-        except ValueError as error:
-            raise ConfigError(f"codec_ladder: {error}") from error
+        for name, parse in (("codec_ladder", parse_ladder), ("tenant_weights", parse_weights)):
+            try:
+                parse(getattr(self, name))
+            except ValueError as error:
+                raise ConfigError(f"{name}: {error}") from error
         if not 0.0 <= self.audit_rate <= 1.0:
             raise ConfigError(f"audit_rate must be from 0 to 1, got {self.audit_rate}")
         if self.max_prefill_tokens < self.max_step_tokens:

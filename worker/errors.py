@@ -28,3 +28,7 @@ class Draining(ServingError):
 
 class DeadlinePassed(ServingError):
     """The request's deadline passed before it was finished."""
+
+
+class DeadlineUnmeetable(ServingError):
+    """The request's first token would come after its deadline. Another worker may be less busy."""

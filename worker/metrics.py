@@ -123,6 +123,10 @@ class _EngineCollector(Collector):
             "local_faults", "Blocks that host memory or disk lost or did not take.", "kind", stats.local_faults
         )
         yield _gauge("queue_requests", "Requests now.", "state", {"running": stats.running, "waiting": stats.waiting})
+        yield GaugeMetricFamily(
+            "rekindle_queue_tokens", "Tokens of the prompts of requests that wait.", value=stats.waiting_tokens
+        )
+        yield _counter("turned_away_requests", "Requests refused or dropped.", "reason", stats.turned_away)
         yield _counter("audits", "Audits of turns on restored KV.", "result", stats.audits)
         yield from _moves(stats.moved)
         yield from _ageing(stats.ageing)

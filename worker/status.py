@@ -20,6 +20,7 @@ MEANINGS: Final[dict[type[BaseException], Meaning]] = {
     errors.Overloaded: Meaning(_Code.RESOURCE_EXHAUSTED, "OVERLOADED"),
     errors.Draining: Meaning(_Code.UNAVAILABLE, "DRAINING", retry_after_s=1.0),
     errors.DeadlinePassed: Meaning(_Code.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
+    errors.DeadlineUnmeetable: Meaning(_Code.DEADLINE_EXCEEDED, "DEADLINE_UNMEETABLE"),
 }
 _BUG: Final = Meaning(_Code.INTERNAL, "INTERNAL")
 

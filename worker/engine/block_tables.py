@@ -65,6 +65,22 @@ class BlockTables:
         ]
         return self._prefetcher.fetch(missing, lambda: request.is_waiting)
 
+    def expected_tokens(self, request: Request) -> int:
+        """Tokens of a request that are computed even if Redis has its history: at least the last one.
+
+        Of a reply that was begun elsewhere, all that was there.
+        """
+        size = self._block_tokens
+        num_history = request.num_target if request.call.begun else len(request.call.history)
+        held = sum(
+            want.offers
+            for want in self._wanted(request)
+            if want.index * size + want.offers <= num_history
+            or self._pool.find(want.name) is not None
+            or self._restorer.where(want.name) in (Tier.HOST, Tier.DISK)
+        )
+        return max(1, request.num_target - held)
+
     def open(self, request: Request) -> Lookup | None:
         """Give a request all blocks for its tokens up to `num_target`, those that the device has among them.
 

@@ -4,7 +4,8 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 from worker.allocator import keep_freed_memory
-from worker.config import WorkerConfig
+from worker.config import WorkerConfig, parse_weights
+from worker.engine.admission import Admission
 from worker.engine.auditor import Auditor
 from worker.engine.block_tables import BlockTables
 from worker.engine.cost_model import CostModel
@@ -66,7 +67,19 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
     )
     cost_model = CostModel(max_prefill_tokens=config.max_prefill_tokens)
     planner = _planner(config.restore_plan, cost_model, tiers)
-    scheduler = Scheduler(tables, planner, auditor, block_tokens=block_tokens, max_running=config.max_running)
+    admission = Admission(
+        max_requests=config.max_waiting + config.max_running, max_waiting_tokens=config.max_waiting_tokens
+    )
+    scheduler = Scheduler(
+        tables,
+        planner,
+        auditor,
+        cost_model,
+        admission,
+        block_tokens=block_tokens,
+        max_running=config.max_running,
+        weights=parse_weights(config.tenant_weights),
+    )
     runner = ModelRunner(loaded, tiers.device)
     if config.restore_plan == "auto" and config.self_measure_s:
         _measure(config, loaded, runner, cost_model, tiers)
@@ -90,7 +103,7 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         restore_timeout_s=config.restore_timeout_s,
         post=inbox.post,
     )
-    return Engine(config, loaded, tiers, inbox, pool, sampler, auditor, scheduler, stepper, histories)
+    return Engine(config, loaded, tiers, inbox, pool, sampler, auditor, admission, scheduler, stepper, histories)
 
 
 def _measure(

@@ -22,6 +22,11 @@ class CostModel:
         self._max_prefill_tokens = max_prefill_tokens
         self._fit = Fit(_START, newest=_NEWEST)
 
+    @property
+    def is_measured(self) -> bool:
+        """Else it says what it was told at the start."""
+        return self._fit.is_measured
+
     def ran(self, spans: Sequence[Span], seconds: float) -> None:
         """Learn from a step that ran these spans of prompts and nothing else."""
         tokens = sum(span.tokens for span in spans)

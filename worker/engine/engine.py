@@ -25,6 +25,7 @@ from worker.calls import (
     WarmReport,
 )
 from worker.config import WorkerConfig
+from worker.engine.admission import Admission
 from worker.engine.auditor import Auditor
 from worker.engine.histories import Histories
 from worker.engine.inbox import Inbox
@@ -33,7 +34,7 @@ from worker.engine.request import Request
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Scheduler
 from worker.engine.stepper import Stepper
-from worker.errors import ContextTooLong, Draining, Overloaded
+from worker.errors import ContextTooLong, Draining
 from worker.model.load import LoadedModel
 from worker.tiers.open_tiers import Tiers
 
@@ -54,6 +55,7 @@ class Engine:
         pool: BlockPool,
         sampler: Sampler,
         auditor: Auditor,
+        admission: Admission,
         scheduler: Scheduler,
         stepper: Stepper,
         histories: Histories,
@@ -73,9 +75,8 @@ class Engine:
         self._stepper = stepper
         self._histories = histories
         self._requests: dict[str, Request] = {}
-        self._accepting = threading.Semaphore(config.max_waiting + config.max_running)
+        self._admission = admission
         self._draining = False
-        self._seconds_a_request = 1.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -93,10 +94,7 @@ class Engine:
         max_new_tokens = self._max_new_tokens(call)
         if self._draining:
             raise Draining("this worker is leaving")
-        if not self._accepting.acquire(blocking=False):
-            waiting = len(self._scheduler.waiting)
-            retry_after_s = self._seconds_a_request * (waiting + 1) / self._config.max_running
-            raise Overloaded(f"{waiting} requests are waiting, {self._config.max_waiting} may", retry_after_s)
+        ticket = self._admission.enter(len(call.history) + len(call.input) + len(call.begun))
         request = Request(
             call,
             listener,
@@ -104,6 +102,7 @@ class Engine:
             block_tokens=self.layout.block_tokens,
             max_new_tokens=max_new_tokens,
             row=self._sampler.start(call.sampling, [*call.history, *call.input], call.begun),
+            ticket=ticket,
         )
         self._inbox.post(lambda: self._accept(request))
 
@@ -174,6 +173,9 @@ class Engine:
             evicted_then_needed=self._pool.evicted_then_needed,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
+            waiting_tokens=self._admission.waiting_tokens,
+            turned_away={f"overload_{bound}": number for bound, number in self._admission.refused.items()}
+            | scheduler.dropped,
             device_blocks=used._asdict(),
             moved=self._tiers.moves.read(),
             audits=dict(self._auditor.counts),
@@ -233,8 +235,7 @@ class Engine:
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.call.request_id]
-        self._seconds_a_request += 0.1 * (time.monotonic() - request.arrived_s - self._seconds_a_request)
-        self._accepting.release()
+        self._admission.leave(request.ticket)
 
     def _with_request(self, request_id: str, act: Callable[[Request], None]) -> None:
         request = self._requests.get(request_id)

@@ -47,6 +47,10 @@ class Fit:
         self._solved: _Vector | None = self._start
 
     @property
+    def is_measured(self) -> bool:
+        return bool(self._kinds)
+
+    @property
     def coefficients(self) -> _Vector:
         if self._solved is None:
             self._solved = self._solve()

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from cache_store.ids import BlockHash, chain
 from worker.calls import Event, GenerateCall, MissReason, Receipt, RestorePlan
+from worker.engine.admission import Ticket
 from worker.engine.audit import Recording
 from worker.engine.plan import Span, joined, subtract
 from worker.engine.restoring import Restoring
@@ -37,11 +38,13 @@ class Request:
         block_tokens: int,
         max_new_tokens: int,
         row: RowState,
+        ticket: Ticket,
     ) -> None:
         self.call = call
         self.listener = listener
         self.root = root
         self.row = row
+        self.ticket = ticket
         self.max_new_tokens = max_new_tokens
         self.phase = Phase.WAITING
         self.tokens: list[int] = [*call.history, *call.input, *call.begun]
@@ -67,11 +70,22 @@ class Request:
         self.distrusted = False
         """A block that is being restored for it was found wrong meanwhile."""
         self.cancelled = False
+        self.expected_tokens = self.num_target
+        """Of its tokens, what is computed even if every tier has all that it may have."""
         self.on_over: Callable[[], None] = lambda: None
         """Called once, when the request has left the engine."""
         self.arrived_s = time.monotonic()
         self.admitted_s = self.restored_s = self.first_token_s = 0.0
         self._block_tokens = block_tokens
+
+    @property
+    def tenant(self) -> str:
+        return self.call.tenant
+
+    @property
+    def has_begun(self) -> bool:
+        """Here or elsewhere: it has, also where it waits again."""
+        return self.admitted_s > 0 or bool(self.call.begun)
 
     @property
     def is_waiting(self) -> bool:

@@ -4,8 +4,7 @@ Which blocks they run on is seen to in worker/engine/block_tables.py. Used by th
 """
 
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice, takewhile
@@ -15,45 +14,71 @@ import structlog
 
 from cache_store.ids import BlockHash
 from worker.calls import Failed, Finished, FinishReason, MissReason
+from worker.engine.admission import Admission
 from worker.engine.auditor import Auditor
 from worker.engine.block_tables import BlockTables
+from worker.engine.cost_model import CostModel
+from worker.engine.deadlines import hopeless
+from worker.engine.fair_queue import FairQueue
 from worker.engine.plan import Span
 from worker.engine.planner import Planner
 from worker.engine.request import Phase, Request
-from worker.engine.restoring import Restoring
-from worker.errors import DeadlinePassed
+from worker.engine.restoring import Lookup, Restoring
+from worker.errors import DeadlinePassed, DeadlineUnmeetable
 
 _PREFETCH_AHEAD = 8
 """Requests at the queue's front."""
+_OUTPUT_WEIGHT = 2
+"""What a generated token is charged, in tokens of prompts: it takes about so much more of the device."""
+_LOOK_S = 0.05
+"""How often it is estimated again who of those that wait will be late."""
 
 log = structlog.get_logger(__name__)
 
 
 class Scheduler:
     def __init__(
-        self, tables: BlockTables, planner: Planner, auditor: Auditor, *, block_tokens: int, max_running: int
+        self,
+        tables: BlockTables,
+        planner: Planner,
+        auditor: Auditor,
+        cost_model: CostModel,
+        admission: Admission,
+        *,
+        block_tokens: int,
+        max_running: int,
+        weights: Mapping[str, float],
     ) -> None:
-        self.waiting: deque[Request] = deque()
+        self.waiting: FairQueue[Request] = FairQueue(weights)
         self.running: list[Request] = []
-        """Everything admitted, in order of arrival: RESTORING, PREFILL and DECODE."""
+        """Everything admitted, in that order: RESTORING, PREFILL and DECODE."""
+        self.dropped = {"deadline_passed": 0, "deadline_unmeetable": 0}
+        """Requests, by the reason."""
         self.tokens_by_source = dict.fromkeys(("device", "host", "disk", "redis", "computed"), 0)
         self._tables = tables
         self._planner = planner
         self._auditor = auditor
+        self._cost_model = cost_model
+        self._admission = admission
+        self._look_s = 0.0
         self._block_tokens = block_tokens
         self._max_running = max_running
 
     # In
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        request.expected_tokens = self._tables.expected_tokens(request)
+        self.waiting.push(request)
+        if request.call.deadline_s is not None:
+            self._look_s = 0.0  # at once
 
     def admit(self) -> None:
-        """Move requests from the queue into the batch while there is room for them, first come first served."""
-        while self.waiting and len(self.running) < self._max_running:
-            if not self._admit(self.waiting[0]):
+        """Move requests from the queue into the batch while there is room for them, each tenant by its share."""
+        while len(self.running) < self._max_running and (request := self.waiting.front()) is not None:
+            lookup = self._tables.open(request)
+            if lookup is None:
                 break
-            self.waiting.popleft()
+            self._begin(self.waiting.take(), lookup)
         self._prefetch()
 
     def _prefetch(self) -> None:
@@ -64,19 +89,24 @@ class Scheduler:
                 if not request.prefetched:
                     return
 
-    def _admit(self, request: Request) -> bool:
-        lookup = self._tables.open(request)
-        if lookup is None:
-            return False
+    def _begin(self, request: Request, lookup: Lookup) -> None:
         self.running.append(request)
+        self._admission.begin(request.ticket)
         request.admitted_s = time.monotonic()
         request.phase = Phase.RESTORING
         restoring = self._tables.ask(request, lookup, lambda: self._settled(request, restoring))
         request.restoring = restoring
-        self._planner.plan(request, restoring, self.running[:-1])
+        self._planner.plan(request, restoring, self._ahead(request))
         self._tables.restore(request, restoring)
         self._advance(request, restoring)
-        return True
+
+    @property
+    def prompts(self) -> list[Request]:
+        """Everything admitted that does not decode yet, in the order in which it is to be computed."""
+        return self.waiting.in_turn(request for request in self.running if request.phase is not Phase.DECODE)
+
+    def _ahead(self, request: Request) -> Iterable[Request]:
+        return takewhile(partial(is_not, request), self.prompts)
 
     @property
     def is_restoring(self) -> bool:
@@ -90,8 +120,7 @@ class Scheduler:
                 continue
             if now_s >= restoring.deadline_s:
                 restoring.claims.take_all(MissReason.LATE)
-            ahead = takewhile(partial(is_not, request), self.running)
-            self._planner.plan(request, restoring, ahead)
+            self._planner.plan(request, restoring, self._ahead(request))
             self._advance(request, restoring)
 
     def _advance(self, request: Request, restoring: Restoring) -> None:
@@ -119,11 +148,9 @@ class Scheduler:
         request.account(restoring)
         receipt = request.receipt
         if first_time and receipt is not None:
-            self.tokens_by_source["device"] += receipt.device_tokens
-            self.tokens_by_source["host"] += receipt.host_tokens
-            self.tokens_by_source["disk"] += receipt.disk_tokens
-            self.tokens_by_source["redis"] += receipt.redis_tokens
-            self.tokens_by_source["computed"] += receipt.computed_tokens
+            self.waiting.charge(request.tenant, receipt.computed_tokens - request.expected_tokens)
+            for source in self.tokens_by_source:
+                self.tokens_by_source[source] += getattr(receipt, f"{source}_tokens")
         request.phase = Phase.PREFILL
 
     def _start_again(self, request: Request) -> None:
@@ -150,7 +177,7 @@ class Scheduler:
         request.gaps = []
         request.num_target = len(request.tokens)
         request.phase = Phase.WAITING
-        self.waiting.appendleft(request)
+        self.waiting.give_back(request)
 
     def computed(self, request: Request, spans: Sequence[Span]) -> None:
         """The keys and values of these positions are in the request's blocks: publish the blocks that are full."""
@@ -159,7 +186,10 @@ class Scheduler:
                 self._tables.seal(request, index)
             if request.phase is Phase.PREFILL and not request.gaps:
                 request.phase = Phase.DECODE
+                self.waiting.done(request)
+                self.waiting.charge(request.tenant, _OUTPUT_WEIGHT)
             return
+        self.waiting.charge(request.tenant, _OUTPUT_WEIGHT)
         end = spans[-1].end
         if end % self._block_tokens == 0:
             self._tables.seal(request, end // self._block_tokens - 1)
@@ -209,15 +239,36 @@ class Scheduler:
         self._advance(request, restoring)
 
     def expire(self, now_s: float) -> None:
+        """Drop whose deadline has passed, and who waits and can't be served before it does."""
         for request in [*self.waiting, *self.running]:
-            if request.call.deadline_s is not None and now_s >= request.call.deadline_s:
+            if request.call.deadline_s is not None and now_s >= request.call.deadline_s and not request.cancelled:
+                self.dropped["deadline_passed"] += 1
                 self.fail(request, DeadlinePassed(f"after {now_s - request.arrived_s:.3f} s"))
+        if now_s >= self._look_s and self._cost_model.is_measured:
+            self._look_s = now_s + _LOOK_S
+            self._drop_hopeless(now_s)
+
+    def _drop_hopeless(self, now_s: float) -> None:
+        if all(request.call.deadline_s is None for request in self.waiting):
+            return
+        found = hopeless(
+            self.running,
+            self.waiting,
+            self._cost_model,
+            num_free=self._max_running - len(self.running),
+            request_s=self._admission.request_s,
+            now_s=now_s,
+        )
+        for late in [*found]:
+            self.dropped["deadline_unmeetable"] += 1
+            self.fail(late.request, DeadlineUnmeetable(str(late)))
 
     def _leave(self, request: Request) -> None:
         if request.phase is Phase.WAITING:
             self.waiting.remove(request)
         else:
             self.running.remove(request)
+            self.waiting.done(request)
             self._tables.close(request)
         request.phase = Phase.OVER
         request.on_over()

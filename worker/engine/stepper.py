@@ -128,7 +128,7 @@ class Stepper:
     def _plan(self) -> tuple[list[tuple[Request, list[Span]]], int]:
         """What each request runs in this step, and how many tokens of prompts that is."""
         decoding = [request for request in self._scheduler.running if request.phase is Phase.DECODE]
-        prompts = [request for request in self._scheduler.running if request.phase is not Phase.DECODE]
+        prompts = self._scheduler.prompts
         room = self._max_step_tokens if decoding else self._max_prefill_tokens
         planned = plan_step(len(decoding), [request.gaps for request in prompts], room)
         work = [(request, [Span(len(request.tokens) - 1, len(request.tokens))]) for request in decoding]
