@@ -46,7 +46,7 @@ class Application:
         self.directory = directory
         self.metrics = metrics
         self._identities = Identities(config)
-        self._calls = Calls(metrics, self._identities)
+        self._calls = Calls(metrics, self._identities, max_streams=config.max_streams)
         self._turns = Turns(records, directory, metrics, config)
         self._sessions = SessionKeeper(
             records,

@@ -13,7 +13,7 @@ import grpc.aio
 import structlog
 
 from protos.status import abort
-from server.errors import ShuttingDown, Unauthenticated
+from server.errors import ShuttingDown, TooManyStreams, Unauthenticated
 from server.identity import Caller, Identities, answer_for
 from server.metrics import FrontMetrics
 from server.status import failure_of, is_expected
@@ -32,9 +32,12 @@ def request_id() -> str:
 class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the methods of rekindle.v1; health and reflection pass as they are."""
 
-    def __init__(self, metrics: FrontMetrics, identities: Identities) -> None:
+    def __init__(self, metrics: FrontMetrics, identities: Identities, *, max_streams: int) -> None:
+        """More than `max_streams` streams at once are refused."""
         self._metrics = metrics
         self._identities = identities
+        self._max_streams = max_streams
+        self._streams = 0
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -55,7 +58,7 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         except Unauthenticated as error:
             return self._refused(method, error)
         wrap = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
-        behaviour = handler.unary_stream if streams else handler.unary_unary
+        behaviour = self._counted(handler.unary_stream) if streams else handler.unary_unary
         return wrap(
             self._around(method, behaviour, caller),
             request_deserializer=handler.request_deserializer,
@@ -77,6 +80,18 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             answer_for(caller)
             async with self._accounted(method, context, tenant=caller.tenant):
                 return await behaviour(request, context)
+
+        return answer
+
+    def _counted(self, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+        async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            if self._streams >= self._max_streams:
+                raise TooManyStreams(f"{self._streams} streams are open, {self._max_streams} may be")
+            self._streams += 1
+            try:
+                return await behaviour(request, context)
+            finally:
+                self._streams -= 1
 
         return answer
 

@@ -102,6 +102,9 @@ class ServerConfig:
     drain_s: float = 30.0
     """How long running turns may go on after SIGTERM."""
 
+    max_streams: int = 4096
+    """Streams of replies that may be open at once; more are refused, to be tried again elsewhere or later."""
+
     max_message_bytes: int = 64 << 20
     """The largest request or response: a session of a million tokens has 4 MiB."""
 
@@ -117,7 +120,14 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be from 0 to 65535, got {getattr(self, name)}")
         if self.port and self.port == self.metrics_port:
             raise ConfigError(f"port and metrics_port must differ, both are {self.port}")
-        for name in ("redis_timeout_s", "lease_s", "worker_poll_s", "worker_silence_s", "max_message_bytes"):
+        for name in (
+            "redis_timeout_s",
+            "lease_s",
+            "worker_poll_s",
+            "worker_silence_s",
+            "max_streams",
+            "max_message_bytes",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in (

@@ -39,5 +39,9 @@ class NotAllowed(ServingError):
     """The caller is known, and may not do this."""
 
 
+class TooManyStreams(ServingError):
+    """This front end has as many open streams as it may. Another one may take it, or this one in a moment."""
+
+
 class ShuttingDown(ServingError):
     """This front end takes no new calls. Another one does."""
