@@ -53,6 +53,13 @@ def failure(meaning: Meaning, message: str, *more: Message, retry_after_s: float
     return Failure(meaning.code, message, status.SerializeToString())
 
 
+def reason_of(details: bytes) -> str:
+    """The reason that a serialized google.rpc.Status gives; empty where it gives none. Raises DecodeError."""
+    info = error_details_pb2.ErrorInfo()
+    packed = status_pb2.Status.FromString(details).details
+    return next((str(info.reason) for detail in packed if detail.Unpack(info)), "")
+
+
 def bad_field(field: str, problem: str) -> Message:
     """Name the field that can't be served."""
     violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=problem)

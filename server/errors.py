@@ -3,6 +3,7 @@
 import grpc
 
 from cache_store.errors import ServingError
+from protos.status import reason_of
 
 
 class NoWorker(ServingError):
@@ -22,6 +23,11 @@ class WorkerRefused(ServingError):
         self.message = message
         self.details = details
         """A serialized google.rpc.Status, or empty."""
+
+    @property
+    def reason(self) -> str:
+        """Of google.rpc.ErrorInfo, or empty."""
+        return reason_of(self.details)
 
     def __str__(self) -> str:
         return self.message

@@ -27,6 +27,8 @@ from server.router import Candidate, choose
 
 _ELSEWHERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 """A worker that drains or is full says nothing about the others."""
+_NOT_IN_TIME_HERE = "DEADLINE_UNMEETABLE"
+"""A worker's reason that says nothing about less busy ones."""
 _FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 """A worker that failed at the turn: out of memory, or broken. Another one may do better."""
 _MOST_LOST = 3
@@ -212,7 +214,7 @@ class Turns:
                 self._directory.suspect(worker)
                 turn.num_lost, turn.lost_s, last = turn.num_lost + 1, time.monotonic(), error
             except WorkerRefused as error:
-                if error.code not in (*_ELSEWHERE, *_FAULTS):
+                if error.code not in (*_ELSEWHERE, *_FAULTS) and error.reason != _NOT_IN_TIME_HERE:
                     raise
                 turn.num_lost += error.code in _FAULTS
                 turn.lost_s = turn.lost_s or time.monotonic()

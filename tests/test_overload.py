@@ -128,6 +128,14 @@ def test_who_waits_is_dropped_as_soon_as_it_is_certain_and_not_before(build_engi
     engine.cancel(running.request_id)
 
 
+def test_a_reply_that_was_begun_elsewhere_goes_on_as_long_as_its_deadline_allows(build_engine: EngineFactory) -> None:
+    engine = build_engine()
+    reply = generate(engine, (), PROMPT).reply
+    engine._scheduler._cost_model = Slow(token_s=5.0)
+    going_on = start(engine, (), PROMPT, begun=reply[:3], deadline_s=time.monotonic() + 5)
+    assert going_on.result().reply == reply[3:]
+
+
 def test_deadlines_that_pass_are_counted(build_engine: EngineFactory) -> None:
     engine = build_engine()
     with pytest.raises(DeadlinePassed):

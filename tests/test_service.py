@@ -15,7 +15,7 @@ from protos import rekindle_pb2 as pb
 from server.app import Application
 from server.directory import StaticAddresses
 from tests.fake_worker import FrontEnd, details_of, detokenize, field_of, front_end, reply_to, tokenize
-from worker.errors import ContextTooLong, Draining, Overloaded
+from worker.errors import ContextTooLong, DeadlineUnmeetable, Draining, Overloaded
 
 RpcError = grpc.aio.AioRpcError
 
@@ -202,7 +202,7 @@ async def test_a_worker_that_refuses_is_quoted_and_nothing_is_stored(front: Fron
     assert (await front.turn("x", "s")).finished.turn == 1  # and the session is free
 
 
-@pytest.mark.parametrize("refusal", [Draining("leaving"), Overloaded("256 wait", 2.5)])
+@pytest.mark.parametrize("refusal", [Draining("leaving"), Overloaded("256 wait", 2.5), DeadlineUnmeetable("late")])
 async def test_a_worker_without_room_passes_the_turn_to_another(front: FrontEnd, refusal: Exception) -> None:
     await front.new_session()
     home = (await front.turn("one", "s")).finished.receipt.worker_id
