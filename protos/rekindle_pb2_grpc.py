@@ -509,7 +509,8 @@ class CacheServicer:
     """
 
     def GetCacheStats(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """To an operator: all workers, and Redis. To anybody else: the tokens of its tenant's turns on this front end, alone.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

@@ -119,7 +119,10 @@ def stats_tables(stats: pb.CacheStats) -> list[Table]:
     """How the cache does: prompt tokens by source, the tiers of each worker, Redis."""
     sources = stats.prompt_tokens
     tokens = Table("prompt tokens from", "device", "host", "disk", "redis", "computed", "hit rate")
-    tokens.add_row("all workers", *_source_cells(sources), f"{stats.hit_rate:.1%}")
+    whole = stats.HasField("redis")
+    tokens.add_row("all workers" if whole else "your tenant", *_source_cells(sources), f"{stats.hit_rate:.1%}")
+    if not whole:  # only operators see more
+        return [tokens]
     tiers = Table("worker", "device", "host", "disk", "running", "waiting", "stores dropped", "evicted, then needed")
     for worker in stats.workers:
         tokens.add_row(worker.worker_id, *_source_cells(worker.prompt_tokens), "")

@@ -138,7 +138,7 @@ class Application:
         )
         pb_grpc.add_InferenceServicer_to_server(InferenceService(self._turns), server)  # type: ignore[no-untyped-call]
         pb_grpc.add_SessionsServicer_to_server(SessionsService(self._sessions), server)  # type: ignore[no-untyped-call]
-        cache = CacheService(self._records, self.directory)
+        cache = CacheService(self._records, self.directory, self.metrics)
         pb_grpc.add_CacheServicer_to_server(cache, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         ours = (pb.DESCRIPTOR.services_by_name[name].full_name for name in _SERVICES)

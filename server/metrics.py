@@ -10,6 +10,13 @@ from protos import rekindle_pb2 as pb
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TPOT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
+SOURCES = ("device", "host", "disk", "redis", "computed")
+Tokens = dict[str, int]
+"""By source."""
+
+OTHER_TENANTS = "(others)"
+_MOST_TENANTS = 200
+
 
 def kind_of_turn(receipt: pb.Receipt) -> str:
     """The coldest tier that the prompt came from: "redis", "disk", "host", "hot" (device), or "new"."""
@@ -25,7 +32,8 @@ def kind_of_turn(receipt: pb.Receipt) -> str:
 class FrontMetrics:
     """Each instance has a registry of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, most_tenants: int = _MOST_TENANTS) -> None:
+        """The first `most_tenants` have labels of their own, all others `OTHER_TENANTS`."""
         self.registry = CollectorRegistry()
         self._requests = self._counter("requests", "Calls ended, by gRPC code.", "method", "code")
         self._in_flight = Gauge(
@@ -34,6 +42,12 @@ class FrontMetrics:
         self._ttft = self._histogram("ttft_seconds", "From a turn's arrival to its first delta.", _TTFT_BUCKETS_S)
         self._tpot = self._histogram("tpot_seconds", "Between tokens of a reply, on average.", _TPOT_BUCKETS_S)
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished turns, by source.", "source")
+        self._tenant_tokens = self._counter(
+            "tenant_tokens", "Prompt tokens of finished turns by source, and completion tokens.", "tenant", "source"
+        )
+        self._most_tenants = most_tenants
+        self._by_tenant: dict[str, Tokens] = {}
+        self._labelled: set[str] = set()
         self._completion_tokens = self._counter("completion_tokens", "Generated tokens of finished turns.")
         self._misses = self._counter("miss_tokens", "Prompt tokens that had to be computed, by reason.", "reason")
         self._retries = self._counter("turn_retries", "Turns started again on another worker, before a first delta.")
@@ -50,19 +64,25 @@ class FrontMetrics:
         self._in_flight.labels(method).dec()
         self._requests.labels(method, code).inc()
 
-    def turn_finished(self, finished: pb.Finished, *, ttft_s: float, decode_s: float) -> None:
+    def turn_finished(self, finished: pb.Finished, *, tenant: str, ttft_s: float, decode_s: float) -> None:
         """`decode_s` is the time from the first delta to the last."""
         receipt, usage = finished.receipt, finished.usage
         kind = kind_of_turn(receipt)
         self._ttft.labels(kind).observe(ttft_s)
         if usage.completion_tokens > 1:
             self._tpot.labels(kind).observe(decode_s / (usage.completion_tokens - 1))
-        for source in ("device", "host", "disk", "redis", "computed"):
-            self._prompt_tokens.labels(source).inc(getattr(receipt, f"{source}_tokens"))
+        tokens = {source: getattr(receipt, f"{source}_tokens") for source in SOURCES}
+        for source in SOURCES:
+            self._prompt_tokens.labels(source).inc(tokens[source])
+        self._count_for(tenant, tokens, usage.completion_tokens)
         for miss in receipt.misses:
             name = pb.MissReason.Name(miss.reason).removeprefix("MISS_REASON_").lower()
             self._misses.labels(name).inc(miss.tokens)
         self._completion_tokens.inc(usage.completion_tokens)
+
+    def prompt_tokens_of(self, tenant: str) -> Tokens:
+        """By source, of the tenant's turns that have finished on this front end."""
+        return self._by_tenant.get(tenant) or dict.fromkeys(SOURCES, 0)
 
     def turn_retried(self) -> None:
         self._retries.inc()
@@ -90,6 +110,17 @@ class FrontMetrics:
             self._server.server_close()
             self._thread.join()
             self._thread = None
+
+    def _count_for(self, tenant: str, tokens: Tokens, completion_tokens: int) -> None:
+        is_new = tenant not in self._by_tenant
+        counted = self._by_tenant.setdefault(tenant, dict.fromkeys(SOURCES, 0))
+        for source in SOURCES:
+            counted[source] += tokens[source]
+        if is_new and len(self._by_tenant) <= self._most_tenants:
+            self._labelled.add(tenant)
+        label = tenant if tenant in self._labelled else OTHER_TENANTS
+        for source, number in (*tokens.items(), ("completion", completion_tokens)):
+            self._tenant_tokens.labels(label, source).inc(number)
 
     def _counter(self, name: str, what: str, *labels: str) -> Counter:
         return Counter(f"rekindle_front_{name}_total", what, labels, registry=self.registry)

@@ -289,7 +289,9 @@ class Turns:
         ended_s = time.monotonic()
         finished.turn = await self._commit(turn, finished.reason)
         first_s = turn.first_delta_s or ended_s
-        self._metrics.turn_finished(finished, ttft_s=first_s - turn.arrived_s, decode_s=ended_s - first_s)
+        self._metrics.turn_finished(
+            finished, tenant=turn.tenant, ttft_s=first_s - turn.arrived_s, decode_s=ended_s - first_s
+        )
         receipt = finished.receipt
         _log.info(
             "turn finished",
