@@ -1,8 +1,11 @@
 """From a URL to the place that keeps session records."""
 
+from typing import Any
+
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialBackoff
 
 from cache_store.errors import InvalidRequest
@@ -10,6 +13,7 @@ from cache_store.memory_records import MemoryRecords
 from cache_store.record_format import SealedFormat
 from cache_store.records import RecordStore
 from cache_store.redis_records import RedisRecords
+from cache_store.redis_sentinel import SENTINEL_SCHEME, parse_sentinel_url
 from cache_store.sealing import Keyring, Purpose
 
 _MAX_CONNECTIONS = 64
@@ -19,7 +23,8 @@ def open_records(url: str, *, timeout_s: float = 2.0, keyring: Keyring | None = 
     """Open the store that `url` names; nothing is connected yet. Raises InvalidRequest for a URL that can't be used.
 
     redis://, rediss:// and unix:// name one server, redis+cluster:// and rediss+cluster:// any node of a Redis
-    Cluster; memory:// (or nothing) keeps records in this process. With a `keyring`, what leaves it is sealed.
+    Cluster; redis+sentinel:// asks Sentinels for the server; memory:// (or nothing) keeps records in this process.
+    With a `keyring`, what leaves it is sealed.
     """
     if url in ("", "memory://"):
         return MemoryRecords()
@@ -28,13 +33,18 @@ def open_records(url: str, *, timeout_s: float = 2.0, keyring: Keyring | None = 
         record_format = SealedFormat(keyring.sealer(Purpose.RECORDS), takes_plain=keyring.takes_plain)
     # One retry heals a connection that died while it lay idle; our scripts may be repeated.
     retry = Retry(ExponentialBackoff(cap=0.1, base=0.01), 1)
-    sockets = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    sockets: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
     scheme, separator, rest = url.partition("://")
     try:
         if scheme in ("redis+cluster", "rediss+cluster"):
             node = scheme.removesuffix("+cluster") + separator + rest
             cluster = RedisCluster.from_url(node, retry=retry, max_connections=_MAX_CONNECTIONS, **sockets)
             return RedisRecords(cluster, timeout_s=2 * timeout_s, record_format=record_format)
+        if url.startswith(SENTINEL_SCHEME):
+            named = parse_sentinel_url(url)
+            sentinel = Sentinel(named.sentinels, sentinel_kwargs=sockets)  # type: ignore[no-untyped-call]
+            primary = sentinel.master_for(named.service, retry=retry, **sockets, **named.login)
+            return RedisRecords(primary, timeout_s=2 * timeout_s, asked=sentinel.sentinels, record_format=record_format)
         pool = BlockingConnectionPool.from_url(
             url, max_connections=_MAX_CONNECTIONS, timeout=timeout_s, retry=retry, **sockets
         )

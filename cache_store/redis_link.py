@@ -15,9 +15,11 @@ from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode
 from redis.crc import key_slot
 from redis.retry import Retry
+from redis.sentinel import Sentinel, SentinelConnectionPool
 
 from cache_store.errors import InvalidRequest, StoreUnavailable
 from cache_store.redis_errors import DeadlinePassed, ours
+from cache_store.redis_sentinel import SENTINEL_SCHEME, parse_sentinel_url
 from cache_store.resp import Wire
 
 _CLUSTER_SCHEMES = {"redis+cluster://": "redis://", "rediss+cluster://": "rediss://"}
@@ -32,9 +34,8 @@ class RedisLink:
         self.timeout_s = timeout_s
         try:
             # RESP2: a socket that answers what was asked and nothing else. No retries: the caller has a breaker.
-            self._pool: ConnectionPool = ConnectionPool.from_url(
-                url, protocol=2, retry=Retry(NoBackoff(), 0), **self._timeouts(timeout_s)
-            )
+            settings = {"protocol": 2, "retry": Retry(NoBackoff(), 0), **self._timeouts(timeout_s)}
+            self._pool = self._make_pool(url, settings)
             self._new_connection({})  # not connected: only to see that all of the URL is understood
         except (TypeError, ValueError) as error:
             raise InvalidRequest("redis_url", str(error)) from error
@@ -83,6 +84,10 @@ class RedisLink:
     def close(self) -> None:
         self._pool.disconnect()
 
+    def _make_pool(self, url: str, settings: dict[str, Any]) -> ConnectionPool:
+        pool: ConnectionPool = ConnectionPool.from_url(url, **settings)
+        return pool
+
     def _new_connection(self, changes: dict[str, Any]) -> Any:  # a redis.Connection; half of it is untyped
         return self._pool.connection_class(**{**self._pool.connection_kwargs, **changes})
 
@@ -92,6 +97,20 @@ class RedisLink:
     @staticmethod
     def _timeouts(timeout_s: float) -> dict[str, float]:
         return {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+
+
+class SentinelLink(RedisLink):
+    """One server at a time, which the Sentinels name at each connect. After a failover they close the old one's."""
+
+    def _make_pool(self, url: str, settings: dict[str, Any]) -> ConnectionPool:
+        named = parse_sentinel_url(url)
+        self._sentinel = Sentinel(named.sentinels, sentinel_kwargs=self._timeouts(self.timeout_s))  # type: ignore[no-untyped-call]
+        return SentinelConnectionPool(named.service, self._sentinel, **settings, **named.login)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        super().close()
+        for asked in self._sentinel.sentinels:
+            asked.close()
 
 
 class ClusterLink(RedisLink):
@@ -157,7 +176,9 @@ def link_to(url: str, *, timeout_s: float) -> RedisLink:
     for scheme, plain in _CLUSTER_SCHEMES.items():
         if url.startswith(scheme):
             return ClusterLink(plain + url.removeprefix(scheme), timeout_s=timeout_s)
+    if url.startswith(SENTINEL_SCHEME):
+        return SentinelLink(url, timeout_s=timeout_s)
     if not url.startswith(_SCHEMES):
-        known = ", ".join((*_SCHEMES, *_CLUSTER_SCHEMES, "memory://"))
+        known = ", ".join((*_SCHEMES, *_CLUSTER_SCHEMES, SENTINEL_SCHEME, "memory://"))
         raise InvalidRequest("redis_url", f"must start with one of {known}, got {url.split('@')[-1]!r}")
     return RedisLink(url, timeout_s=timeout_s)

@@ -68,7 +68,8 @@ class ServerConfig:
 
     redis_url: str = "redis://127.0.0.1:6379"
     """redis://, rediss:// or unix:// for the server that keeps sessions; redis+cluster:// or rediss+cluster:// for a
-    Redis Cluster; memory:// (or nothing) keeps them in this process, for tests."""
+    Redis Cluster; redis+sentinel://host:port/service for whatever Sentinel says; memory:// (or nothing) keeps them in
+    this process, for tests."""
 
     redis_timeout_s: float = 2.0
     """How long one read or write of Redis may stall before it counts as failed."""

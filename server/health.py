@@ -71,4 +71,5 @@ class Health:
         if up != self._redis_was_up:
             _log.info("redis is up") if up else _log.warning("redis is down")
             self._redis_was_up = up
+        self._metrics.redis_seen(up)
         await self.servicer.set("redis", _SERVING if up else _NOT_SERVING)

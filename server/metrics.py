@@ -54,6 +54,11 @@ class FrontMetrics:
         self._failovers = self._counter("turn_failovers", "Turns that another worker went on with in mid-reply.")
         self._prefetches = self._counter("prefetches", "Hints that a user is typing, by what came of them.", "outcome")
         self._workers = Gauge("rekindle_front_workers", "Workers known, by state.", ["state"], registry=self.registry)
+        self._redis_available = Gauge(
+            "rekindle_front_redis_available",
+            "1 while Redis answers, so that sessions are served.",
+            registry=self.registry,
+        )
         self._server: Any = None
         self._thread: Thread | None = None
 
@@ -98,6 +103,9 @@ class FrontMetrics:
         self._workers.labels("accepting").set(accepting)
         self._workers.labels("draining").set(draining)
         self._workers.labels("down").set(down)
+
+    def redis_seen(self, available: bool) -> None:
+        self._redis_available.set(available)
 
     def serve(self, host: str, port: int) -> int:
         """Answer HTTP on a thread until `close`; return the port. Raises OSError where it is taken."""

@@ -1,15 +1,19 @@
-"""Fixtures that start real Redis servers: a shared one, a private one to break, a cluster of three, one behind TLS."""
+"""Fixtures that start real Redis servers: a shared one, a private one to break, a cluster of three, a pair under a
+Sentinel, one behind TLS."""
 
+import socket
+import subprocess
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 from redis.crc import key_slot
 
-from cache_store.embedded_redis import RedisServer
+from cache_store.embedded_redis import RedisServer, redis_server_binary
 from tests.tls_front import TlsFront
 
 _SLOTS = 16_384
@@ -59,6 +63,22 @@ class RedisCluster:
     def flush(self) -> None:
         for node in self.nodes:
             flush(node)
+
+
+class Watched:
+    """A primary and its replica, and one Sentinel that makes the second the first when that dies."""
+
+    SERVICE = "conversations"
+
+    def __init__(self, primary: RedisServer, replica: RedisServer, sentinel_port: int) -> None:
+        self.primary, self.replica = primary, replica
+        self.url = f"redis+sentinel://127.0.0.1:{sentinel_port}/{self.SERVICE}"
+
+    def wait_for_replica(self) -> None:
+        """Return when the replica has all that was written."""
+        with redis.Redis.from_url(self.primary.url) as client:
+            client.incr("written")  # WAIT is about what its own connection has written
+            assert client.wait(1, 5000) == 1
 
 
 class SlotMove:
@@ -126,6 +146,33 @@ def acl_redis(_acl_server: RedisServer) -> RedisServer:
     return _acl_server
 
 
+@pytest.fixture
+def watched_redis(tmp_path: Path) -> Iterator[Watched]:
+    """Two servers under a Sentinel, the first to be killed."""
+    with RedisServer() as primary, RedisServer() as replica, socket.socket() as probe:
+        with redis.Redis.from_url(replica.url) as client:
+            command(client, "REPLICAOF", "127.0.0.1", primary.port)
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        settings = tmp_path / "sentinel.conf"  # which it writes to
+        settings.write_text(
+            f"bind 127.0.0.1\nport {port}\ndir {tmp_path}\n"
+            f"sentinel monitor {Watched.SERVICE} 127.0.0.1 {primary.port} 1\n"
+            f"sentinel known-replica {Watched.SERVICE} 127.0.0.1 {replica.port}\n"  # else it looks after ten seconds
+            f"sentinel down-after-milliseconds {Watched.SERVICE} 300\n"
+            f"sentinel failover-timeout {Watched.SERVICE} 3000\n"
+        )
+        probe.close()
+        with (tmp_path / "log").open("wb") as log:
+            sentinel = subprocess.Popen([redis_server_binary(), settings, "--sentinel"], stdout=log, stderr=log)
+        try:
+            _wait_for_sentinel(port)
+            yield Watched(primary, replica, port)
+        finally:
+            sentinel.terminate()
+            sentinel.wait(10)
+
+
 @pytest.fixture(scope="session")
 def tls_front(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsFront]:
     """TLS in front of the shared server."""
@@ -146,6 +193,20 @@ def redis_cluster(_three_nodes: RedisCluster) -> RedisCluster:
     """A Redis Cluster of three nodes, emptied."""
     _three_nodes.flush()
     return _three_nodes
+
+
+def _wait_for_sentinel(port: int) -> None:
+    """Until it knows the replica: before that it has nothing to fail over to."""
+    give_up = time.monotonic() + 20
+    with redis.Redis(port=port) as client:
+        while True:
+            try:
+                if client.sentinel_master(Watched.SERVICE)["num-slaves"] == 1:
+                    return
+            except redis.ConnectionError:
+                pass  # not up yet
+            assert time.monotonic() < give_up, "the sentinel knows no replica"
+            time.sleep(0.05)
 
 
 def _agrees(node: RedisServer, num_nodes: int) -> bool:

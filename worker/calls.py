@@ -297,3 +297,5 @@ class EngineStats:
     (dropped while they waited), deadline_passed."""
     prefill_s_saved: float = 0.0
     """What computing the tokens that came from a tier would have taken, by what prefill costs here."""
+    store_available: bool | None = None
+    """Whether the shared tier is being asked: its breaker is closed. None without one."""

@@ -63,7 +63,8 @@ class WorkerConfig:
 
     redis_url: str = "redis://127.0.0.1:6379"
     """redis://, rediss:// or unix:// for the shared tier; redis+cluster:// or rediss+cluster:// for a Redis Cluster;
-    memory:// keeps it in the worker (for tests); empty does without."""
+    redis+sentinel://host:port/service for whatever Sentinel says; memory:// keeps it in the worker (for tests); empty
+    does without."""
 
     redis_timeout_s: float = 2.0
     """How long one read or write of Redis may stall before it counts as failed."""

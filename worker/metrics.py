@@ -130,6 +130,12 @@ class _EngineCollector(Collector):
         yield _counter("audits", "Audits of turns on restored KV.", "result", stats.audits)
         yield from _moves(stats.moved)
         yield from _ageing(stats.ageing)
+        if stats.store_available is not None:
+            yield GaugeMetricFamily(
+                "rekindle_redis_available",
+                "1 while Redis is asked for blocks; 0 while it has failed and is only probed.",
+                value=stats.store_available,
+            )
         yield CounterMetricFamily(
             "rekindle_prefill_saved_seconds",
             "Prefill that the tiers have spared the device.",

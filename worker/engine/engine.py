@@ -181,6 +181,7 @@ class Engine:
             audits=dict(self._auditor.counts),
             ageing=self._tiers.ager.stats() if self._tiers.ager is not None else AgeingStats(),
             prefill_s_saved=self._stepper.prefill_s_saved,
+            store_available=self._tiers.store.available() if self._tiers.store is not None else None,
         )
 
     def check(self) -> None:
