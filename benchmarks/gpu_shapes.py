@@ -65,5 +65,6 @@ def loaded_model(shape: str, device: torch.device) -> LoadedModel:
         vocab_size=model.config.vocab_size,
         eos_token_ids=frozenset(),
         fingerprint=b"",
+        names_from=b"",
         weight_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
     )

@@ -8,24 +8,30 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cache_store.errors import InvalidRequest
-from cache_store.sealing import KEY_BYTES, Keyring, MasterKey
 
-_ENTRY = re.compile(rf"([A-Za-z0-9._-]{{1,16}}):([0-9a-fA-F]{{{2 * KEY_BYTES}}})")
+if TYPE_CHECKING:
+    from cache_store.sealing import Keyring
+
+_HEX_DIGITS = 64
+_ENTRY = re.compile(rf"([A-Za-z0-9._-]{{1,16}}):([0-9a-fA-F]{{{_HEX_DIGITS}}})")
 _NAMES = "names"
 _PLAIN = "plain"
 _COMMAND_WITHIN_S = 30.0
 _FIELD = "master_keys"
-SOURCES = ("file:", "env:", "command:")
+SOURCE = "file:PATH, env:NAME or command:COMMAND"
+"""What a source may be."""
 
 
 def is_source(text: str) -> bool:
     """Whether this names a place that keys can come from."""
-    return any(text.startswith(kind) and len(text) > len(kind) for kind in SOURCES)
+    kind, _, place = text.partition(":")
+    return kind in ("file", "env", "command") and bool(place)
 
 
-def load_keyring(source: str) -> Keyring | None:
+def load_keyring(source: str) -> "Keyring | None":
     """Read the keys that `source` names, None for an empty one. Raises InvalidRequest, which shows nothing of them."""
     if not source:
         return None
@@ -37,15 +43,17 @@ def load_keyring(source: str) -> Keyring | None:
             return parse_keys(_read_environment(place))
         case "command":
             return parse_keys(_run(place))
-    raise InvalidRequest(_FIELD, f"must begin with {', '.join(SOURCES)}")
+    raise InvalidRequest(_FIELD, f"must be {SOURCE}")
 
 
-def parse_keys(text: str) -> Keyring:
+def parse_keys(text: str) -> "Keyring":
     """Read entries ID:HEX, parted by whitespace. The first one seals, all open, and the one called `names` names
     blocks. The word `plain` beside them has records read that were never sealed.
 
     Raises InvalidRequest, which says which entry is wrong and never what is in it.
     """
+    from cache_store.sealing import Keyring, MasterKey  # here: settings are checked without it
+
     keys: list[MasterKey] = []
     names: bytes | None = None
     entries = text.split()
@@ -55,7 +63,7 @@ def parse_keys(text: str) -> Keyring:
         match = _ENTRY.fullmatch(entry)
         if match is None:
             raise InvalidRequest(
-                _FIELD, f"entry {number} is not ID:HEX, an id of up to 16 letters and {2 * KEY_BYTES} hex digits"
+                _FIELD, f"entry {number} is not ID:HEX, an id of up to 16 letters and {_HEX_DIGITS} hex digits"
             )
         key_id, secret = match[1], bytes.fromhex(match[2])
         if any(key.key_id == key_id for key in keys) or (key_id == _NAMES and names is not None):

@@ -100,7 +100,8 @@ def _with_redis(settings: Settings) -> Iterator[Settings]:
 @contextmanager
 def _with_host_folder(settings: Settings) -> Iterator[Settings]:
     """Give the workers of a Ray of our own a folder of shared memory, if they may have one; it goes when they have."""
-    if settings.worker.host_cache_dir != AUTO or settings.system.ray_address:
+    is_private = settings.system.ray_address or settings.worker.master_keys  # the folder's files are not sealed
+    if settings.worker.host_cache_dir != AUTO or is_private:
         yield settings
         return
     with deployment_folder() as folder:

@@ -93,7 +93,7 @@ class Settings:
 
 _PARTS: dict[str, type] = {"server": ServerConfig, "worker": WorkerConfig, "system": SystemConfig}
 
-_SHARED = frozenset({"redis_url", "redis_timeout_s", "block_ttl_s"})
+_SHARED = frozenset({"redis_url", "redis_timeout_s", "block_ttl_s", "master_keys"})
 """One value for front end and workers. Other names that both have are two settings, the worker's with a prefix."""
 
 _GROUPS = {
@@ -132,6 +132,7 @@ _GROUPS = {
         "tenant_max_sessions",
         "tenant_max_tokens",
         "tenant_max_turns",
+        "master_keys",
     ),
     "Batching": (
         "max_step_tokens",

@@ -8,6 +8,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cache_store.master_keys import load_keyring
 from cache_store.open_records import open_records
 from cache_store.records import RecordStore
 from protos import rekindle_pb2 as pb
@@ -68,11 +69,14 @@ class Application:
     def build(cls, config: ServerConfig, workers: WorkerAddresses) -> Self:
         """Wire a front end for these workers. Nothing is connected yet.
 
-        Raises ConfigError for files of keys that make no sense, OSError for files that can't be read.
+        Raises ConfigError for files of keys that make no sense, OSError for files that can't be read, InvalidRequest
+        for master keys that can't be had.
         """
         return cls(
             config,
-            records=open_records(config.redis_url, timeout_s=config.redis_timeout_s),
+            records=open_records(
+                config.redis_url, timeout_s=config.redis_timeout_s, keyring=load_keyring(config.master_keys)
+            ),
             directory=WorkerDirectory(
                 workers,
                 poll_s=config.worker_poll_s,

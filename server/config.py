@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from cache_store.codecs import RAW, SESSION_CODECS
+from cache_store.master_keys import SOURCE, is_source
 
 LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -70,6 +71,11 @@ class ServerConfig:
     """redis://, rediss:// or unix:// for the server that keeps sessions; redis+cluster:// or rediss+cluster:// for a
     Redis Cluster; redis+sentinel://host:port/service for whatever Sentinel says; memory:// (or nothing) keeps them in
     this process, for tests."""
+
+    master_keys: str = ""
+    """Where the keys are read from that seal conversations and KV in Redis and on disk, on each machine: file:PATH,
+    env:NAME (a variable of the environment) or command:COMMAND (its output). See docs/encryption.md; empty seals
+    nothing."""
 
     redis_timeout_s: float = 2.0
     """How long one read or write of Redis may stall before it counts as failed."""
@@ -153,6 +159,8 @@ class ServerConfig:
         ):
             if getattr(self, name) and not getattr(self, needed):
                 raise ConfigError(f"{name} needs {needed}")
+        if self.master_keys and not is_source(self.master_keys):  # not shown: it may be a key
+            raise ConfigError(f"master_keys must be {SOURCE}")
         if self.codec not in SESSION_CODECS:
             raise ConfigError(f"codec must be one of {', '.join(SESSION_CODECS)}, got {self.codec!r}")
         if self.log_format not in get_args(LogFormat):

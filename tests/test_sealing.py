@@ -170,7 +170,7 @@ def test_keys_that_are_none_are_refused_and_not_shown(entries: str, problem: str
         ("command:/nowhere/kms", "can't be run"),
         ("command:'", "can't be run"),
         ("command:printf \\377", "entry 1"),
-        (SECRET, "must begin with file:, env:, command:"),
+        (SECRET, "must be file:PATH, env:NAME or command:COMMAND"),
     ],
 )
 def test_a_source_that_gives_no_keys_is_refused_and_says_why(source: str, problem: str) -> None:

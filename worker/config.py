@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from cache_store.ladder import parse_ladder
 from cache_store.layout import MAX_BLOCK_TOKENS, MIN_BLOCK_TOKENS
+from cache_store.master_keys import SOURCE, is_source
 
 AUTO = "auto"
 """As `host_cache_dir`: whoever starts the worker chooses."""
@@ -52,8 +53,8 @@ class WorkerConfig:
     host_cache_dir: str = "auto"
     """Where the host cache lies as files that outlive a worker, so that the next one on this machine starts warm: a
     directory in memory, such as /dev/shm/rekindle, whose files you delete when you want them gone. auto: one under
-    /dev/shm that `rekindle serve` removes when it ends (private memory on a running Ray cluster, and for a worker
-    started by itself); empty: private memory of the worker."""
+    /dev/shm that `rekindle serve` removes when it ends (private memory on a running Ray cluster, for a worker started
+    by itself, and with master_keys: what is in the directory is not sealed); empty: private memory of the worker."""
 
     disk_dir: str = ""
     """A directory on a fast local disk for KV below host memory, found again by the next worker; needs disk_bytes."""
@@ -65,6 +66,11 @@ class WorkerConfig:
     """redis://, rediss:// or unix:// for the shared tier; redis+cluster:// or rediss+cluster:// for a Redis Cluster;
     redis+sentinel://host:port/service for whatever Sentinel says; memory:// keeps it in the worker (for tests); empty
     does without."""
+
+    master_keys: str = ""
+    """Where the keys are read from that seal conversations and KV in Redis and on disk, on each machine: file:PATH,
+    env:NAME (a variable of the environment) or command:COMMAND (its output). See docs/encryption.md; empty seals
+    nothing."""
 
     redis_timeout_s: float = 2.0
     """How long one read or write of Redis may stall before it counts as failed."""
@@ -175,6 +181,8 @@ class WorkerConfig:
             raise ConfigError(f"tls_cert and tls_key go together, got {self.tls_cert!r} and {self.tls_key!r}")
         if self.tls_client_ca and not self.tls_cert:
             raise ConfigError("tls_client_ca needs tls_cert")
+        if self.master_keys and not is_source(self.master_keys):  # not shown: it may be a key
+            raise ConfigError(f"master_keys must be {SOURCE}")
         for name, parse in (("codec_ladder", parse_ladder), ("tenant_weights", parse_weights)):
             try:
                 parse(getattr(self, name))

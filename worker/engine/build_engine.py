@@ -2,7 +2,9 @@
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+from cache_store.master_keys import load_keyring
 from worker.allocator import keep_freed_memory
 from worker.config import WorkerConfig, parse_weights
 from worker.engine.admission import Admission
@@ -35,10 +37,13 @@ def build_engine(config: WorkerConfig) -> Engine:
 
 
 def _build(config: WorkerConfig) -> Engine:
+    keyring = load_keyring(config.master_keys)
     loaded = load_model(config)
+    if keyring is not None:
+        loaded = replace(loaded, names_from=keyring.blinded(loaded.fingerprint))
     if loaded.device.type == "cpu":
         keep_freed_memory()
-    return _wire(config, loaded, open_tiers(config, loaded))
+    return _wire(config, loaded, open_tiers(config, loaded, keyring))
 
 
 def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
@@ -99,7 +104,7 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         tiers.write_behind,
         tiers.restorer,
         block_tokens=block_tokens,
-        fingerprint=loaded.fingerprint,
+        names_from=loaded.names_from,
         restore_timeout_s=config.restore_timeout_s,
         post=inbox.post,
     )

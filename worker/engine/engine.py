@@ -62,6 +62,7 @@ class Engine:
     ) -> None:
         self.layout = loaded.layout
         self.fingerprint = loaded.fingerprint
+        self._names_from = loaded.names_from
         self.max_context_tokens = loaded.max_context_tokens
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size = loaded.vocab_size
@@ -98,7 +99,7 @@ class Engine:
         request = Request(
             call,
             listener,
-            root=root_hash(self.fingerprint, call.tenant, fidelity_of(call.codec)),
+            root=root_hash(self._names_from, call.tenant, fidelity_of(call.codec)),
             block_tokens=self.layout.block_tokens,
             max_new_tokens=max_new_tokens,
             row=self._sampler.start(call.sampling, [*call.history, *call.input], call.begun),

@@ -42,7 +42,7 @@ class Histories:
         restorer: Restorer,
         *,
         block_tokens: int,
-        fingerprint: bytes,
+        names_from: bytes,
         restore_timeout_s: float,
         post: Callable[[Callable[[], None]], None],
     ) -> None:
@@ -52,7 +52,7 @@ class Histories:
         self._write_behind = write_behind
         self._restorer = restorer
         self._block_tokens = block_tokens
-        self._fingerprint = fingerprint
+        self._names_from = names_from
         self._restore_timeout_s = restore_timeout_s
         self._post = post
         self._warming: list[set[BlockHash]] = []
@@ -219,7 +219,7 @@ class Histories:
         self._threads.shutdown(wait=True)
 
     def _root(self, tenant: str, codec: str) -> BlockHash:
-        return root_hash(self._fingerprint, tenant, fidelity_of(codec))
+        return root_hash(self._names_from, tenant, fidelity_of(codec))
 
     def _wanted(self, tenant: str, tokens: Sequence[int], codec: str) -> list[Wanted]:
         return wanted_by_history(self._root(tenant, codec), tokens, self._block_tokens)

@@ -42,6 +42,8 @@ class LoadedModel:
     """Logits per token."""
     eos_token_ids: frozenset[int]
     fingerprint: bytes
+    names_from: bytes
+    """What the names of its blocks begin with: the fingerprint, or what a keyring makes of it."""
     weight_bytes: int
 
     def num_device_blocks(self, cache_bytes: int) -> int:
@@ -68,6 +70,7 @@ def load_model(config: WorkerConfig) -> LoadedModel:
     weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if device.type == "cpu":
         pack_linears(model)
+    named = fingerprint(content, model.config.to_dict(), layout)
     return LoadedModel(
         model=model,
         device=device,
@@ -77,7 +80,8 @@ def load_model(config: WorkerConfig) -> LoadedModel:
         max_context_tokens=model.config.get_text_config().max_position_embeddings,
         vocab_size=model.config.get_text_config().vocab_size,
         eos_token_ids=_eos_token_ids(model),
-        fingerprint=fingerprint(content, model.config.to_dict(), layout),
+        fingerprint=named,
+        names_from=named,
         weight_bytes=weight_bytes,
     )
 

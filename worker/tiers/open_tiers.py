@@ -14,6 +14,7 @@ from cache_store.host_slab import open_slab
 from cache_store.host_tier import HostTier
 from cache_store.ladder import Ladder, parse_ladder
 from cache_store.open_store import open_block_store
+from cache_store.sealing import Keyring, Purpose, Sealer
 from cache_store.store import BlockStore
 from worker.config import AUTO, WorkerConfig
 from worker.model.load import LoadedModel
@@ -69,8 +70,12 @@ class Tiers:
         self.host.close()
 
 
-def open_tiers(config: WorkerConfig, loaded: LoadedModel) -> Tiers:
-    """Take all memory and connect the store; nothing ages until the ager is started. Raises InvalidRequest."""
+def open_tiers(config: WorkerConfig, loaded: LoadedModel, keyring: Keyring | None) -> Tiers:
+    """Take all memory and connect the store; nothing ages until the ager is started. Raises InvalidRequest.
+
+    With a `keyring` what goes to disk and store is sealed.
+    """
+    sealer = keyring.sealer(Purpose.BLOCKS) if keyring is not None else None
     layout, ladder = loaded.layout, parse_ladder(config.codec_ladder)
     device = KVCache(layout, loaded.num_device_blocks(config.device_cache_bytes), loaded.device)
     host = HostTier(
@@ -83,13 +88,14 @@ def open_tiers(config: WorkerConfig, loaded: LoadedModel) -> Tiers:
     )
     if host.slab:
         device.pin(host.slab)
-    disk = _open_disk(config, loaded, host)
+    disk = _open_disk(config, loaded, host, sealer)
     store = open_block_store(
         config.redis_url,
         layout,
         loaded.fingerprint,
         timeout_s=config.redis_timeout_s,
         refresh_ttl_s=config.block_ttl_s,
+        sealer=sealer,
     )
     coder = BlockCoder(device, open_codecs(layout, loaded.rope, loaded.device), first_rung=ladder.first.name)
     moves = MoveCounter(layout.block_bytes)
@@ -133,13 +139,13 @@ def _open_prefetcher(
     return Prefetcher(host, store, moves, timeout_s=config.restore_timeout_s)
 
 
-def _open_disk(config: WorkerConfig, loaded: LoadedModel, host: HostTier) -> DiskTier | None:
+def _open_disk(config: WorkerConfig, loaded: LoadedModel, host: HostTier, sealer: Sealer | None) -> DiskTier | None:
     if not config.disk_dir or not config.disk_bytes:
         return None
     max_queued = min(config.store_queue_bytes // loaded.layout.block_bytes, host.use().capacity // 4)
     return open_disk_tier(
         Path(config.disk_dir),
-        Framer(loaded.layout, loaded.fingerprint),
+        Framer(loaded.layout, loaded.fingerprint, sealer),
         capacity_bytes=config.disk_bytes,
         max_queued=max(1, max_queued),
         prepare_thread=stand_back,
