@@ -41,6 +41,19 @@ class RecordUnreadable(StoreError):
     """A session's record is not as it was sealed, or there is no key for it here."""
 
 
+class LimitReached(ServingError):
+    """The tenant has all that it may have."""
+
+    def __init__(self, limit: str, maximum: int) -> None:
+        super().__init__(limit, maximum)  # both, so that pickle can build it again
+        self.limit = limit
+        """max_sessions, max_tokens or max_turns."""
+        self.maximum = maximum
+
+    def __str__(self) -> str:
+        return f"{self.limit}: this tenant may have {self.maximum}"
+
+
 class SessionNotFound(ServingError):
     """This tenant has no such session."""
 

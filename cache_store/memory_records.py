@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from cache_store.errors import InvalidRequest, SessionBusy, SessionExists, SessionNotFound
-from cache_store.records import Page, SessionRecord, TurnRecord
+from cache_store.errors import InvalidRequest, LimitReached, SessionBusy, SessionExists, SessionNotFound
+from cache_store.records import NO_QUOTA, Page, Quota, SessionRecord, TurnRecord, Usage
 from cache_store.store import ServerInfo
 
 _GONE_S = 300.0
@@ -30,10 +30,12 @@ class MemoryRecords:
         self._now = now
         self._kept: dict[tuple[str, str], _Kept] = {}
 
-    async def create(self, record: SessionRecord) -> None:
+    async def create(self, record: SessionRecord, *, quota: Quota = NO_QUOTA) -> None:
         key = (record.tenant, record.session_id)
         if self._alive(key) is not None:
             raise SessionExists(f"session {record.session_id} exists")
+        if quota != NO_QUOTA:
+            self._check(quota, await self.usage(record.tenant), len(record.token_ids))
         kept = _Kept(replace(record, num_tokens=len(record.token_ids)), expires_s=0.0)
         self._kept[key] = kept
         self._keep(kept)
@@ -123,6 +125,14 @@ class MemoryRecords:
         del self._kept[tenant, session_id]
         return record
 
+    async def usage(self, tenant: str) -> Usage:
+        alive = [self._alive(key) for key in list(self._kept) if key[0] == tenant]
+        tokens = [kept.record.num_tokens for kept in alive if kept is not None]
+        return Usage(len(tokens), sum(tokens))
+
+    async def recount(self, tenant: str) -> Usage:
+        return await self.usage(tenant)
+
     async def info(self) -> ServerInfo:
         return ServerInfo(used_bytes=0, max_bytes=0, evicted_keys=0, eviction_policy="noeviction")
 
@@ -131,6 +141,13 @@ class MemoryRecords:
 
     async def aclose(self) -> None:
         self._kept.clear()
+
+    @staticmethod
+    def _check(quota: Quota, usage: Usage, more_tokens: int) -> None:
+        if quota.sessions and usage.sessions >= quota.sessions:
+            raise LimitReached("max_sessions", quota.sessions)
+        if quota.tokens and more_tokens and usage.tokens + more_tokens > quota.tokens:
+            raise LimitReached("max_tokens", quota.tokens)
 
     def _now_ms(self) -> int:
         return int(self._now() * 1000)

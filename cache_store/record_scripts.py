@@ -1,7 +1,8 @@
-"""What happens to a session's keys in Redis, each time all or nothing: the Lua scripts of `redis_records`.
+"""What happens to keys of sessions in Redis, each time all or nothing: Lua scripts.
 
-KEYS are the session's five: meta (hash), tokens (little-endian u4 string), turns (list), lock (string with a lease),
-gone (set of holders that have given up or committed: what they asked for may still be on its way, behind a stall).
+Those of `redis_records` come first. Their KEYS are the session's five: meta (hash), tokens (little-endian u4 string),
+turns (list), lock (string with a lease), gone (set of holders that have given up or committed: what they asked for may
+still be on its way, behind a stall).
 Every answer is an array whose first element is OK, MISSING, EXISTS or BUSY.
 """
 
@@ -132,4 +133,42 @@ if missing() then return {'MISSING'} end
 local was = record()
 redis.call('DEL', meta, tokens, turns, lock)
 return was
+""")
+
+# The scripts of `redis_counts`. KEYS: a tenant's count, a hash of tokens by session id, and of their sum by ''.
+
+
+def _counting(text: str) -> Script:
+    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+# ARGV: session id, tokens, whether to leave it as it is where it is counted, most sessions, most tokens (0: any
+# number). Answers NEW or OLD, or what there is no room for: SESSIONS or TOKENS.
+COUNT = _counting("""
+local count, id, tokens = KEYS[1], ARGV[1], tonumber(ARGV[2])
+local most_sessions, most_tokens = tonumber(ARGV[4]), tonumber(ARGV[5])
+local before = redis.call('HGET', count, id)
+if ARGV[3] == '0' then
+  redis.call('HDEL', count, ' ') -- as `insist`: no id has a space
+elseif before then
+  return 'OLD'
+end
+if not before and most_sessions > 0 and redis.call('HLEN', count) > most_sessions then return 'SESSIONS' end
+local sum = tonumber(redis.call('HGET', count, '') or 0) - tonumber(before or 0) + tokens
+if most_tokens > 0 and tokens > 0 and sum > most_tokens then return 'TOKENS' end
+redis.call('HSET', count, id, tokens, '', sum)
+return before and 'OLD' or 'NEW'
+""")
+
+# ARGV: session ids.
+UNCOUNT = _counting("""
+for _, id in ipairs(ARGV) do
+  local before = redis.call('HGET', KEYS[1], id)
+  if before then
+    redis.call('HDEL', KEYS[1], id)
+    redis.call('HINCRBY', KEYS[1], '', 0 - tonumber(before)) -- never -0
+  end
+end
+if redis.call('HLEN', KEYS[1]) == 1 then redis.call('DEL', KEYS[1]) end
+return 'OK'
 """)

@@ -61,14 +61,41 @@ class Page(NamedTuple):
     """Empty on the last page."""
 
 
+class Quota(NamedTuple):
+    """What a tenant may keep; 0 is any number."""
+
+    sessions: int = 0
+    tokens: int = 0
+
+
+class Usage(NamedTuple):
+    """What a tenant keeps, at least: sessions that have expired may be counted for a while."""
+
+    sessions: int
+    tokens: int
+
+
+NO_QUOTA = Quota()
+
+
 class RecordStore(Protocol):
     """Session records by tenant and id. Every call may raise StoreUnavailable and, but for `create`, SessionNotFound.
 
     A turn is `begin` (lock and read), then `commit` (append, compare-and-set on the version, unlock) or `release`.
     """
 
-    async def create(self, record: SessionRecord) -> None:
-        """Keep a new record, tokens and turns included (a fork brings its own). Raises SessionExists."""
+    async def create(self, record: SessionRecord, *, quota: Quota = NO_QUOTA) -> None:
+        """Keep a new record, tokens and turns included (a fork brings its own). Raises SessionExists, and LimitReached
+        where the tenant would have more than `quota`, however many create at once. (Commits have none: what has been
+        said is kept.)"""
+        ...
+
+    async def usage(self, tenant: str) -> Usage:
+        """One cheap read."""
+        ...
+
+    async def recount(self, tenant: str) -> Usage:
+        """Look at every session, so that those that have expired are counted no longer."""
         ...
 
     async def get(self, tenant: str, session_id: str) -> SessionRecord: ...

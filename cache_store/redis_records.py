@@ -5,9 +5,6 @@ creation time and id: it may name sessions that are gone (never miss one that is
 """
 
 import asyncio
-import base64
-import binascii
-import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -21,7 +18,7 @@ from redis.exceptions import NoScriptError
 
 from cache_store import record_scripts as scripts
 from cache_store.errors import (
-    InvalidRequest,
+    LimitReached,
     RecordUnreadable,
     SessionBusy,
     SessionExists,
@@ -32,13 +29,15 @@ from cache_store.errors import (
 from cache_store.late_releases import LateReleases
 from cache_store.record_format import Kept, PlainFormat, RecordFormat, Written, meta_fields, read_meta
 from cache_store.record_scripts import Script
-from cache_store.records import Page, SessionRecord, TurnRecord
+from cache_store.records import NO_QUOTA, Page, Quota, SessionRecord, TurnRecord, Usage
+from cache_store.redis_counts import RedisCounts
 from cache_store.redis_errors import ours
+from cache_store.redis_index import Entry, cursor, index_key, member, parse_member, token_of
 from cache_store.store import ServerInfo
 
-_MEMBER = re.compile(r"(\d{15}):([A-Za-z0-9._:-]{1,128})")  # created_ms, session_id: sorts by age
 _GONE_MS = 300_000
 """How long a released holder can't lock again: longer than what it sent stays on its way."""
+_PAGE_ENTRIES = 500
 _CREATING_MS = 60_000
 """An index entry this young may be of a record that is just being created: it is not tidied away."""
 
@@ -51,13 +50,6 @@ class _Keys(NamedTuple):
     turns: str
     lock: str
     gone: str
-
-
-class _Entry(NamedTuple):
-    """Of a tenant's index."""
-
-    created_ms: int
-    session_id: str
 
 
 class RedisRecords:
@@ -81,18 +73,26 @@ class RedisRecords:
         self._timeout_s = timeout_s
         self._now = now
         self._format = record_format or PlainFormat()
+        self._counts = RedisCounts(redis)
         self._late = LateReleases(self._release)
 
-    async def create(self, record: SessionRecord) -> None:
-        index, member = _index(record.tenant), _member(record.created_ms, record.session_id)
+    async def create(self, record: SessionRecord, *, quota: Quota = NO_QUOTA) -> None:
+        index, entry = index_key(record.tenant), member(record.created_ms, record.session_id)
         written = self._format.created(record)
         fields = [part for pair in (meta_fields(record) | _seal_field(written)).items() for part in pair]
         async with self._asking(f"create session {record.session_id}"):
             # Expired sessions leave the index when it is read; where nobody reads it, creating keeps it small.
             await self._live_metas(record.tenant, await self._redis.zrandmember(index, 2))
-            await self._redis.zadd(index, {member: 0})  # first: a session that is there is always listed
+            await self._redis.zadd(index, {entry: 0})  # first: a session that is there, or counted, is always listed
+            try:
+                is_new = await self._counts.add(record.tenant, record.session_id, len(record.token_ids), quota)
+            except LimitReached:
+                await self._redis.zrem(index, entry)
+                raise
             args = [uuid.uuid4().hex, written.tokens, len(written.entries), *written.entries, *fields]
             status, *_ = await self._run(scripts.CREATE, record.tenant, record.session_id, *args)
+            if status == b"OK" and not is_new:  # one of this id had expired
+                await self._counts.set(record.tenant, record.session_id, len(record.token_ids))
         if status == b"EXISTS":
             raise SessionExists(f"session {record.session_id} exists")
 
@@ -100,7 +100,7 @@ class RedisRecords:
         return await self._record(scripts.READ, tenant, session_id)
 
     async def list(self, tenant: str, *, page_size: int, page_token: str) -> Page:
-        index, upto = _index(tenant), "(" + _cursor(page_token) if page_token else "+"
+        index, upto = index_key(tenant), "(" + cursor(page_token) if page_token else "+"
         found: list[SessionRecord] = []
         async with self._asking("list sessions"):
             while len(found) <= page_size:  # one more than asked for says whether there is another page
@@ -114,7 +114,7 @@ class RedisRecords:
         if len(found) <= page_size:
             return Page(found, "")
         last = found[page_size - 1]
-        return Page(found[:page_size], _page_token(_member(last.created_ms, last.session_id)))
+        return Page(found[:page_size], token_of(member(last.created_ms, last.session_id)))
 
     async def update(self, tenant: str, session_id: str, *, ttl_s: int | None, pinned: bool | None) -> SessionRecord:
         args = ["" if ttl_s is None else ttl_s, "" if pinned is None else int(pinned)]
@@ -144,22 +144,18 @@ class RedisRecords:
     ) -> None:
         written = self._format.committed(before, new_tokens=new_tokens, turn=turn, model=model)
         [entry] = written.entries
-        await self._answer(
-            scripts.COMMIT,
-            before.tenant,
-            before.session_id,
-            holder,
-            before.version,
-            written.tokens,
-            entry,
-            _ms(self._now()),
-            model,
-            worker_id,
-            int(written.replaces),
-            written.num_tokens,
-            written.seal,
-            doing="commit to",
-        )
+        async with self._asking(f"count session {before.session_id}"):
+            await self._counts.set(before.tenant, before.session_id, written.num_tokens)
+        args = [written.tokens, entry, _ms(self._now()), model, worker_id, int(written.replaces)]
+        args += [written.num_tokens, written.seal]
+        try:
+            await self._answer(
+                scripts.COMMIT, before.tenant, before.session_id, holder, before.version, *args, doing="commit to"
+            )
+        except SessionNotFound:
+            async with self._asking(f"count session {before.session_id}"):
+                await self._counts.remove(before.tenant, [before.session_id])
+            raise
 
     async def release(self, tenant: str, session_id: str, *, holder: str) -> None:
         try:
@@ -170,8 +166,23 @@ class RedisRecords:
     async def delete(self, tenant: str, session_id: str) -> SessionRecord:
         was = await self._record(scripts.DELETE, tenant, session_id, doing="delete")
         async with self._asking("tidy the index of sessions"):
-            await self._redis.zrem(_index(tenant), _member(was.created_ms, session_id))
+            await self._redis.zrem(index_key(tenant), member(was.created_ms, session_id))
+            await self._counts.remove(tenant, [session_id])
         return was
+
+    async def usage(self, tenant: str) -> Usage:
+        async with self._asking("count sessions"):
+            return await self._counts.read(tenant)
+
+    async def recount(self, tenant: str) -> Usage:
+        upto = "+"
+        while upto:
+            async with self._asking("count sessions"):
+                page = await self._redis.zrevrangebylex(index_key(tenant), upto, "-", start=0, num=_PAGE_ENTRIES)
+                for entry, meta in await self._live_metas(tenant, page):
+                    await self._counts.add(tenant, entry.session_id, int(meta[b"num_tokens"]), NO_QUOTA)
+            upto = "(" + page[-1].decode() if page else ""
+        return await self.usage(tenant)
 
     async def info(self) -> ServerInfo:
         async with self._asking("ask Redis how it is"):
@@ -225,26 +236,27 @@ class RedisRecords:
         except NoScriptError:  # a server that has just started
             return await self._redis.eval(script.text, len(keys), *keys, *args)
 
-    async def _live_metas(
-        self, tenant: str, members: Sequence[bytes]
-    ) -> Sequence[tuple[_Entry, Mapping[bytes, bytes]]]:
+    async def _live_metas(self, tenant: str, members: Sequence[bytes]) -> Sequence[tuple[Entry, Mapping[bytes, bytes]]]:
         """Read the meta of each index entry; drop the entries whose session has gone."""
         if not members:
             return []
-        entries = [_parse_member(member.decode()) for member in members]
+        entries = [parse_member(member) for member in members]
         pipeline = self._redis.pipeline(transaction=False)
         for entry in entries:
             pipeline.hgetall(_keys(tenant, entry.session_id).meta)
         metas = await pipeline.execute()
         young_ms = _ms(self._now()) - _CREATING_MS
-        live, gone = [], []
-        for member, entry, meta in zip(members, entries, metas, strict=True):
+        live, gone, uncounted = [], [], []
+        for name, entry, meta in zip(members, entries, metas, strict=True):
             if meta and int(meta[b"created_ms"]) == entry.created_ms:  # not a later session of the same id
                 live.append((entry, meta))
             elif entry.created_ms < young_ms:
-                gone.append(member)
+                gone.append(name)
+                if not meta:
+                    uncounted.append(entry.session_id)
         if gone:
-            await self._redis.zrem(_index(tenant), *gone)
+            await self._counts.remove(tenant, uncounted)
+            await self._redis.zrem(index_key(tenant), *gone)
         return live
 
     @asynccontextmanager
@@ -270,34 +282,6 @@ def _seal_field(written: Written) -> dict[str, str | int | bytes]:
 def _keys(tenant: str, session_id: str) -> _Keys:
     tag = f"rekindle:{{{quote(tenant, safe='')}/{session_id}}}"
     return _Keys(f"{tag}:meta", f"{tag}:tokens", f"{tag}:turns", f"{tag}:lock", f"{tag}:gone")
-
-
-def _index(tenant: str) -> str:
-    return f"rekindle:sessions:{quote(tenant, safe='')}"
-
-
-def _member(created_ms: int, session_id: str) -> str:
-    return f"{created_ms:015d}:{session_id}"
-
-
-def _parse_member(member: str) -> _Entry:
-    match = _MEMBER.fullmatch(member)
-    assert match is not None, f"not an entry of ours: {member!r}"
-    return _Entry(int(match[1]), match[2])
-
-
-def _page_token(member: str) -> str:
-    return base64.urlsafe_b64encode(member.encode()).decode()
-
-
-def _cursor(page_token: str) -> str:
-    try:
-        member = base64.b64decode(page_token, altchars=b"-_", validate=True).decode("ascii")
-    except (binascii.Error, ValueError) as error:
-        raise InvalidRequest("page_token", "is not one that ListSessions gave") from error
-    if not _MEMBER.fullmatch(member):
-        raise InvalidRequest("page_token", "is not one that ListSessions gave")
-    return member
 
 
 def _ms(seconds: float) -> int:

@@ -67,6 +67,13 @@ def bad_field(field: str, problem: str) -> Message:
     return bad
 
 
+def spent_quota(subject: str, description: str) -> Message:
+    """Name the limit that is reached."""
+    violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=description)
+    spent: Message = error_details_pb2.QuotaFailure(violations=[violation])
+    return spent
+
+
 async def abort(context: grpc.aio.ServicerContext[Any, Any], failed: Failure) -> NoReturn:
     """End the call. Raises what grpc.aio raises for that."""
     trailing = ((DETAILS_KEY, failed.details),) if failed.details else ()

@@ -20,6 +20,7 @@ from server.config import ServerConfig
 from server.directory import WorkerAddresses, WorkerDirectory
 from server.health import Health
 from server.identity import Identities
+from server.limits import Limits
 from server.metrics import FrontMetrics
 from server.service import InferenceService
 from server.sessions import SessionKeeper
@@ -48,12 +49,14 @@ class Application:
         self.metrics = metrics
         self._identities = Identities(config)
         self._calls = Calls(metrics, self._identities, max_streams=config.max_streams)
+        self._limits = Limits(self._identities, records)
         self._turns = Turns(records, directory, metrics, config)
         self._sessions = SessionKeeper(
             records,
             directory,
             self._turns,
             metrics,
+            self._limits,
             lease_s=config.lease_s,
             default_ttl_s=config.session_ttl_s,
             default_codec=config.codec,
@@ -140,7 +143,7 @@ class Application:
                 ("grpc.so_reuseport", 0),  # a second server on one port is a mistake, not a share of its calls
             ),
         )
-        pb_grpc.add_InferenceServicer_to_server(InferenceService(self._turns), server)  # type: ignore[no-untyped-call]
+        pb_grpc.add_InferenceServicer_to_server(InferenceService(self._turns, self._limits), server)  # type: ignore[no-untyped-call]
         pb_grpc.add_SessionsServicer_to_server(SessionsService(self._sessions), server)  # type: ignore[no-untyped-call]
         cache = CacheService(self._records, self.directory, self.metrics)
         pb_grpc.add_CacheServicer_to_server(cache, server)  # type: ignore[no-untyped-call]

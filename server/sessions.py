@@ -16,6 +16,7 @@ from protos import rekindle_worker_pb2 as wpb
 from server.directory import Worker, WorkerDirectory
 from server.errors import NoWorker, WorkerLost
 from server.lease import Lease
+from server.limits import Limits
 from server.metrics import FrontMetrics
 from server.prefetch import Prefetcher
 from server.turns import Turns, history_of
@@ -33,6 +34,7 @@ class SessionKeeper:
         directory: WorkerDirectory,
         turns: Turns,
         metrics: FrontMetrics,
+        limits: Limits,
         *,
         lease_s: float,
         default_ttl_s: int,
@@ -41,13 +43,14 @@ class SessionKeeper:
         self._records = records
         self._directory = directory
         self._turns = turns
+        self._limits = limits
         self._prefetcher = Prefetcher(self._restore, metrics)
         self._lease_s = lease_s
         self._default_ttl_s = default_ttl_s
         self._default_codec = default_codec
 
     async def create(self, tenant: str, session_id: str, *, ttl_s: int, pinned: bool, codec: str) -> SessionRecord:
-        """Raises SessionExists. An empty id is made up; an empty codec is the default."""
+        """Raises SessionExists and LimitReached. An empty id is made up; an empty codec is the default."""
         now_ms = int(time.time() * 1000)
         record = SessionRecord(
             tenant=tenant,
@@ -61,7 +64,7 @@ class SessionKeeper:
             worker_id="",
             codec=codec or self._default_codec,
         )
-        await self._records.create(record)
+        await self._limits.create(record)
         return record
 
     async def get(self, tenant: str, session_id: str) -> SessionRecord:
@@ -110,7 +113,10 @@ class SessionKeeper:
         return record
 
     async def fork(self, tenant: str, session_id: str, *, at_turn: int | None, new_id: str) -> SessionRecord:
-        """Copy the record up to a turn; the KV is found by content, so it is shared. Raises SessionExists."""
+        """Copy the record up to a turn; the KV is found by content, so it is shared.
+
+        Raises SessionExists and LimitReached.
+        """
         parent = await self._records.get(tenant, session_id)
         num_turns = len(parent.turns) if at_turn is None else at_turn
         if num_turns > len(parent.turns):
@@ -134,7 +140,7 @@ class SessionKeeper:
             token_ids=parent.token_ids[:num_tokens],
             num_tokens=num_tokens,
         )
-        await self._records.create(fork)
+        await self._limits.create(fork)
         return fork
 
     async def park(self, tenant: str, session_id: str, *, drop_host: bool) -> pb.ParkSessionResponse:

@@ -5,7 +5,7 @@ from typing import Final
 import grpc
 
 from cache_store import errors as store
-from protos.status import Failure, Meaning, bad_field, failure, nearest
+from protos.status import Failure, Meaning, bad_field, failure, nearest, spent_quota
 from server import errors
 
 _Code = grpc.StatusCode
@@ -15,6 +15,7 @@ MEANINGS: Final[dict[type[BaseException], Meaning]] = {
     store.SessionNotFound: Meaning(_Code.NOT_FOUND, "SESSION_NOT_FOUND"),
     store.SessionExists: Meaning(_Code.ALREADY_EXISTS, "SESSION_EXISTS"),
     store.SessionBusy: Meaning(_Code.ABORTED, "SESSION_BUSY", retry_after_s=0.5),
+    store.LimitReached: Meaning(_Code.RESOURCE_EXHAUSTED, "TENANT_LIMIT"),
     store.StoreUnavailable: Meaning(_Code.UNAVAILABLE, "STORE_UNAVAILABLE", retry_after_s=1.0),
     store.StoreFull: Meaning(_Code.RESOURCE_EXHAUSTED, "STORE_FULL", retry_after_s=10.0),
     store.BlockCorrupt: Meaning(_Code.DATA_LOSS, "BLOCK_CORRUPT"),
@@ -29,6 +30,9 @@ MEANINGS: Final[dict[type[BaseException], Meaning]] = {
     errors.TooManyStreams: Meaning(_Code.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS", retry_after_s=1.0),
     errors.ShuttingDown: Meaning(_Code.UNAVAILABLE, "SHUTTING_DOWN", retry_after_s=1.0),
 }
+_TURN_S: Final = 0.5
+"""After this, a turn of a tenant that runs as many as it may could have ended."""
+
 _BUG: Final = Meaning(_Code.INTERNAL, "INTERNAL")
 
 
@@ -49,4 +53,7 @@ def failure_of(error: Exception, request_id: str) -> Failure:
     assert meaning is not None
     if isinstance(error, store.InvalidRequest):
         return failure(meaning, str(error), bad_field(error.field, error.problem))
+    if isinstance(error, store.LimitReached):
+        wait_s = _TURN_S if error.limit == "max_turns" else None  # of sessions and tokens some must be deleted first
+        return failure(meaning, str(error), spent_quota(error.limit, str(error)), retry_after_s=wait_s)
     return failure(meaning, str(error))

@@ -15,13 +15,14 @@ import server.errors
 import server.status
 import worker.errors
 import worker.status
-from cache_store.errors import InvalidRequest, ServingError, SessionBusy, SessionExists, SessionNotFound
+from cache_store.errors import InvalidRequest, LimitReached, ServingError, SessionBusy, SessionExists, SessionNotFound
 from protos.status import Failure, nearest
 from server.errors import WorkerRefused
 from worker.errors import Overloaded
 
 _ARGUMENTS: dict[type[ServingError], tuple[Any, ...]] = {
     InvalidRequest: ("text", "must not be empty"),
+    LimitReached: ("max_sessions", 7),
     Overloaded: ("256 wait", 1.5),
     WorkerRefused: (StatusCode.OUT_OF_RANGE, "too long", b"details"),
 }
@@ -35,7 +36,7 @@ def every_subclass(kind: type[ServingError]) -> Iterator[type[ServingError]]:
 
 ALL = sorted(set(every_subclass(ServingError)), key=lambda kind: f"{kind.__module__}.{kind.__name__}")
 COLD = [kind for kind in ALL if kind.__module__.startswith("cache_store.")]
-SESSIONS = {SessionNotFound, SessionExists, SessionBusy}
+SESSIONS = {SessionNotFound, SessionExists, SessionBusy, LimitReached}
 
 
 def details(failed: Failure) -> list[Any]:
