@@ -1,4 +1,5 @@
-"""Blocks into and out of Redis, from and to real tensors: our store, a bare socket (the limit) and redis-py.
+"""Blocks into and out of Redis, from and to real tensors: our store, plain and sealed, a bare socket (the limit) and
+redis-py.
 
 All speak to the same server and overwrite values that are there. A payload's checksum is known before it is put, as
 the host tier keeps it. TTLs are not refreshed after a get: that happens behind the caller, and would only disturb the
@@ -6,6 +7,7 @@ side that is measured next. With `--lmcache`, LMCache's C++ client beside ours, 
 """
 
 import itertools
+import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ from cache_store.frame import HEADER_BYTES, Framer, check_payload
 from cache_store.ids import BlockHash, full_block_hashes, root_hash
 from cache_store.layout import KVLayout
 from cache_store.open_store import open_block_store
+from cache_store.sealing import KEY_BYTES, Keyring, MasterKey, Purpose
 from cache_store.store import BlockStore, Encoding, Fetch, Fetched, Store
 
 _TOKENS = 16
@@ -64,14 +67,14 @@ def run(
         server = stack.enter_context(RedisServer())
         sides: dict[str, Side] = {}
         for transport, url in (("unix", server.unix_url), ("tcp", server.url)):
-            store = open_block_store(url, layout, b"benchmark", timeout_s=_TIMEOUT_S, refresh_ttl_s=0)
-            assert store is not None
-            ours = _Ours(stack.enter_context(closing(store)), outgoing, incoming)
+            ours = _Ours(stack.enter_context(closing(_open(url, layout))), outgoing, incoming)
+            sealed = _Ours(stack.enter_context(closing(_open(url, layout, _keyring()))), outgoing, incoming)
             raw = _Raw(stack.enter_context(connect(url)), outgoing, incoming)
             client = stack.enter_context(redis.Redis.from_url(url))
             theirs = _RedisPy(client, Framer(layout, b"benchmark"), outgoing, incoming)
             bare = _RedisPyBare(client, outgoing, incoming)
-            for name, side in (("raw", raw), ("rekindle", ours), ("redis-py", theirs), ("bare redis-py", bare)):
+            both = (("rekindle", ours), ("sealed", sealed))
+            for name, side in (("raw", raw), *both, ("redis-py", theirs), ("bare redis-py", bare)):
                 sides[f"{transport} put {name}"] = side.put
                 sides[f"{transport} get {name}"] = side.get
         lmcache_says = (
@@ -79,14 +82,20 @@ def run(
         )
         timed = {name: _gb_per_s(side, blocks * block_bytes) for name, side in sides.items()}
         speeds = medians(interleaved(timed, rounds=rounds, quiet=as_json, title="store"))
-        target.fill_(torch.nan)
-        ours.get()
-        if not torch.equal(source, target):
-            raise RuntimeError("the blocks that came back are not those that were stored")
+        for name, side in both:
+            target.fill_(torch.nan)
+            side.get()
+            if not torch.equal(source, target):
+                raise RuntimeError(f"the blocks that came back ({name}) are not those that were stored")
     bars = [
         at_least(f"{transport} {verb} against {what}", _ratio(speeds, f"{transport} {verb}", side), least)
         for side, what, least in (("raw", "a raw socket", 0.9), ("redis-py", "redis-py", 1.5))
         for transport, verb in itertools.product(("unix", "tcp"), ("put", "get"))
+    ]
+    bars += [
+        at_least(f"{transport} {verb} sealed against plain", speeds[f"{transport} {verb} sealed"] / plain, 0.6)
+        for transport, verb in itertools.product(("unix", "tcp"), ("put", "get"))
+        for plain in [speeds[f"{transport} {verb} rekindle"]]
     ]
     if "tcp put lmcache" in speeds:
         bars += [
@@ -98,6 +107,25 @@ def run(
         f"{name} GB/s": gb for name, gb in speeds.items()
     }
     return finish("store", figures, bars, as_json=as_json)
+
+
+def _open(url: str, layout: KVLayout, keyring: Keyring | None = None) -> BlockStore:
+    """A store of ours; those that seal have names of their own."""
+    store = open_block_store(
+        url,
+        layout,
+        b"benchmark",
+        timeout_s=_TIMEOUT_S,
+        refresh_ttl_s=0,
+        namespace="plain" if keyring is None else "sealed",
+        sealer=keyring.sealer(Purpose.BLOCKS) if keyring is not None else None,
+    )
+    assert store is not None
+    return store
+
+
+def _keyring() -> Keyring:
+    return Keyring([MasterKey("benchmark", secrets.token_bytes(KEY_BYTES))], names=secrets.token_bytes(KEY_BYTES))
 
 
 class _Ours:
