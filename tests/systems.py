@@ -50,10 +50,12 @@ class WorkerProcess:
     """`python -m worker` on free ports, from construction on. It is up when its address is known."""
 
     def __init__(self, worker_id: str, **settings: object) -> None:
+        """`settings` are of WorkerConfig; and `drain_s`, how long it lets its turns run when it is to go."""
         self.worker_id = worker_id
+        drain_s = settings.pop("drain_s", 2)
         config = json.dumps(_WORKER_SETTINGS | settings)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker", "--worker-id", worker_id, "--drain-s", "2", "--config", config],
+            [sys.executable, "-m", "worker", "--worker-id", worker_id, "--drain-s", str(drain_s), "--config", config],
             stdout=subprocess.PIPE,
         )
 
@@ -73,6 +75,11 @@ class WorkerProcess:
     @property
     def metrics_address(self) -> str:
         return self._addresses["metrics_address"]
+
+    def leave(self, *, within_s: float) -> None:
+        """Tell it to go, as whoever rolls out a new version would, and wait until it has."""
+        self._process.terminate()
+        assert self._process.wait(within_s) == 0
 
     def kill(self) -> None:
         """End it as a crash would, and wait until it is gone."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from threading import Thread
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from cache_store.ids import BlockHash
 from cache_store.open_store import open_block_store
 from cache_store.store import Store
 from tests.engines import TENANT, EngineFactory, Turn, generate, poison, start
-from worker.calls import Finished, FinishReason, MissReason, Sampling, Token
+from worker.calls import Failed, Finished, FinishReason, MissReason, Sampling, Token
 from worker.engine.engine import Engine
 from worker.engine.sampler import LogitsNotFinite
 from worker.engine.step import Chunk
@@ -425,6 +426,41 @@ def test_a_draining_engine_finishes_what_runs_and_takes_nothing_new(build_engine
     assert len(stream.result().reply) == 30
     with pytest.raises(Draining):
         start(engine, (), PROMPT)
+
+
+def test_a_draining_engine_hands_over_what_waits_at_once_and_what_runs_when_its_time_is_over(
+    build_engine: EngineFactory, redis_url: str
+) -> None:
+    engine, other = build_engine(redis_url=redis_url, max_running=1), build_engine(redis_url=redis_url)
+    running = start(engine, (), PROMPT, max_new_tokens=3000)
+    begun = [running.next()]
+    waiting = start(engine, (), SECOND, max_new_tokens=1)
+    began_s = time.monotonic()
+    drained = Thread(target=engine.drain, args=(0.5,))
+    drained.start()
+    with pytest.raises(Draining):
+        waiting.result()
+    assert time.monotonic() - began_s < 0.4
+    while isinstance(event := running.next(), Token):
+        begun.append(event)
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, Draining)
+    assert time.monotonic() - began_s > 0.4
+    drained.join()
+    said = tuple(event.token_id for event in begun if isinstance(event, Token))
+    poison(other)
+    turn = generate(other, (), PROMPT, begun=said, max_new_tokens=len(said) + 8)
+    assert turn.receipt.redis_tokens == len(PROMPT), "as many as the prompt has: more of it is the reply's"
+    assert turn.reply == generate(other, (), (*PROMPT, *said), max_new_tokens=8).reply
+
+
+def test_a_worker_that_closes_says_so_to_who_asks_for_a_history(build_engine: EngineFactory, redis_url: str) -> None:
+    engine = build_engine(redis_url=redis_url)
+    history = (*PROMPT, *generate(engine, (), PROMPT).reply)
+    engine._histories.close()
+    for asked in (engine.flush(TENANT, history), engine.park(TENANT, history, drop_host=False, ttl_s=60)):
+        with pytest.raises(Draining, match="this worker is gone"):
+            asked.result(10)
 
 
 def test_a_step_that_fails_fails_its_requests_and_not_the_engine(build_engine: EngineFactory) -> None:

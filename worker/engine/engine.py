@@ -43,6 +43,8 @@ _LOOK_S = 0.01
 """How often the idle engine looks whether blocks that it waits for are late,"""
 _LOOK_SELDOM_S = 0.05
 """and whether somebody's deadline has passed."""
+_HAND_OVER_S = 2.0
+"""How long requests that are to be handed over go on, until their blocks are in Redis."""
 
 
 class Engine:
@@ -193,13 +195,16 @@ class Engine:
     def drain(self, within_s: float) -> None:
         """Take no new work, wait for what runs, and store what is not in Redis yet: the next worker finds it all.
 
-        What still runs after `within_s` fails with Draining.
+        What there is no room for fails with Draining at once, what still runs after `within_s` then: other workers go
+        on with it.
         """
         self._draining = True
         deadline = time.monotonic() + within_s
         self._inbox.do(lambda: None).result()  # whatever was submitted before is in by now
         while (self._requests or self._auditor.is_awaited) and time.monotonic() < deadline:
             time.sleep(0.01)
+        if self._requests:  # so that who goes on with them finds what they have computed
+            self._tiers.write_behind.settled(timeout_s=_HAND_OVER_S)
         self._inbox.do(self._fail_all).result()
         self._tiers.write_behind.store_tails()
 
@@ -223,6 +228,8 @@ class Engine:
             self._auditor.expire(now_s)
             self._scheduler.advance(now_s)
             self._scheduler.admit()
+            if self._draining:
+                self._hand_over_waiting()
             held_s = self._stepper.held_s(now_s)
             stepped = not held_s and self._stepper.step()
             # With nothing to run, wait for work, but not past anybody's deadline by much.
@@ -243,6 +250,10 @@ class Engine:
         request = self._requests.get(request_id)
         if request is not None:
             act(request)
+
+    def _hand_over_waiting(self) -> None:
+        for request in list(self._scheduler.waiting):
+            self._scheduler.fail(request, Draining("this worker is leaving"))
 
     def _fail_all(self) -> None:
         for request in list(self._requests.values()):

@@ -19,6 +19,7 @@ from worker.engine.block_tables import BlockTables
 from worker.engine.pool import BlockPool
 from worker.engine.prefix import Wanted, full_names, wanted_by_history
 from worker.engine.scheduler import Scheduler
+from worker.errors import Draining
 from worker.ids import BlockId
 from worker.tiers.claims import Claims, Restored
 from worker.tiers.landing import Restore
@@ -263,7 +264,10 @@ class Histories:
             otherwise()
             future.set_exception(error)
 
-        self._threads.submit(run)
+        try:
+            self._threads.submit(run)
+        except RuntimeError:  # its way to say that it is closed
+            fail(Draining("this worker is gone"))
 
 
 def _tokens(wanted: Sequence[Wanted], there: Sequence[bool]) -> int:
