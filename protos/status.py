@@ -11,6 +11,8 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 
 DETAILS_KEY: Final = "grpc-status-details-bin"
 _DOMAIN: Final = "rekindle"
+_MOST_CHARACTERS: Final = 300
+"""Of a message, which may quote what was sent: beyond 8 KiB, encoded, gRPC puts an error of its own in its place."""
 
 
 class Meaning(NamedTuple):
@@ -39,6 +41,7 @@ def nearest(table: Mapping[type[BaseException], Meaning], error: BaseException) 
 
 def failure(meaning: Meaning, message: str, *more: Message, retry_after_s: float | None = None) -> Failure:
     """Build the status: ErrorInfo, RetryInfo where a retry makes sense, and what is added."""
+    message = _short(message)
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=meaning.reason, domain=_DOMAIN), *more]
     delay_s = meaning.retry_after_s if retry_after_s is None else retry_after_s
     if delay_s is not None:
@@ -62,7 +65,7 @@ def reason_of(details: bytes) -> str:
 
 def bad_field(field: str, problem: str) -> Message:
     """Name the field that can't be served."""
-    violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=problem)
+    violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=_short(problem))
     bad: Message = error_details_pb2.BadRequest(field_violations=[violation])
     return bad
 
@@ -72,6 +75,10 @@ def spent_quota(subject: str, description: str) -> Message:
     violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=description)
     spent: Message = error_details_pb2.QuotaFailure(violations=[violation])
     return spent
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 4]} ..."
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], failed: Failure) -> NoReturn:

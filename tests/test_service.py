@@ -137,6 +137,17 @@ async def test_a_bad_session_request_is_refused_by_field(
     assert field_of(caught.value) == field
 
 
+async def test_a_message_that_is_none_and_one_whose_error_would_quote_too_much_are_refused_as_invalid(
+    front: FrontEnd,
+) -> None:
+    raw: Any = front.channel.unary_unary("/rekindle.v1.Sessions/CreateSession", None, None)
+    for message in (b"\xff\xff", pb.CreateSessionRequest(codec="\U0001f389" * 3000).SerializeToString()):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await raw(message)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert field_of(caught.value) in ("request", "codec")
+
+
 @pytest.mark.parametrize(
     ("method", "kind"),
     [
