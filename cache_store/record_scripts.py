@@ -49,7 +49,7 @@ if not missing() then
   -- Our own, if the answer to the first try was lost.
   return {redis.call('HGET', meta, 'nonce') == ARGV[1] and 'OK' or 'EXISTS'}
 end
-redis.call('DEL', tokens, turns, lock)
+redis.call('DEL', tokens, turns, lock, gone)
 if ARGV[2] ~= '' then redis.call('SET', tokens, ARGV[2]) end
 local num_turns = tonumber(ARGV[3])
 for i = 4, 3 + num_turns do redis.call('RPUSH', turns, ARGV[i]) end
@@ -121,6 +121,7 @@ return {'OK'}
 
 # ARGV: holder, ms for which it is remembered.
 RELEASE = _script("""
+if missing() then return {'OK'} end
 if redis.call('GET', lock) == ARGV[1] then redis.call('DEL', lock) end
 insist()
 redis.call('SADD', gone, ARGV[1])

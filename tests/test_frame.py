@@ -18,7 +18,7 @@ from cache_store.codecs import (
     fidelity_of,
 )
 from cache_store.errors import BlockCorrupt, BlockForeign
-from cache_store.frame import HEADER_BYTES, Frame, Framer, check_payload
+from cache_store.frame import _CHECKSUM, _FIELDS, HEADER_BYTES, Frame, Framer, _header_checksum, check_payload
 from cache_store.ids import chain, root_hash
 from cache_store.layout import KVLayout
 from cache_store.store import Fetch, Store
@@ -76,6 +76,48 @@ def test_no_bit_of_the_payload_can_flip_unseen(bit: int) -> None:
 def test_junk_is_corrupt(junk: bytes) -> None:
     with pytest.raises(BlockCorrupt):
         judge(junk)
+
+
+BYTE, HALF, WORD = st.integers(0, 255), st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1)
+
+
+@given(
+    magic=st.sampled_from([b"RKV\x01", b"RKV\x02"]),
+    version=st.integers(1, 3),
+    codec=st.integers(0, 6) | BYTE,
+    shape=st.tuples(BYTE, HALF, HALF, HALF, HALF),
+    ours=st.booleans(),
+    num_tokens=st.integers(0, 17) | HALF,
+    codec_version=st.integers(0, 3),
+    kind=st.integers(0, 8) | BYTE,
+    num_bytes=st.sampled_from([0, 1, LAYOUT.block_bytes, LAYOUT.block_bytes + 1]) | WORD,
+    first=WORD,
+)
+def test_a_header_that_somebody_made_up_is_refused_or_says_what_it_says(
+    magic: bytes,
+    version: int,
+    codec: int,
+    shape: tuple[int, ...],
+    ours: bool,
+    num_tokens: int,
+    codec_version: int,
+    kind: int,
+    num_bytes: int,
+    first: int,
+) -> None:
+    dtype, *rest, model = FRAMER._model if ours else (*shape, b"another model...")
+    fields = _FIELDS.pack(
+        magic, version, codec, dtype, *rest, num_tokens, codec_version, kind, num_bytes, model, 7, first
+    )
+    header = fields + _CHECKSUM.pack(_header_checksum(BLOCK, fields))
+    try:
+        frame = FRAMER.read(header, block=BLOCK, value_bytes=HEADER_BYTES + num_bytes)
+    except (BlockCorrupt, BlockForeign):
+        return
+    assert ours
+    assert num_bytes <= LAYOUT.block_bytes
+    assert (frame.codec.id, frame.codec.version, frame.fidelity_kind) == (codec, codec_version, kind)
+    assert (frame.num_tokens, frame.first_position, frame.num_bytes) == (num_tokens, first, num_bytes)
 
 
 @pytest.mark.parametrize("value_bytes", [HEADER_BYTES, HEADER_BYTES + LAYOUT.block_bytes - 1, 1 << 30])
