@@ -81,6 +81,7 @@ NO_QUOTA = Quota()
 class RecordStore(Protocol):
     """Session records by tenant and id. Every call may raise StoreUnavailable and, but for `create`, SessionNotFound.
 
+    Who reads a record may get RecordUnreadable: it was changed, or there is no key for it. It is then not locked.
     A turn is `begin` (lock and read), then `commit` (append, compare-and-set on the version, unlock) or `release`.
     """
 
@@ -141,7 +142,7 @@ class RecordStore(Protocol):
         ...
 
     async def delete(self, tenant: str, session_id: str) -> SessionRecord:
-        """Forget the record; return what it was."""
+        """Forget the record; return what it was. Raises RecordUnreadable where that can't be told: it is gone."""
         ...
 
     async def info(self) -> ServerInfo:

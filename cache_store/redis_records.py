@@ -164,7 +164,12 @@ class RedisRecords:
             self._late.add(tenant, session_id, holder, error)
 
     async def delete(self, tenant: str, session_id: str) -> SessionRecord:
-        was = await self._record(scripts.DELETE, tenant, session_id, doing="delete")
+        try:
+            was = await self._record(scripts.DELETE, tenant, session_id, doing="delete")
+        except RecordUnreadable:  # its entry in the index goes when that is read
+            async with self._asking("count sessions"):
+                await self._counts.remove(tenant, [session_id])
+            raise
         async with self._asking("tidy the index of sessions"):
             await self._redis.zrem(index_key(tenant), member(was.created_ms, session_id))
             await self._counts.remove(tenant, [session_id])

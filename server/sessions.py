@@ -4,12 +4,13 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
 import structlog
 
-from cache_store.errors import InvalidRequest, ServingError
+from cache_store.errors import InvalidRequest, RecordUnreadable, ServingError
 from cache_store.records import Page, RecordStore, SessionRecord
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
@@ -172,10 +173,18 @@ class SessionKeeper:
         )
 
     async def delete(self, tenant: str, session_id: str) -> pb.DeleteSessionResponse:
-        """Blocks first, then the record: what was begun can be repeated. Raises NoWorker where blocks might stay."""
-        async with self._locked(tenant, session_id) as lease, self._prefetcher.held_off(tenant, session_id):
-            dropped = await self._drop(lease.record) if lease.record.token_ids else []
-            was = await lease.delete()
+        """Blocks first, then the record: what was begun can be repeated. Raises NoWorker where blocks might stay.
+
+        Of a record that can't be read nobody knows the blocks: they stay until their time is over.
+        """
+        try:
+            async with self._locked(tenant, session_id) as lease, self._prefetcher.held_off(tenant, session_id):
+                dropped = await self._drop(lease.record) if lease.record.token_ids else []
+                was = await lease.delete()
+        except RecordUnreadable:
+            with suppress(RecordUnreadable):
+                await self._records.delete(tenant, session_id)
+            return pb.DeleteSessionResponse()
         return pb.DeleteSessionResponse(
             tokens=was.num_tokens,
             device_blocks=sum(reply.device_blocks for reply in dropped),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from cache_store.codecs import LADDER
 from cache_store.embedded_redis import RedisServer
 from cache_store.frame import HEADER_BYTES
 from protos import rekindle_pb2 as pb
@@ -20,6 +21,8 @@ from rekindle.errors import RekindleError
 from tests.engines import TENANT, EngineFactory, generate
 from tests.keyrings import entries
 from tests.systems import System, Truth, WorkerProcess, chat, running_system
+from tests.test_ageing import eventually as soon
+from tests.test_ageing import make_idle
 from tests.test_sealed_records import dump
 
 SAID = "What I tell you here is for nobody else, and it fills a few blocks of tokens besides."
@@ -123,6 +126,57 @@ async def test_a_front_end_with_a_wrong_key_says_so_and_changes_nothing(
         after = await system.client.get_session("mine", with_token_ids=True)
         assert (after.token_ids, after.turns) == (session.token_ids, session.turns)
         await system.say(chat("Go on."), "mine")
+
+
+async def test_a_record_that_was_changed_can_be_deleted_and_nothing_else(
+    redis_url: str, client: redis.Redis, sealed_workers: list[WorkerProcess], keys: dict[str, str]
+) -> None:
+    async with running_system(redis_url, sealed_workers[:1], master_keys=keys["adding"]) as system:
+        await parked(system, "changed")
+        client.hset("rekindle:{default/changed}:meta", "version", 7)
+        with pytest.raises(RekindleError, match="session changed is not as it was sealed"):
+            await system.client.fork_session("changed")
+        await system.client.delete_session("changed")
+        assert not list(client.scan_iter("rekindle:{default/changed}:[mt]*"))
+        assert [session.session_id async for session in system.client.list_sessions()] == []
+        await system.client.create_session("changed")
+
+
+def test_sealed_files_are_found_again_by_the_next_worker(
+    build_engine: EngineFactory, tmp_path: Path, keys: dict[str, str]
+) -> None:
+    settings = {"disk_dir": str(tmp_path), "disk_bytes": 64 << 20, "master_keys": keys["old"]}
+    before = build_engine(**settings)
+    history = (*PROMPT, *generate(before, (), PROMPT).reply)
+    assert before._tiers.write_behind.settled(timeout_s=30)
+    before.check()
+    before.close()
+    assert all(
+        len(zlib.compress(path.read_bytes())) > 0.99 * path.stat().st_size
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    )
+    after = build_engine(**settings)
+    turn = generate(after, history, (7, 9), audit=True)
+    assert turn.receipt.disk_tokens == len(history) // 16 * 16
+    assert turn.receipt.audit is not None
+    assert turn.receipt.audit.passed
+
+
+def test_a_sealed_ladder_session_ages_and_goes_on(
+    build_engine: EngineFactory, redis_url: str, client: redis.Redis, keys: dict[str, str]
+) -> None:
+    engine = build_engine(redis_url=redis_url, codec_ladder="lossless", master_keys=keys["old"])
+    history = (*PROMPT, *generate(engine, (), PROMPT, codec=LADDER).reply)
+    engine.park(TENANT, history, codec=LADDER, drop_host=True, ttl_s=60).result(30)
+    for key in list(client.scan_iter("rekindle:b:*")):
+        make_idle(client, key.decode(), 700)
+    another = build_engine(redis_url=redis_url, master_keys=keys["rotated"])  # sweeps as it starts
+    soon(lambda: sum(aged.blocks for aged in another.stats().ageing.aged) == 6)
+    turn = generate(another, history, (7, 9), codec=LADDER, audit=True)
+    assert turn.receipt.redis_tokens == 107
+    assert turn.receipt.audit is not None
+    assert turn.receipt.audit.passed
 
 
 @pytest.mark.parametrize("other", ["wrong", ""])

@@ -24,8 +24,16 @@ def test_workers_of_a_local_ray_share_a_folder_that_goes_with_the_deployment() -
 
 
 @pytest.mark.parametrize(
-    "values", [{"host_cache_dir": ""}, {"host_cache_dir": "/dev/shm/mine"}, {"ray_address": "127.0.0.1:6379"}]
+    "values",
+    [
+        {"host_cache_dir": ""},
+        {"host_cache_dir": "/dev/shm/mine"},
+        {"ray_address": "127.0.0.1:6379"},
+        {"master_keys": "env:MASTER_KEYS"},
+    ],
 )
-def test_a_folder_that_was_chosen_or_a_cluster_elsewhere_is_left_to_who_chose_it(values: dict[str, Any]) -> None:
+def test_a_folder_that_was_chosen_stays_and_none_is_made_for_workers_elsewhere_or_that_seal(
+    values: dict[str, Any],
+) -> None:
     with _with_host_folder(settings(**values)) as given:
         assert given == settings(**values)
