@@ -1,8 +1,8 @@
 """What happens to keys of sessions in Redis, each time all or nothing: Lua scripts.
 
 Those of `redis_records` come first. Their KEYS are the session's five: meta (hash), tokens (little-endian u4 string),
-turns (list), lock (string with a lease), gone (set of holders that have given up or committed: what they asked for may
-still be on its way, behind a stall).
+turns (list), lock (string with a lease), gone (set of holders that have given up: what they asked for may still be on
+its way, behind a stall).
 Every answer is an array whose first element is OK, MISSING, EXISTS or BUSY.
 """
 

@@ -37,4 +37,5 @@ def ours(doing: str) -> Generator[None, None, None]:
 
 def refusal(reply: str) -> StoreError:
     """The error that an error reply (without its "-") to a block's command stands for."""
-    return StoreFull(reply) if reply.startswith(_OUT_OF_MEMORY) else StoreUnavailable(reply)
+    full = reply.startswith(_OUT_OF_MEMORY) or f"-{_OUT_OF_MEMORY}" in reply  # the latter: inside a script
+    return StoreFull(reply) if full else StoreUnavailable(reply)

@@ -6,10 +6,8 @@ Knows keys, frames and commands. Which node, which socket and whether it is wort
 import time
 from collections.abc import Sequence
 
-import structlog
-
 from cache_store.counters import Counters
-from cache_store.errors import BlockCorrupt, BlockForeign, StoreFull, StoreUnavailable
+from cache_store.errors import BlockCorrupt, BlockForeign, StoreUnavailable
 from cache_store.frame import Framer
 from cache_store.ids import BlockHash
 from cache_store.redis_ageing import RedisAgeing
@@ -32,9 +30,8 @@ return redis.call('EXPIRE', KEYS[1], ARGV[1])"""
 """Never shortens a TTL, and gives none to a block that is pinned. Sent whole each time: it is short, and a server that
 has restarted knows no script by its digest."""
 
-_NOTE = b"redis.call('SET', KEYS[1], '', 'EX', ARGV[1]) return 1"
-
-log = structlog.get_logger(__name__)
+_NOTE = b"redis.call('DEL', KEYS[1]) redis.call('SET', KEYS[1], '', 'EX', ARGV[1]) return 1"
+"""A full server refuses a script's first write, but no DEL, and no later one: deleting never fails for want of room."""
 
 
 class RedisBlockStore:
@@ -81,10 +78,7 @@ class RedisBlockStore:
     def delete(self, blocks: Sequence[BlockHash]) -> int:
         num_deleted = sum(self._ask(blocks, b"UNLINK"))
         keys = self._notes(blocks)
-        try:
-            self._run(keys, KeyCommands([(b"EVAL", _NOTE, b"1", key, b"%d" % DELETIONS_KNOWN_S) for key in keys]))
-        except StoreFull as error:
-            log.warning("a worker that is down may find deleted blocks again", blocks=len(keys), error=str(error))
+        self._run(keys, KeyCommands([(b"EVAL", _NOTE, b"1", key, b"%d" % DELETIONS_KNOWN_S) for key in keys]))
         return num_deleted
 
     def deleted(self, blocks: Sequence[BlockHash]) -> list[bool]:

@@ -581,6 +581,16 @@ def test_a_full_server_refuses_blocks_and_still_gives_those_it_has() -> None:
         store.close()
 
 
+def test_a_full_server_deletes_blocks_and_remembers_that_it_has(tcp_store: BlockStore, client: redis.Redis) -> None:
+    tcp_store.put(stored(0, 1))
+    client.config_set("maxmemory", 1)
+    try:
+        assert tcp_store.delete([name(0)]) == 1
+        assert tcp_store.deleted([name(0), name(1)]) == [True, False]
+    finally:
+        client.config_set("maxmemory", 0)
+
+
 def test_wrong_credentials_are_misses_not_crashes() -> None:
     with RedisServer(user=("worker", "right")) as server:
         store = opened(server.url.replace("right", "wrong"))

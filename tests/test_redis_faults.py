@@ -131,13 +131,14 @@ async def test_the_breaker_opens_closes_again_and_metrics_say_so(behind: Behind,
 
 
 async def test_a_full_redis_takes_no_blocks_and_every_turn(behind: Behind, system: System, truth: Truth) -> None:
-    session = await parked(system, "full")
+    session, other = await parked(system, "full"), await parked(system, "other")
     with redis.Redis.from_url(behind.server.url) as client:
         client.config_set("maxmemory", 1)
         for text in ("Is there room?", "And now?"):
             await system.say(chat(text), session.session_id)
         with pytest.raises((Overloaded, Unavailable)):
             await system.client.park_session(session.session_id, drop_host=True)
+        await system.client.delete_session(other.session_id)
         assert (await scrape(behind.worker.metrics_address))["rekindle_redis_available"] == 1, "full is not down"
         client.config_set("maxmemory", 0)
     assert (await system.client.park_session(session.session_id, drop_host=True)).redis_tokens > 0
