@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
@@ -13,8 +14,11 @@ from redis.asyncio import Redis
 from cache_store.embedded_redis import RedisServer
 from cache_store.errors import ServingError
 from cache_store.memory_records import MemoryRecords
+from cache_store.record_format import PlainFormat, RecordFormat, SealedFormat
 from cache_store.records import RecordStore, SessionRecord, TurnRecord
 from cache_store.redis_records import RedisRecords
+from cache_store.sealing import Purpose
+from tests.keyrings import keyring
 from tests.redis_servers import flush
 
 LEASE_S = 600.0
@@ -27,6 +31,7 @@ class Calls(RuleBasedStateMachine):
     """Two stores, asked the same; and what must be in them, by the calls that succeeded."""
 
     server: RedisServer
+    record_format: RecordFormat
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +46,9 @@ class Calls(RuleBasedStateMachine):
 
     async def _connect(self) -> None:
         redis = Redis.from_url(self.server.url)
-        self.stores.append(RedisRecords(redis, timeout_s=5.0, now=lambda: self.clock_s))
+        self.stores.append(
+            RedisRecords(redis, timeout_s=5.0, record_format=self.record_format, now=lambda: self.clock_s)
+        )
 
     def both(self, ask: Callable[[RecordStore], Awaitable[Any]]) -> Any:
         """What both answer; None where both refuse, in the same words' class."""
@@ -161,6 +168,11 @@ def _turn(start: int, length: int) -> TurnRecord:
     return TurnRecord(start=start, reply_start=start, end=start + length, finish_reason=1, committed_ms=1)
 
 
-def test_memory_and_redis_keep_the_same_sessions(redis_server: RedisServer) -> None:
-    Calls.server = redis_server
-    run_state_machine_as_test(Calls, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))
+@pytest.mark.parametrize(
+    "record_format",
+    [PlainFormat(), SealedFormat(keyring().sealer(Purpose.RECORDS), takes_plain=False)],
+    ids=["plain", "sealed"],
+)
+def test_memory_and_redis_keep_the_same_sessions(redis_server: RedisServer, record_format: RecordFormat) -> None:
+    Calls.server, Calls.record_format = redis_server, record_format
+    run_state_machine_as_test(Calls, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))
