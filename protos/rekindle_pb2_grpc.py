@@ -561,3 +561,81 @@ class Cache:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class TenantsStub:
+    """Keeps tenants apart, and lets them go.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.EraseTenant = channel.unary_unary(
+                '/rekindle.v1.Tenants/EraseTenant',
+                request_serializer=protos_dot_rekindle__pb2.EraseTenantRequest.SerializeToString,
+                response_deserializer=protos_dot_rekindle__pb2.EraseTenantResponse.FromString,
+                _registered_method=True)
+
+
+class TenantsServicer:
+    """Keeps tenants apart, and lets them go.
+    """
+
+    def EraseTenant(self, request, context):
+        """Deletes every session of a tenant, as DeleteSession does, waits for turns in progress, and ends when none is left.
+        Can be repeated: what was erased stays so. Blocks of turns without a session, and of sessions that have expired, go
+        when their time is over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_TenantsServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'EraseTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.EraseTenant,
+                    request_deserializer=protos_dot_rekindle__pb2.EraseTenantRequest.FromString,
+                    response_serializer=protos_dot_rekindle__pb2.EraseTenantResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'rekindle.v1.Tenants', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('rekindle.v1.Tenants', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Tenants:
+    """Keeps tenants apart, and lets them go.
+    """
+
+    @staticmethod
+    def EraseTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rekindle.v1.Tenants/EraseTenant',
+            protos_dot_rekindle__pb2.EraseTenantRequest.SerializeToString,
+            protos_dot_rekindle__pb2.EraseTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -19,6 +19,7 @@ from rekindle.cli_connection import AsJson, Connection, print_answer
 from rekindle.cli_keys import keys_app
 from rekindle.cli_measure import bench_app, eval_app
 from rekindle.cli_sessions import sessions_app
+from rekindle.cli_tenants import tenants_app
 from rekindle.settings import Settings, all_settings
 
 _DEFAULT_CONFIG = Path("rekindle.toml")
@@ -52,6 +53,7 @@ def make_app() -> App:
     app.command(demo)
     app.command(sessions_app())
     app.command(keys_app())
+    app.command(tenants_app())
     app.command(stats)
     app.command(bench_app())
     app.command(eval_app())

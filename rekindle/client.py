@@ -16,7 +16,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from protos import rekindle_pb2 as pb
-from protos.rekindle_pb2_grpc import CacheStub, InferenceStub, SessionsStub
+from protos.rekindle_pb2_grpc import CacheStub, InferenceStub, SessionsStub, TenantsStub
 from protos.tls import Tls, open_channel
 from rekindle.errors import Overloaded, RekindleError, Unavailable, from_rpc_error, make_error
 
@@ -84,6 +84,7 @@ class Client:
         self._inference: Any = InferenceStub(self._channel)  # type: ignore[no-untyped-call]  # generated code
         self._sessions: Any = SessionsStub(self._channel)  # type: ignore[no-untyped-call]
         self._cache: Any = CacheStub(self._channel)  # type: ignore[no-untyped-call]
+        self._tenants: Any = TenantsStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def __aenter__(self) -> Self:
         return self
@@ -208,6 +209,14 @@ class Client:
     async def stats(self, *, timeout_s: float | None = None) -> pb.CacheStats:
         """Read how the cache does: tokens by source, hit rates, and the tiers of each worker."""
         return await self._call(self._cache.GetCacheStats, pb.GetCacheStatsRequest(), timeout_s)
+
+    async def erase_tenant(self, tenant: str = "", *, timeout_s: float | None = None) -> pb.EraseTenantResponse:
+        """Delete every session of a tenant from every tier; without one, of the caller's own. Raises Denied.
+
+        Waits for turns in progress. If time is over before, what is erased stays so: call again.
+        """
+        request = pb.EraseTenantRequest(tenant=tenant)
+        return await self._call(self._tenants.EraseTenant, request, timeout_s or self._turn_timeout_s)
 
     async def _call(self, method: Callable[..., Awaitable[T]], request: Message, timeout_s: float | None) -> T:
         try:

@@ -79,6 +79,7 @@ class Client:
     warm_session = _blocking(AsyncClient.warm_session)
     delete_session = _blocking(AsyncClient.delete_session)
     stats = _blocking(AsyncClient.stats)
+    erase_tenant = _blocking(AsyncClient.erase_tenant)
 
 
 class SyncGeneration:

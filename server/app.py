@@ -25,9 +25,10 @@ from server.metrics import FrontMetrics
 from server.service import InferenceService
 from server.sessions import SessionKeeper
 from server.sessions_service import SessionsService
+from server.tenants_service import TenantsService
 from server.turns import Turns
 
-_SERVICES = ("Inference", "Sessions", "Cache")
+_SERVICES = ("Inference", "Sessions", "Cache", "Tenants")
 _UNWIND_S = 5.0
 _log = structlog.get_logger(__name__)
 
@@ -147,6 +148,7 @@ class Application:
         pb_grpc.add_SessionsServicer_to_server(SessionsService(self._sessions), server)  # type: ignore[no-untyped-call]
         cache = CacheService(self._records, self.directory, self.metrics)
         pb_grpc.add_CacheServicer_to_server(cache, server)  # type: ignore[no-untyped-call]
+        pb_grpc.add_TenantsServicer_to_server(TenantsService(self._sessions), server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         ours = (pb.DESCRIPTOR.services_by_name[name].full_name for name in _SERVICES)
         reflection.enable_server_reflection((*ours, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -559,6 +559,7 @@ async def test_reflection_lists_the_public_services_only(front: FrontEnd) -> Non
         "rekindle.v1.Cache",
         "rekindle.v1.Inference",
         "rekindle.v1.Sessions",
+        "rekindle.v1.Tenants",
     ]
 
 

@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+import redis
 
 from protos import rekindle_pb2 as pb
 from rekindle.client import Client
@@ -120,6 +121,36 @@ async def test_stats_of_a_tenant_are_its_own_and_an_operators_are_the_clusters(t
     assert samples[f"{name}{{source=computed,tenant=acme}}"] == cost.computed_tokens
     assert samples[f"{name}{{source=completion,tenant=acme}}"] == 4
     assert not any("tenant=other" in sample for sample in samples)
+
+
+async def test_all_that_a_tenant_has_is_erased_from_every_tier_and_nothing_of_another(
+    tenants: Tenants, redis_url: str
+) -> None:
+    for client in (tenants.acme, tenants.other):
+        for session_id in ("a", "b"):
+            await client.create_session(session_id)
+            await say(client, f"Erase me. {LONG} {session_id}", session_id)
+    await tenants.acme.fork_session("a", new_session_id="fork")
+    for session_id in ("a", "b"):
+        await tenants.acme.park_session(session_id)
+        await tenants.acme.warm_session(session_id)
+    sessions = [await tenants.acme.get_session(name, with_residency=True) for name in ("a", "b", "fork")]
+    tiers = {lies.tier for session in sessions for lies in session.residency}
+    assert tiers == {pb.TIER_DEVICE, pb.TIER_HOST, pb.TIER_REDIS}
+    with redis.Redis.from_url(redis_url) as server:
+        await tenants.other.park_session("a")
+        await tenants.other.park_session("b")
+        blocks = len(server.keys("rekindle:b:*"))
+        erased = await tenants.acme.erase_tenant()
+        assert (erased.sessions, erased.tokens) == (3, sum(session.num_tokens for session in sessions))
+        assert min(erased.device_blocks, erased.host_blocks) > 0
+        assert len(server.keys("rekindle:b:*")) == blocks - erased.redis_blocks == blocks // 2
+        left = [key for key in server.keys("rekindle:*") if b"acme" in key]
+        assert all(key.endswith(b":gone") and server.ttl(key) <= 300 for key in left)  # ids of calls, for minutes
+    await tenants.acme.create_session("a")
+    assert from_tiers(await say(tenants.acme, f"Erase me. {LONG} a", "a")) == 0  # no worker has kept any of it
+    assert [session.session_id async for session in tenants.other.list_sessions()] == ["b", "a"]
+    assert from_tiers(await say(tenants.other, "Still there?", "a")) > 0
 
 
 def test_however_many_tenants_there_are_the_metrics_name_a_few() -> None:

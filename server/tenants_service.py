@@ -1,0 +1,73 @@
+"""Tenants over gRPC: all that one has is erased, session by session, for itself or for an operator."""
+
+import asyncio
+from typing import Any
+
+import grpc.aio
+import structlog
+
+from cache_store.errors import InvalidRequest, SessionBusy, SessionNotFound
+from protos import rekindle_pb2 as pb
+from protos.rekindle_pb2_grpc import TenantsServicer
+from server.errors import NotAllowed
+from server.identity import caller
+from server.sessions import SessionKeeper
+from server.tenants import is_tenant_name
+
+_AT_ONCE = 16
+_BUSY_S = 0.2
+"""Between looks at sessions whose turns must end first."""
+
+_log = structlog.get_logger(__name__)
+
+
+class TenantsService(TenantsServicer):
+    """Errors are raised; `Calls` says them on the wire. (Method names are the proto's.)"""
+
+    def __init__(self, keeper: SessionKeeper) -> None:
+        self._keeper = keeper
+
+    async def EraseTenant(
+        self, request: pb.EraseTenantRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.EraseTenantResponse:
+        who = caller()
+        tenant = request.tenant or who.tenant
+        if tenant != who.tenant and not who.operator:
+            raise NotAllowed("only an operator may erase another tenant")
+        if not is_tenant_name(tenant):
+            raise InvalidRequest("tenant", "must be 1 to 64 of A-Z a-z 0-9 . _ -")
+        erased = await self._erase(tenant)
+        _log.warning("tenant erased", erased=tenant, by=who.tenant, sessions=erased.sessions, tokens=erased.tokens)
+        return erased
+
+    async def _erase(self, tenant: str) -> pb.EraseTenantResponse:
+        erased = pb.EraseTenantResponse()
+        while True:
+            if not await self._erase_listed(tenant, erased):
+                return erased
+            await asyncio.sleep(_BUSY_S)  # some may have been in use, and others may be new
+
+    async def _erase_listed(self, tenant: str, erased: pb.EraseTenantResponse) -> bool:
+        """Erase every session that is listed and not in use, and count it. False where none was listed."""
+        page_token, found = "", False
+        while True:
+            page = await self._keeper.page(tenant, page_size=_AT_ONCE, page_token=page_token)
+            found = found or bool(page.records)
+            deleted = await asyncio.gather(*(self._delete(tenant, record.session_id) for record in page.records))
+            for reply in deleted:
+                if reply is not None:
+                    erased.sessions += 1
+                    erased.tokens += reply.tokens
+                    erased.device_blocks += reply.device_blocks
+                    erased.host_blocks += reply.host_blocks
+                    erased.redis_blocks += reply.redis_blocks
+            page_token = page.next_token
+            if not page_token:
+                return found
+
+    async def _delete(self, tenant: str, session_id: str) -> pb.DeleteSessionResponse | None:
+        """None where it has gone meanwhile, or is in use."""
+        try:
+            return await self._keeper.delete(tenant, session_id)
+        except (SessionNotFound, SessionBusy):
+            return None
