@@ -10,7 +10,6 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,7 +27,6 @@ class RedisServer:
     """One redis-server on a free loopback port and a unix socket, until `close`.
 
     `user` is an ACL user's name and password (the default user is then off); `password` alone guards the default user.
-    `acl` are lines of an ACL file for more users.
     With `append_only` what was acknowledged outlives a restart.
     """
 
@@ -37,7 +35,6 @@ class RedisServer:
         *,
         password: str = "",
         user: tuple[str, str] | None = None,
-        acl: Sequence[str] = (),
         max_memory_bytes: int = 0,
         eviction_policy: str = "noeviction",
         cluster: bool = False,
@@ -60,7 +57,6 @@ class RedisServer:
         if password:
             self._settings.append(f"requirepass {password}")
             self._credentials = f":{password}@"
-        self._settings += acl
         if user is not None:
             self._settings += ["user default off", f"user {user[0]} on >{user[1]} ~* &* +@all"]
             self._credentials = f"{user[0]}:{user[1]}@"
