@@ -85,13 +85,18 @@ class HostUse(NamedTuple):
 class HostTier:
     """A bounded LRU of blocks. Any thread may call; no call waits for more than the lock."""
 
-    def __init__(self, slab: Slab, *, on_evict: Callable[[BlockHash], None] | None = None) -> None:
-        """The tier owns the slab from here on. `on_evict` runs under the lock: it must not call back."""
+    def __init__(
+        self, slab: Slab, *, on_change: Callable[[BlockHash, bool], None] = lambda block, is_here: None
+    ) -> None:
+        """The tier owns the slab from here on. `on_change` hears of each block that is found from now on, or no more.
+
+        It runs under the lock, and must not call back.
+        """
         self._slab = slab
         self._slots = [Slot(number, slab.slot(number)) for number in range(slab.num_slots)]
         self._reserved: dict[BlockHash, Slot] = {}
         self._published: OrderedDict[BlockHash, Slot] = OrderedDict()  # least recently used first
-        self._on_evict = on_evict
+        self._on_change = on_change
         self._lock = threading.Lock()
         self._tick = 0
         self.adopted = self._adopt()
@@ -149,6 +154,7 @@ class HostTier:
                 slot.state, slot.encoding, slot.is_proven = SlotState.PUBLISHED, encoding, True
                 self._published[slot.block] = slot
                 self._slab.write(slot.number, slot.record, self._next_tick())
+                self._on_change(slot.block, True)
             else:
                 self._release(slot)
         if arrival is not None:
@@ -279,14 +285,13 @@ class HostTier:
         slot = next((slot for slot in self._published.values() if not slot.pins), None)
         if slot is not None:
             self._forget(slot.block)
-            if self._on_evict is not None:
-                self._on_evict(slot.block)
         return slot
 
     def _forget(self, block: BlockHash) -> Slot:
         """Find a published block no more, in this life or the next."""
         slot = self._published.pop(block)
         self._slab.erase(slot.number)
+        self._on_change(block, False)
         return slot
 
     def _next_tick(self) -> int:

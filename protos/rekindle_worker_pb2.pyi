@@ -180,7 +180,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("worker_id", "model", "fingerprint", "max_context_tokens", "block_tokens", "accepting", "metrics_address")
+    __slots__ = ("worker_id", "model", "fingerprint", "max_context_tokens", "block_tokens", "accepting", "metrics_address", "block_bytes", "names_from")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +188,8 @@ class DescribeReply(_message.Message):
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTING_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FROM_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     model: str
     fingerprint: str
@@ -195,7 +197,43 @@ class DescribeReply(_message.Message):
     block_tokens: int
     accepting: bool
     metrics_address: str
-    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., block_tokens: _Optional[int] = ..., accepting: _Optional[bool] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    block_bytes: int
+    names_from: bytes
+    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., block_tokens: _Optional[int] = ..., accepting: _Optional[bool] = ..., metrics_address: _Optional[str] = ..., block_bytes: _Optional[int] = ..., names_from: _Optional[bytes] = ...) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class BlockEvents(_message.Message):
+    __slots__ = ("number", "is_snapshot", "device_stored", "device_removed", "host_stored", "host_removed", "load")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    IS_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_STORED_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_REMOVED_FIELD_NUMBER: _ClassVar[int]
+    HOST_STORED_FIELD_NUMBER: _ClassVar[int]
+    HOST_REMOVED_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    is_snapshot: bool
+    device_stored: bytes
+    device_removed: bytes
+    host_stored: bytes
+    host_removed: bytes
+    load: Load
+    def __init__(self, number: _Optional[int] = ..., is_snapshot: _Optional[bool] = ..., device_stored: _Optional[bytes] = ..., device_removed: _Optional[bytes] = ..., host_stored: _Optional[bytes] = ..., host_removed: _Optional[bytes] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("queue_s", "token_s", "host_byte_s", "redis_byte_s")
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTE_S_FIELD_NUMBER: _ClassVar[int]
+    REDIS_BYTE_S_FIELD_NUMBER: _ClassVar[int]
+    queue_s: float
+    token_s: float
+    host_byte_s: float
+    redis_byte_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., token_s: _Optional[float] = ..., host_byte_s: _Optional[float] = ..., redis_byte_s: _Optional[float] = ...) -> None: ...
 
 class GetStatsRequest(_message.Message):
     __slots__ = ()

@@ -80,6 +80,11 @@ class WorkerStub:
                 request_serializer=protos_dot_rekindle__worker__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=protos_dot_rekindle__worker__pb2.DescribeReply.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/rekindle.worker.v1.Worker/Watch',
+                request_serializer=protos_dot_rekindle__worker__pb2.WatchRequest.SerializeToString,
+                response_deserializer=protos_dot_rekindle__worker__pb2.BlockEvents.FromString,
+                _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/rekindle.worker.v1.Worker/GetStats',
                 request_serializer=protos_dot_rekindle__worker__pb2.GetStatsRequest.SerializeToString,
@@ -151,6 +156,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """A snapshot, then what changes of it, several times a second, until the call is cancelled.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStats(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -204,6 +216,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=protos_dot_rekindle__worker__pb2.DescribeRequest.FromString,
                     response_serializer=protos_dot_rekindle__worker__pb2.DescribeReply.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=protos_dot_rekindle__worker__pb2.WatchRequest.FromString,
+                    response_serializer=protos_dot_rekindle__worker__pb2.BlockEvents.SerializeToString,
             ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
@@ -454,6 +471,33 @@ class Worker:
             '/rekindle.worker.v1.Worker/Describe',
             protos_dot_rekindle__worker__pb2.DescribeRequest.SerializeToString,
             protos_dot_rekindle__worker__pb2.DescribeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/rekindle.worker.v1.Worker/Watch',
+            protos_dot_rekindle__worker__pb2.WatchRequest.SerializeToString,
+            protos_dot_rekindle__worker__pb2.BlockEvents.FromString,
             options,
             channel_credentials,
             insecure,

@@ -19,6 +19,7 @@ from server.calls import Calls
 from server.config import ServerConfig
 from server.directory import WorkerAddresses, WorkerDirectory
 from server.health import Health
+from server.holdings import Holdings
 from server.identity import Identities
 from server.limits import Limits
 from server.metrics import FrontMetrics
@@ -51,7 +52,8 @@ class Application:
         self._identities = Identities(config)
         self._calls = Calls(metrics, self._identities, max_streams=config.max_streams)
         self._limits = Limits(self._identities, records)
-        self._turns = Turns(records, directory, metrics, config)
+        self._holdings = Holdings(directory)
+        self._turns = Turns(records, directory, self._holdings, metrics, config)
         self._sessions = SessionKeeper(
             records,
             directory,
@@ -103,6 +105,7 @@ class Application:
         self.address = f"{config.listen_host}:{port}"
         self.metrics_address = f"{config.listen_host}:{metrics_port}"
         await self.directory.start()
+        await self._holdings.start()
         await self._health.start()
         await self._server.start()
         _log.info("listening", address=self.address, metrics=self.metrics_address)
@@ -130,6 +133,7 @@ class Application:
             self._server = None
         await self._sessions.aclose()
         await self._health.aclose()
+        await self._holdings.aclose()
         await self.directory.aclose()
         await self._records.aclose()
         self.metrics.close()

@@ -20,7 +20,7 @@ from server.lease import Lease
 from server.limits import Limits
 from server.metrics import FrontMetrics
 from server.prefetch import Prefetcher
-from server.turns import Turns, history_of
+from server.turns import Turns, history_of, prompt_of
 
 _Answer = TypeVar("_Answer")
 _log = structlog.get_logger(__name__)
@@ -235,7 +235,7 @@ class SessionKeeper:
     ) -> tuple[Worker, _Answer]:
         """Ask the worker that the session's next turn would go to; another if it has just gone. Raises NoWorker."""
         while True:
-            worker = self._turns.pick(record, record.session_id)
+            worker = self._turns.pick(prompt_of(record), record)
             try:
                 return worker, await ask(worker)
             except WorkerLost as error:

@@ -21,6 +21,7 @@ from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from server.directory import Worker, WorkerDirectory
 from server.errors import NoWorker, WorkerFault, WorkerLost, WorkerRefused
+from server.holdings import Holdings, Prompt
 from server.lease import Lease
 from server.metrics import FrontMetrics, kind_of_turn
 from server.router import Candidate, choose
@@ -87,10 +88,16 @@ class Turns:
     """Runs turns, with a session or without."""
 
     def __init__(
-        self, records: RecordStore, directory: WorkerDirectory, metrics: FrontMetrics, settings: TurnSettings
+        self,
+        records: RecordStore,
+        directory: WorkerDirectory,
+        holdings: Holdings,
+        metrics: FrontMetrics,
+        settings: TurnSettings,
     ) -> None:
         self._records = records
         self._directory = directory
+        self._holdings = holdings
         self._metrics = metrics
         self._settings = settings
 
@@ -122,7 +129,7 @@ class Turns:
         return 0 if record.pinned else max(record.ttl_s, self._settings.block_ttl_s)
 
     def pick(
-        self, record: SessionRecord | None, key: str, *, but: frozenset[str] = frozenset(), only_model: str = ""
+        self, prompt: Prompt, record: SessionRecord | None, *, but: frozenset[str] = frozenset(), only_model: str = ""
     ) -> Worker:
         """The worker for a session's next turn, of this model only if one is given. Raises NoWorker."""
         able = {
@@ -130,11 +137,15 @@ class Turns:
             for worker in self._directory.living()
             if worker.accepting and worker.worker_id not in but and only_model in ("", worker.description.fingerprint)
         }
+        last, model = (record.worker_id, record.model) if record is not None else ("", "")
+        if able:
+            best = self._holdings.choose(prompt, able.values(), model=model, last_worker_id=last)
+            if best is not None:
+                return best
         candidates = [
             Candidate(worker.worker_id, worker.in_flight, worker.description.fingerprint) for worker in able.values()
         ]
-        last, model = (record.worker_id, record.model) if record is not None else ("", "")
-        chosen = choose(candidates, key=key, last_worker_id=last, model=model)
+        chosen = choose(candidates, key=prompt.key, last_worker_id=last, model=model)
         if chosen is None:
             raise NoWorker("no worker accepts work now")
         return able[chosen]
@@ -188,13 +199,13 @@ class Turns:
         """What the workers say: the next one goes on where one is lost, fails, or has no room."""
         refused: frozenset[str] = frozenset()
         last: ServingError | None = None
-        key = turn.request.session_id or _prefix_key(turn.request)
+        prompt = self._prompt(turn)
         if not turn.request.sampling.HasField("seed"):
             turn.request.sampling.seed = secrets.randbits(64)  # every worker draws the same
         model = ""
         while True:
             try:
-                worker = self.pick(turn.record, key, but=refused, only_model=model if turn.is_begun else "")
+                worker = self.pick(prompt, turn.record, but=refused, only_model=model if turn.is_begun else "")
             except NoWorker as error:
                 if last is None or not _is_worth_waiting(turn, last) or not await self._another_comes(turn):
                     raise last or error from error
@@ -241,6 +252,13 @@ class Turns:
         except TimeoutError:
             pass
         return True
+
+    def _prompt(self, turn: _Turn) -> Prompt:
+        request, record = turn.request, turn.record
+        new = request.tokens.token_ids if request.WhichOneof("input") == "tokens" else ()
+        if record is None:
+            return Prompt(turn.tenant, self._settings.codec, tuple(new), key=_prefix_key(request))
+        return replace(prompt_of(record), tokens=(*record.token_ids, *new))
 
     def _ask(self, turn: _Turn, worker: Worker) -> AsyncGenerator[wpb.WorkerEvent, None]:
         alone = wpb.History(tenant=turn.tenant, codec=self._settings.codec)
@@ -328,6 +346,11 @@ def _is_worth_waiting(turn: _Turn, error: ServingError) -> bool:
     if isinstance(error, WorkerRefused):
         return turn.is_begun and error.code in _ELSEWHERE
     return True
+
+
+def prompt_of(record: SessionRecord) -> Prompt:
+    """A session's next one, as far as it is known."""
+    return Prompt(record.tenant, record.codec, record.token_ids, key=record.session_id, created_ms=record.created_ms)
 
 
 def history_of(record: SessionRecord) -> wpb.History:

@@ -62,6 +62,17 @@ class WorkerClient:
             self._streams.discard(stream)
             stream.cancel()  # harmless when it has ended
 
+    async def watch(self) -> AsyncGenerator[wpb.BlockEvents, None]:
+        """A snapshot of the blocks that it holds, then events, until it is closed."""
+        stream = self._stub.Watch(wpb.WatchRequest())
+        try:
+            async for event in stream:
+                yield event
+        except grpc.aio.AioRpcError as error:
+            raise self._ours(error) from error
+        finally:
+            stream.cancel()
+
     def abandon(self) -> None:
         """End all streams, each as WorkerLost: whoever they come from does not answer any more."""
         streams, self._streams = self._streams, set()

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from cache_store.layout import KVLayout
 from worker.calls import (
+    BlocksHeld,
     DropReport,
     EngineStats,
     Event,
@@ -21,6 +22,7 @@ from worker.calls import (
     Receipt,
     TierUse,
     WarmReport,
+    WorkerLoad,
 )
 
 T = TypeVar("T")
@@ -32,7 +34,7 @@ class FakeEngine:
     def __init__(self, *, vocab_size: int = 1000) -> None:
         self.max_context_tokens = 4096
         self.layout = KVLayout(num_layers=2, num_kv_heads=1, head_dim=8, block_tokens=16, dtype="float32")
-        self.fingerprint = b"\x01\x02"
+        self.fingerprint = self.names_from = b"\x01\x02"
         self.eos_token_ids = frozenset({1})
         self.vocab_size = vocab_size
         self.script: Sequence[Event] = ()
@@ -44,6 +46,9 @@ class FakeEngine:
         self.ended: dict[str, threading.Event] = {}
         self.kept: dict[str, int] = {}
         self.steps: list[str] = []
+        self.watched: list[bool] = []
+        self.held = BlocksHeld()
+        self.changed = (BlocksHeld(), BlocksHeld())
         self._thread = ThreadPoolExecutor(1)
 
     def submit(self, call: GenerateCall, listener: Callable[[Event], None]) -> None:
@@ -101,6 +106,19 @@ class FakeEngine:
             moved=(Moved("redis", "host", "int8", blocks=4, bytes=200, raw_bytes=400, seconds=0.5),),
             prefill_s_saved=2.5,
         )
+
+    def watch_blocks(self, wanted: bool) -> None:
+        self.watched.append(wanted)
+
+    def blocks_held(self) -> Future[BlocksHeld]:
+        return self._answer(self.held, "blocks held")
+
+    def blocks_changed(self) -> tuple[BlocksHeld, BlocksHeld]:
+        changed, self.changed = self.changed, (BlocksHeld(), BlocksHeld())
+        return changed
+
+    def load(self) -> Future[WorkerLoad]:
+        return self._answer(WorkerLoad(queue_s=0.5, token_s=1e-3, host_byte_s=1e-9, redis_byte_s=2e-9), "load")
 
     def drain(self, within_s: float) -> None:
         self.steps.append(f"drain {within_s}")

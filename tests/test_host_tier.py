@@ -23,8 +23,11 @@ def name(number: int) -> BlockHash:
 
 
 def tier_of(slots: int, evicted: list[BlockHash] | None = None) -> HostTier:
-    on_evict = evicted.append if evicted is not None else None
-    return HostTier(Slab.private(capacity_bytes=slots * BLOCK_BYTES, block_bytes=BLOCK_BYTES), on_evict=on_evict)
+    gone = evicted if evicted is not None else []
+    return HostTier(
+        Slab.private(capacity_bytes=slots * BLOCK_BYTES, block_bytes=BLOCK_BYTES),
+        on_change=lambda block, is_here: None if is_here else gone.append(block),
+    )
 
 
 def keep(tier: HostTier, number: int) -> Slot:

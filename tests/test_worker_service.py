@@ -428,6 +428,8 @@ async def test_the_worker_describes_itself(stub: Any, engine: FakeEngine) -> Non
         block_tokens=16,
         accepting=True,
         metrics_address="127.0.0.1:1",
+        block_bytes=engine.layout.block_bytes,
+        names_from=engine.names_from,
     )
     stats = await stub.GetStats(wpb.GetStatsRequest())
     assert stats.prompt_tokens == pb.TokensBySource(device=1, host=2, redis=3, computed=4)

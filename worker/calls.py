@@ -1,5 +1,6 @@
 """What the engine is asked and what it answers. No torch, no protobuf: cheap to import."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -230,6 +231,32 @@ class TierUse:
     capacity_blocks: int
     bytes: int
     capacity_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksHeld:
+    """Names of blocks: all that a worker has, or what came to its tiers."""
+
+    device: Sequence[bytes] = ()
+    host: Sequence[bytes] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.device and not self.host
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLoad:
+    """What a worker has measured of itself, in seconds."""
+
+    queue_s: float
+    """Work in front of a new turn."""
+    token_s: float
+    """To compute a token of a prompt."""
+    host_byte_s: float
+    """To restore a byte from host memory."""
+    redis_byte_s: float
+    """To restore one from Redis. Infinite where there is none."""
 
 
 @dataclass(frozen=True, slots=True)

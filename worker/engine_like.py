@@ -5,7 +5,17 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from cache_store.layout import KVLayout
-from worker.calls import DropReport, EngineStats, Event, GenerateCall, Located, ParkReport, WarmReport
+from worker.calls import (
+    BlocksHeld,
+    DropReport,
+    EngineStats,
+    Event,
+    GenerateCall,
+    Located,
+    ParkReport,
+    WarmReport,
+    WorkerLoad,
+)
 
 
 class EngineLike(Protocol):
@@ -14,6 +24,8 @@ class EngineLike(Protocol):
     max_context_tokens: int
     layout: KVLayout
     fingerprint: bytes
+    names_from: bytes
+    """What names of blocks follow from: the fingerprint, or a secret made from it where blocks are sealed."""
     eos_token_ids: frozenset[int]
     vocab_size: int
 
@@ -44,6 +56,23 @@ class EngineLike(Protocol):
     def retain(self, tenant: str, tokens: Sequence[int], *, codec: str, ttl_s: int) -> Future[int]: ...
 
     def stats(self) -> EngineStats: ...
+
+    # For whoever wants to know what this worker holds
+
+    def watch_blocks(self, wanted: bool) -> None:
+        """Begin to note which blocks come and go, or stop."""
+        ...
+
+    def blocks_held(self) -> Future[BlocksHeld]:
+        """All blocks that can be found on the device and in host memory."""
+        ...
+
+    def blocks_changed(self) -> tuple[BlocksHeld, BlocksHeld]:
+        """What came and what went since this was last asked; no block of a tier does both."""
+        ...
+
+    def load(self) -> Future[WorkerLoad]: ...
+
     def check(self) -> None: ...
     def drain(self, within_s: float) -> None: ...
     def close(self) -> None: ...

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from itertools import count
 from typing import Any, Protocol, TypeVar
@@ -22,6 +22,7 @@ from worker.calls import Failed, Finished, GenerateCall, Receipt, Token
 from worker.chat import ChatMessage
 from worker.crossing import Crossing, EventStream
 from worker.engine_like import EngineLike
+from worker.publisher import Publisher
 from worker.reply import Detokenizing, Reply
 from worker.status import failure_of, is_expected
 
@@ -64,6 +65,7 @@ class WorkerService(WorkerServicer):
         self._metrics_address = metrics_address
         self._on_receipt = on_receipt
         self._crossing = Crossing()
+        self._publisher = Publisher(engine)
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
         self._numbers = count(1)
         self.accepting = True
@@ -181,6 +183,11 @@ class WorkerService(WorkerServicer):
             text = await self._in_thread(lambda: self._codec.decode(request.token_ids))
         return wpb.DetokenizeReply(text=text)
 
+    async def Watch(self, request: wpb.WatchRequest, context: Context) -> None:
+        async with aclosing(self._publisher.watch()) as events:
+            async for event in events:
+                await context.write(event)
+
     async def Describe(self, request: wpb.DescribeRequest, context: Context) -> wpb.DescribeReply:
         return wpb.DescribeReply(
             worker_id=self._worker_id,
@@ -190,6 +197,8 @@ class WorkerService(WorkerServicer):
             block_tokens=self._engine.layout.block_tokens,
             accepting=self.accepting,
             metrics_address=self._metrics_address,
+            block_bytes=self._engine.layout.block_bytes,
+            names_from=self._engine.names_from,
         )
 
     async def GetStats(self, request: wpb.GetStatsRequest, context: Context) -> pb.WorkerCacheStats:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from cache_store.master_keys import load_keyring
 from worker.allocator import keep_freed_memory
+from worker.block_changes import BlockChanges
 from worker.config import WorkerConfig, parse_weights
 from worker.engine.admission import Admission
 from worker.engine.auditor import Auditor
@@ -49,7 +50,8 @@ def _build(config: WorkerConfig) -> Engine:
 def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
     block_tokens = loaded.layout.block_tokens
     inbox = Inbox()
-    pool = BlockPool(tiers.device.num_blocks)
+    device_changes = BlockChanges()
+    pool = BlockPool(tiers.device.num_blocks, on_change=device_changes.tell)
     sampler = Sampler(loaded.vocab_size, loaded.device)
     auditor = Auditor(
         pool,
@@ -108,7 +110,20 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         restore_timeout_s=config.restore_timeout_s,
         post=inbox.post,
     )
-    return Engine(config, loaded, tiers, inbox, pool, sampler, auditor, admission, scheduler, stepper, histories)
+    return Engine(
+        config,
+        loaded,
+        tiers,
+        inbox,
+        pool,
+        device_changes,
+        sampler,
+        auditor,
+        admission,
+        scheduler,
+        stepper,
+        histories,
+    )
 
 
 def _measure(

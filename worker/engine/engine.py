@@ -4,6 +4,7 @@ All state is that thread's. Other threads put what they want into its inbox. It 
 without Redis.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,8 +13,10 @@ from concurrent.futures import Future
 from cache_store.codecs import RAW, fidelity_of
 from cache_store.disk_tier import DiskStats
 from cache_store.ids import root_hash
+from worker.block_changes import BlockChanges
 from worker.calls import (
     AgeingStats,
+    BlocksHeld,
     DropReport,
     EngineStats,
     Event,
@@ -23,6 +26,7 @@ from worker.calls import (
     ParkReport,
     TierUse,
     WarmReport,
+    WorkerLoad,
 )
 from worker.config import WorkerConfig
 from worker.engine.admission import Admission
@@ -36,6 +40,7 @@ from worker.engine.scheduler import Scheduler
 from worker.engine.stepper import Stepper
 from worker.errors import ContextTooLong, Draining
 from worker.model.load import LoadedModel
+from worker.tiers.moves import Tier
 from worker.tiers.open_tiers import Tiers
 
 DEFAULT_NEW_TOKENS = 256
@@ -55,6 +60,7 @@ class Engine:
         tiers: Tiers,
         inbox: Inbox,
         pool: BlockPool,
+        device_changes: BlockChanges,
         sampler: Sampler,
         auditor: Auditor,
         admission: Admission,
@@ -64,7 +70,7 @@ class Engine:
     ) -> None:
         self.layout = loaded.layout
         self.fingerprint = loaded.fingerprint
-        self._names_from = loaded.names_from
+        self.names_from = loaded.names_from
         self.max_context_tokens = loaded.max_context_tokens
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size = loaded.vocab_size
@@ -72,6 +78,7 @@ class Engine:
         self._tiers = tiers
         self._inbox = inbox
         self._pool = pool
+        self._device_changes = device_changes
         self._sampler = sampler
         self._auditor = auditor
         self._scheduler = scheduler
@@ -101,7 +108,7 @@ class Engine:
         request = Request(
             call,
             listener,
-            root=root_hash(self._names_from, call.tenant, fidelity_of(call.codec)),
+            root=root_hash(self.names_from, call.tenant, fidelity_of(call.codec)),
             block_tokens=self.layout.block_tokens,
             max_new_tokens=max_new_tokens,
             row=self._sampler.start(call.sampling, [*call.history, *call.input], call.begun),
@@ -186,6 +193,41 @@ class Engine:
             prefill_s_saved=self._stepper.prefill_s_saved,
             store_available=self._tiers.store.available() if self._tiers.store is not None else None,
         )
+
+    def watch_blocks(self, wanted: bool) -> None:
+        """Begin to note which blocks come and go, or stop."""
+        self._device_changes.listen(wanted)
+        self._tiers.host_changes.listen(wanted)
+
+    def blocks_held(self) -> Future[BlocksHeld]:
+        """All blocks that can be found on the device and in host memory."""
+        return self._inbox.ask(
+            lambda future: future.set_result(BlocksHeld(self._pool.names(), self._tiers.host.blocks()))
+        )
+
+    def blocks_changed(self) -> tuple[BlocksHeld, BlocksHeld]:
+        """What came and what went since this was last asked; no block of a tier does both."""
+        device, host = self._device_changes.take(), self._tiers.host_changes.take()
+        return BlocksHeld(device.stored, host.stored), BlocksHeld(device.removed, host.removed)
+
+    def load(self) -> Future[WorkerLoad]:
+        """What a turn would wait for and cost here."""
+        return self._inbox.ask(lambda future: future.set_result(self._load()))
+
+    def _load(self) -> WorkerLoad:
+        transfers, store, block_bytes = self._tiers.transfers, self._tiers.store, self.layout.block_bytes
+        has_redis = store is not None and store.available()
+        return WorkerLoad(
+            queue_s=self._stepper.queue_s() + self._admission.request_s * self._num_waiting(),
+            token_s=self._stepper.token_s(),
+            host_byte_s=transfers.block_s(Tier.HOST, RAW.name) / block_bytes,
+            redis_byte_s=transfers.block_s(Tier.REDIS, RAW.name) / block_bytes if has_redis else math.inf,
+        )
+
+    def _num_waiting(self) -> int:
+        """Requests that wait for others to end; 0 where there is room for them now."""
+        scheduler = self._scheduler
+        return len(scheduler.waiting) if len(scheduler.running) >= self._config.max_running else 0
 
     def check(self) -> None:
         """Prove that blocks balance; when no request is left, that none is used. For idle moments and tests."""

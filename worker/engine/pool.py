@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cache_store.ids import BlockHash
+from worker.block_changes import Told
 from worker.ids import BlockId
 
 
@@ -27,8 +28,10 @@ class BlockPool:
     least recently used block is always a leaf.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, *, on_change: Told = lambda name, is_here: None) -> None:
+        """`on_change` hears of each content that can be found from now on, or no more."""
         self.num_blocks = num_blocks
+        self._on_change = on_change
         self._free = np.ones(num_blocks, dtype=bool)
         self._num_free = num_blocks
         self._users: dict[BlockId, int] = {}
@@ -47,6 +50,10 @@ class BlockPool:
     def find(self, name: BlockHash) -> BlockId | None:
         """Which block holds this content, if any (no reference is taken)."""
         return self._by_hash.get(name)
+
+    def names(self) -> list[BlockHash]:
+        """All contents that can be found."""
+        return list(self._by_hash)
 
     def need(self, name: BlockHash) -> None:
         """Note that this content was wanted and not found: count it if it was here and evicted."""
@@ -89,6 +96,7 @@ class BlockPool:
         assert block not in self._hash_of, f"block {block} is named twice"
         self._by_hash[name] = block
         self._hash_of[block] = name
+        self._on_change(name, True)
         self._evicted.pop(name, None)
         return True
 
@@ -123,6 +131,7 @@ class BlockPool:
             if block is None:
                 continue
             del self._hash_of[block]
+            self._on_change(name, False)
             if block in self._cached:
                 del self._cached[block]
                 self._set_free(block)
@@ -180,6 +189,7 @@ class BlockPool:
         block, _ = self._cached.popitem(last=False)
         name = self._hash_of.pop(block)
         del self._by_hash[name]
+        self._on_change(name, False)
         self._evicted[name] = None
         if len(self._evicted) > 4 * self.num_blocks:
             self._evicted.popitem(last=False)

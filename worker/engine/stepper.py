@@ -49,8 +49,19 @@ class Stepper:
         self._cost_model = cost_model
         self._max_step_tokens = max_step_tokens
         self._max_prefill_tokens = max_prefill_tokens
+        self._decode_step_s = 0.0
         self.prefill_s_saved = 0.0
         """Seconds that computing what came from a tier would have taken, as each prompt was done."""
+
+    def queue_s(self) -> float:
+        """What is to be computed of prompts now, and a step of those that decode: a new prompt waits for both."""
+        running = self._scheduler.running
+        decode_s = self._decode_step_s if any(request.phase is Phase.DECODE for request in running) else 0.0
+        return decode_s + sum(self._cost_model.prefill_s(gap) for request in running for gap in request.gaps)
+
+    def token_s(self) -> float:
+        """To compute a token of a prompt that fills a step."""
+        return self._cost_model.prefill_s(Span(0, self._max_prefill_tokens)) / self._max_prefill_tokens
 
     def held_s(self, now_s: float) -> float:
         """Seconds to wait, before the next step, for prompts whose blocks are still being looked for.
@@ -101,6 +112,8 @@ class Stepper:
             self._publish(request, token)
         if audit_chunks:
             self._compare(audit_chunks, logits[len(choosing) :])
+        if num_decoding and not num_prefilled:
+            self._decode_step_s += 0.2 * (time.perf_counter() - began - self._decode_step_s)
         if num_prefilled and not num_decoding:  # without a prompt, an audit may have had its part in the time
             self._cost_model.ran([span for _, spans in work for span in spans], time.perf_counter() - began)
         return True

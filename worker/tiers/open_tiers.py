@@ -16,6 +16,7 @@ from cache_store.ladder import Ladder, parse_ladder
 from cache_store.open_store import open_block_store
 from cache_store.sealing import Keyring, Purpose, Sealer
 from cache_store.store import BlockStore
+from worker.block_changes import BlockChanges
 from worker.config import AUTO, WorkerConfig
 from worker.model.load import LoadedModel
 from worker.tiers.adopted import Adopted
@@ -38,6 +39,7 @@ _MIN_HOST_BLOCKS = 8
 class Tiers:
     device: KVCache
     host: HostTier
+    host_changes: BlockChanges
     disk: DiskTier | None
     store: BlockStore | None
     """None: this worker has no shared tier."""
@@ -78,13 +80,15 @@ def open_tiers(config: WorkerConfig, loaded: LoadedModel, keyring: Keyring | Non
     sealer = keyring.sealer(Purpose.BLOCKS) if keyring is not None else None
     layout, ladder = loaded.layout, parse_ladder(config.codec_ladder)
     device = KVCache(layout, loaded.num_device_blocks(config.device_cache_bytes), loaded.device)
+    host_changes = BlockChanges()
     host = HostTier(
         open_slab(
             _host_folder(config),
             model_digest(loaded.fingerprint),
             capacity_bytes=max(config.host_cache_bytes, _MIN_HOST_BLOCKS * layout.block_bytes),
             block_bytes=layout.block_bytes,
-        )
+        ),
+        on_change=host_changes.tell,
     )
     if host.slab:
         device.pin(host.slab)
@@ -113,6 +117,7 @@ def open_tiers(config: WorkerConfig, loaded: LoadedModel, keyring: Keyring | Non
     return Tiers(
         device=device,
         host=host,
+        host_changes=host_changes,
         disk=disk,
         store=store,
         write_behind=write_behind,

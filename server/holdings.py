@@ -1,0 +1,214 @@
+"""What each worker holds, as it says itself, and which one a turn should go to by that.
+
+Follows every living worker's events into a routing index for each model. What a worker has not told yet is not known:
+where nothing is, nobody is chosen, and the caller chooses by load alone.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+import structlog
+
+from cache_store.codecs import fidelity_of
+from cache_store.ids import DIGEST_BYTES, BlockHash, chain, root_hash
+from protos import rekindle_worker_pb2 as wpb
+from server.block_holders import Tier
+from server.directory import Worker, WorkerDirectory
+from server.errors import WorkerLost, WorkerRefused
+from server.routing_index import BlocksChanged, RoutingIndex, Snapshot, WorkerCosts
+
+_SWEEP_S = 0.5
+_AGAIN_S = 1.0
+"""Before a worker whose stream has ended is asked again,"""
+_REFUSED_S = 60.0
+"""and one that refuses to tell: an older one doesn't know the question."""
+_MOST_SESSIONS = 4096
+"""Whose blocks' names are kept, to be prolonged by each turn."""
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is known of a turn's prompt before it is tokenized: the session's history, and input that is tokens."""
+
+    tenant: str
+    codec: str
+    tokens: Sequence[int]
+    key: str
+    """Equal ones go to the same worker, all else being equal: the session's id, or how the prompt begins."""
+    created_ms: int = 0
+    """When the session was, whose history it is; 0 without one."""
+
+
+class Holdings:
+    """Used on one event loop."""
+
+    def __init__(self, directory: WorkerDirectory) -> None:
+        self._directory = directory
+        self._models: dict[str, _Model] = {}
+        self._following: dict[str, asyncio.Task[None]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        self._tasks = [
+            asyncio.create_task(self._follow_all(), name="follow workers' blocks"),
+            asyncio.create_task(self._keep_sweeping(), name="sweep the routing index"),
+        ]
+
+    async def aclose(self) -> None:
+        tasks = [*self._tasks, *self._following.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks, self._following = [], {}
+
+    def choose(
+        self, prompt: Prompt, able: Collection[Worker], *, model: str = "", last_worker_id: str = ""
+    ) -> Worker | None:
+        """The worker where the prompt costs least, of those that are able. None where too little is known.
+
+        Workers of the session's own model come first: only they can use its KV.
+        """
+        by_id = {worker.worker_id: worker for worker in able}
+        fingerprints = {worker.description.fingerprint for worker in able}
+        if len(fingerprints) != 1 and model not in fingerprints:
+            return None
+        chosen_model = self._models.get(model if model in fingerprints else next(iter(fingerprints)))
+        if chosen_model is None:
+            return None
+        worker_id = chosen_model.choose(prompt, by_id.keys(), last_worker_id)
+        return by_id.get(worker_id) if worker_id is not None else None
+
+    async def _follow_all(self) -> None:
+        while True:
+            for worker in self._directory.living():
+                known = self._following.get(worker.worker_id)
+                if known is None or known.done():
+                    task = asyncio.create_task(self._follow(worker), name=f"blocks of {worker.worker_id}")
+                    self._following[worker.worker_id] = task
+            try:
+                async with asyncio.timeout(_AGAIN_S):
+                    await self._directory.changed()
+            except TimeoutError:
+                continue
+
+    async def _follow(self, worker: Worker) -> None:
+        """One worker's events, until its stream ends; then it holds nothing that we know of."""
+        told = worker.description
+        model = self._models.setdefault(told.fingerprint, _Model(told))
+        try:
+            async with aclosing(worker.client.watch()) as events:
+                async for event in events:
+                    if not model.take(worker.worker_id, event):
+                        _log.warning("events of a worker's blocks were lost", worker=worker.worker_id)
+                        return
+        except WorkerRefused as error:
+            _log.info("worker's blocks are unknown", worker=worker.worker_id, error=str(error))
+            await asyncio.sleep(_REFUSED_S)
+        except WorkerLost as error:
+            _log.info("worker's blocks are forgotten", worker=worker.worker_id, error=str(error))
+        finally:
+            model.leave(worker.worker_id)
+
+    async def _keep_sweeping(self) -> None:
+        while True:
+            busy = [model.index.sweep() for model in self._models.values()]
+            await asyncio.sleep(0.0 if any(busy) else _SWEEP_S)
+
+
+class _Model:
+    """The workers that serve one model."""
+
+    def __init__(self, told: wpb.DescribeReply, now: Callable[[], float] = time.monotonic) -> None:
+        self.index = RoutingIndex(block_tokens=told.block_tokens, block_bytes=told.block_bytes)
+        self._names_from = told.names_from
+        self._block_tokens = told.block_tokens
+        self._now = now
+        self._costs: dict[str, WorkerCosts] = {}
+        """As last reported."""
+        self._busy_until_s: dict[str, float] = {}
+        """With what it was given since."""
+        self._names: OrderedDict[tuple[BlockHash, str, int], list[BlockHash]] = OrderedDict()
+
+    def take(self, worker_id: str, event: wpb.BlockEvents) -> bool:
+        """False: events were lost."""
+        if event.is_snapshot:
+            device, host = _unpacked(event.device_stored), _unpacked(event.host_stored)
+            self.index.resync(Snapshot(worker_id, 2 * event.number, device, host))
+        # A worker's event is two of ours, one for each tier.
+        elif not (
+            self.index.changed(
+                BlocksChanged(
+                    worker_id,
+                    2 * event.number - 1,
+                    Tier.DEVICE,
+                    _unpacked(event.device_stored),
+                    _unpacked(event.device_removed),
+                )
+            )
+            and self.index.changed(
+                BlocksChanged(
+                    worker_id, 2 * event.number, Tier.HOST, _unpacked(event.host_stored), _unpacked(event.host_removed)
+                )
+            )
+        ):
+            return False
+        load = event.load
+        costs = WorkerCosts(
+            queue_s=load.queue_s,
+            token_s=load.token_s,
+            host_byte_s=load.host_byte_s,
+            shared_byte_s=load.redis_byte_s,
+        )
+        self._costs[worker_id] = costs
+        self._busy_until_s.pop(worker_id, None)
+        self.index.report(worker_id, costs)
+        return True
+
+    def leave(self, worker_id: str) -> None:
+        self._busy_until_s.pop(worker_id, None)
+        self.index.leave(worker_id)
+
+    def choose(self, prompt: Prompt, able: Collection[str], last_worker_id: str) -> str | None:
+        names = self._names_of(prompt)
+        if not names:
+            return None  # a prompt like any other: by load alone
+        now_s = self._now()
+        self._work_off(now_s)
+        choice = self.index.choose(names, key=prompt.key, last_worker_id=last_worker_id)
+        if choice is None or choice.worker_id not in able:
+            return None
+        self._busy_until_s[choice.worker_id] = now_s + choice.expected_s - self._costs[choice.worker_id].queue_s
+        return choice.worker_id
+
+    def _work_off(self, now_s: float) -> None:
+        """Count what workers were given since their last report as queue, less the time that has passed."""
+        for worker_id, until_s in list(self._busy_until_s.items()):
+            left_s = max(0.0, until_s - now_s)
+            costs = self._costs[worker_id]
+            self.index.report(worker_id, replace(costs, queue_s=costs.queue_s + left_s))
+            if not left_s:
+                del self._busy_until_s[worker_id]
+
+    def _names_of(self, prompt: Prompt) -> Sequence[BlockHash]:
+        """Of the prompt's full blocks. A session's are kept: a history only grows."""
+        root = root_hash(self._names_from, prompt.tenant, fidelity_of(prompt.codec))
+        size, tokens = self._block_tokens, prompt.tokens
+        names = self._names.pop((root, prompt.key, prompt.created_ms), []) if prompt.created_ms else []
+        del names[len(tokens) // size :]
+        for start in range(len(names) * size, len(tokens) // size * size, size):
+            names.append(chain(names[-1] if names else root, tokens[start : start + size]))
+        if prompt.created_ms:
+            self._names[root, prompt.key, prompt.created_ms] = names
+            if len(self._names) > _MOST_SESSIONS:
+                self._names.popitem(last=False)
+        return names
+
+
+def _unpacked(packed: bytes) -> list[bytes]:
+    return [packed[at : at + DIGEST_BYTES] for at in range(0, len(packed), DIGEST_BYTES)]

@@ -1,0 +1,198 @@
+"""Workers say which blocks they hold, and turns go where most of their prompt is, unless that worker is busy."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+
+import pytest
+
+from cache_store.ids import BlockHash, root_hash
+from server.holdings import Prompt
+from tests.engines import TENANT, EngineFactory, generate, start
+from tests.fake_engine import FakeEngine
+from tests.systems import System, WorkerProcess, chat, eventually, running_system, session_for
+from worker.block_changes import BlockChanges
+from worker.calls import BlocksHeld
+from worker.engine.prefix import full_names
+from worker.publisher import Publisher
+
+
+def name(number: int) -> BlockHash:
+    return BlockHash(number.to_bytes(16, "big"))
+
+
+def names(*numbers: int) -> bytes:
+    return b"".join(map(name, numbers))
+
+
+# Of one tier
+
+
+def test_changes_are_told_once_as_they_are_now() -> None:
+    changes = BlockChanges()
+    changes.tell(name(1), True)
+    assert changes.take() == ([], []), "nobody listened"
+    changes.listen(True)
+    for number, is_here in ((1, True), (2, True), (1, False), (3, False), (3, True)):
+        changes.tell(name(number), is_here)
+    assert changes.take() == ([name(2), name(3)], [name(1)])
+    assert changes.take() == ([], [])
+    changes.tell(name(4), True)
+    changes.listen(False)
+    assert changes.take() == ([], [])
+
+
+def test_changes_told_by_many_threads_are_all_heard() -> None:
+    changes = BlockChanges()
+    changes.listen(True)
+    heard: set[BlockHash] = set()
+
+    def tell(first: int) -> None:
+        for number in range(first, first + 2000):
+            changes.tell(name(number), True)
+
+    threads = [threading.Thread(target=tell, args=(2000 * number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        heard.update(changes.take().stored)
+    heard.update(changes.take().stored)
+    assert len(heard) == 8000
+
+
+# Of an engine
+
+
+def test_an_engine_says_what_came_and_what_went(build_engine: EngineFactory) -> None:
+    engine = build_engine(device_cache_bytes=2 << 20, host_cache_bytes=1 << 20)
+    tokens = [[(place * 7 + number) % 300 + 5 for place in range(160)] for number in range(6)]
+    generate(engine, (), tokens[0])
+    before = engine.blocks_held().result(5)
+    assert set(full_names(root_hash(engine.fingerprint, TENANT), tokens[0], 16)) <= set(before.device)
+    engine.watch_blocks(True)
+    here = {"device": set(before.device), "host": set(before.host)}
+    for prompt in tokens[1:]:
+        generate(engine, (), prompt)
+    engine.drop(TENANT, tokens[1], with_redis=False).result(10)
+    engine.check()
+    stored, removed = engine.blocks_changed()
+    now = engine.blocks_held().result(5)
+    for tier in ("device", "host"):
+        came, went = set(getattr(stored, tier)), set(getattr(removed, tier))
+        assert not came & went
+        assert went, "the test has to evict"
+        assert (here[tier] - went) | came == set(getattr(now, tier))
+    engine.watch_blocks(False)
+
+
+def test_a_busy_engine_says_so(build_engine: EngineFactory) -> None:
+    engine = build_engine(max_running=1)
+    generate(engine, (), range(5, 300))  # measured: what a token costs
+    idle = engine.load().result(5)
+    assert idle.queue_s == 0.0
+    assert 0 < idle.token_s < 1
+    assert 0 < idle.host_byte_s < 1e-3
+    assert idle.redis_byte_s == float("inf"), "it has none"
+    streams = [start(engine, (), range(5, 300), max_new_tokens=200) for _ in range(3)]
+    streams[0].next()
+    assert engine.load().result(5).queue_s > 0
+    for stream in streams:
+        stream.result()
+
+
+# Of a worker
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+async def test_who_watches_gets_a_snapshot_and_then_what_changes(engine: FakeEngine) -> None:
+    publisher = Publisher(engine, interval_s=0.01)
+    engine.held = BlocksHeld([name(1)], [name(2), name(3)])
+    async with aclosing(publisher.watch()) as events:
+        first = await anext(events)
+        assert first.is_snapshot
+        assert (first.device_stored, first.host_stored) == (names(1), names(2, 3))
+        assert first.load.queue_s == 0.5
+        engine.changed = (BlocksHeld([name(4)]), BlocksHeld([name(1)], [name(2)]))
+        second = await anext(events)
+        assert (second.number, second.is_snapshot) == (first.number + 1, False)
+        assert (second.device_stored, second.device_removed, second.host_removed) == (names(4), names(1), names(2))
+        assert (await anext(events)).number == first.number + 2, "how busy it is comes anyway"
+    assert engine.watched == [True, False]
+
+
+async def test_a_watcher_that_does_not_keep_up_begins_again(engine: FakeEngine) -> None:
+    publisher = Publisher(engine, interval_s=0.001)
+    async with aclosing(publisher.watch()) as slow, aclosing(publisher.watch()) as quick:
+        await anext(slow)
+        numbers = [(await anext(quick)).number]
+        while len(numbers) < 70:
+            engine.changed = (BlocksHeld([name(len(numbers))]), BlocksHeld())
+            numbers.append((await anext(quick)).number)
+        assert numbers == list(range(numbers[0], numbers[0] + 70)), "nothing is lost to one who does"
+        engine.held = BlocksHeld([name(1), name(2)])
+        async for event in slow:
+            if event.is_snapshot:
+                assert event.device_stored == names(1, 2)
+                break
+    assert engine.watched == [True, False]
+
+
+# Of a front end
+
+
+@pytest.fixture
+async def system(redis_url: str, workers: tuple[WorkerProcess, WorkerProcess]) -> AsyncIterator[System]:
+    async with running_system(redis_url, workers) as system:
+        yield system
+
+
+async def test_a_turn_goes_where_its_history_is_hot_though_another_served_it_last(system: System) -> None:
+    """A fork's record says nothing of where the blocks are now: the workers do."""
+    home, other = "0", "1"
+    session_id = session_for(home, [home, other])
+    await system.client.create_session(session_id)
+    first = await system.say(chat("Remember where you are. " * 12), session_id)
+    assert first.receipt.worker_id == home
+    tokens = list((await system.client.get_session(session_id, with_token_ids=True)).token_ids)
+
+    holdings, able = system.application._holdings, system.application.directory.living()
+
+    async def is_known() -> bool:
+        chosen = holdings.choose(Prompt("default", "raw", tokens, key="any"), able)
+        return chosen is not None and chosen.worker_id == home
+
+    await eventually(is_known)
+    turns = [await system.say([*tokens, 9, 8, 7, number], max_new_tokens=1) for number in range(6)]
+    assert {turn.receipt.worker_id for turn in turns} == {home}, "no session says so: its blocks do"
+
+
+async def test_many_turns_on_one_prefix_spread_over_the_workers(system: System) -> None:
+    tokens = [(place * 11) % 300 + 5 for place in range(600)]
+    await system.say(tokens, max_new_tokens=1)
+
+    async def ask(number: int) -> str:
+        turn = await system.say([*tokens, 5 + number], max_new_tokens=24, ignore_eos=True)
+        return str(turn.receipt.worker_id)
+
+    served: Sequence[str] = []
+    for _ in range(5):
+        served = await asyncio.gather(*(ask(number) for number in range(24)))
+        if len(set(served)) == 2:
+            break
+    assert set(served) == {"0", "1"}
+
+
+async def test_a_worker_that_died_holds_nothing(redis_url: str, workers: tuple[WorkerProcess, WorkerProcess]) -> None:
+    with WorkerProcess("doomed", redis_url=redis_url) as doomed:
+        async with running_system(redis_url, [doomed, workers[0]]) as system:
+            session_id = session_for("doomed", ["doomed", workers[0].worker_id])
+            await system.client.create_session(session_id)
+            await system.say(chat("Here today. " * 20), session_id)
+            doomed.kill()
+            turn = await system.say(chat("And tomorrow?"), session_id)
+            assert turn.receipt.worker_id == workers[0].worker_id
