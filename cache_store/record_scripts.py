@@ -132,7 +132,7 @@ return {'OK'}
 DELETE = _script("""
 if missing() then return {'MISSING'} end
 local was = record()
-redis.call('DEL', meta, tokens, turns, lock)
+redis.call('DEL', meta, tokens, turns, lock, gone)
 return was
 """)
 
