@@ -515,7 +515,7 @@ class TokensBySource(_message.Message):
     def __init__(self, device: _Optional[int] = ..., host: _Optional[int] = ..., redis: _Optional[int] = ..., computed: _Optional[int] = ..., disk: _Optional[int] = ...) -> None: ...
 
 class WorkerCacheStats(_message.Message):
-    __slots__ = ("worker_id", "model", "prompt_tokens", "device", "host", "stores_dropped", "evicted_then_needed", "running", "waiting", "block_tokens", "disk")
+    __slots__ = ("worker_id", "model", "prompt_tokens", "device", "host", "stores_dropped", "evicted_then_needed", "running", "waiting", "block_tokens", "disk", "device_used_blocks")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -527,6 +527,7 @@ class WorkerCacheStats(_message.Message):
     WAITING_FIELD_NUMBER: _ClassVar[int]
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DISK_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_USED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     model: str
     prompt_tokens: TokensBySource
@@ -538,7 +539,8 @@ class WorkerCacheStats(_message.Message):
     waiting: int
     block_tokens: int
     disk: TierStats
-    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[_Union[TokensBySource, _Mapping]] = ..., device: _Optional[_Union[TierStats, _Mapping]] = ..., host: _Optional[_Union[TierStats, _Mapping]] = ..., stores_dropped: _Optional[int] = ..., evicted_then_needed: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., block_tokens: _Optional[int] = ..., disk: _Optional[_Union[TierStats, _Mapping]] = ...) -> None: ...
+    device_used_blocks: int
+    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[_Union[TokensBySource, _Mapping]] = ..., device: _Optional[_Union[TierStats, _Mapping]] = ..., host: _Optional[_Union[TierStats, _Mapping]] = ..., stores_dropped: _Optional[int] = ..., evicted_then_needed: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., block_tokens: _Optional[int] = ..., disk: _Optional[_Union[TierStats, _Mapping]] = ..., device_used_blocks: _Optional[int] = ...) -> None: ...
 
 class TierStats(_message.Message):
     __slots__ = ("blocks", "capacity_blocks", "bytes", "capacity_bytes")

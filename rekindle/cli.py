@@ -49,6 +49,7 @@ def make_app() -> App:
         "the environment as REKINDLE_NAME. A flag beats the file, the file beats the environment.",
     )
     app.command(_serve_command(), name="serve")
+    app.command(scale)
     app.command(chat)
     app.command(demo)
     app.command(sessions_app())
@@ -105,6 +106,29 @@ def _serve_command() -> Any:
     To try it with nothing else installed: rekindle serve --embedded-redis
     """
     return serve
+
+
+def scale(
+    workers: int,
+    /,
+    *,
+    ray_address: str = "auto",
+    timeout_s: float = 600.0,
+) -> None:
+    """Have a running `rekindle serve` start workers, or drain those it started last, until there are so many.
+
+    Who is drained finishes its turns or hands them over, stores what it holds, and goes.
+
+    Parameters
+    ----------
+    ray_address
+        The Ray that the workers run on, as in `rekindle serve`; auto finds one on this machine.
+    timeout_s
+        How long to wait for it. What was asked for stays asked for.
+    """
+    from rekindle.scale import scale
+
+    scale(workers, ray_address=ray_address, timeout_s=timeout_s)
 
 
 def chat(

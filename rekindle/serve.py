@@ -10,14 +10,16 @@ from rich.console import Console
 from cache_store.embedded_redis import RedisServer
 from cache_store.errors import ServingError
 from cache_store.host_claim import deployment_folder
-from rekindle.settings import Settings
+from rekindle.settings import Settings, SystemConfig
 from rekindle.signals import StopSignals, whole
 from server.app import Application
+from server.autoscale import Autoscaler
 from server.config import ConfigError
 from server.logs import set_up_logs
 from server.ray_cluster import RayCluster
+from server.scaling import Scaling
 from worker.actor import WorkerActor
-from worker.config import AUTO
+from worker.config import AUTO, WorkerConfig
 
 
 def serve(settings: Settings) -> None:
@@ -61,9 +63,13 @@ async def running_system(settings: Settings, console: Console, signals: StopSign
         async def stop_workers() -> None:
             await cluster.stop_workers(drain_s=patience_s)
 
+        def new_worker(worker_id: str) -> tuple[str, WorkerConfig]:
+            return worker_id, settings.worker
+
         cluster = RayCluster(
             WorkerActor,
-            {str(number): (str(number), settings.worker) for number in range(system.num_workers)},
+            {str(number): new_worker(str(number)) for number in range(system.num_workers)},
+            new_worker=new_worker,
             address=system.ray_address,
             gpus_per_worker=system.gpus_per_worker,
             cpus_per_worker=system.reserved_cpus,
@@ -80,7 +86,26 @@ async def running_system(settings: Settings, console: Console, signals: StopSign
         stack.push_async_callback(front_end.aclose)
         await front_end.start()
         stack.push_async_callback(front_end.drain)
+        autoscaler = _autoscaler(system)
+        scaling = Scaling(cluster, front_end.directory, autoscaler, drain_s=settings.server.drain_s)
+        stack.push_async_callback(_ended, asyncio.create_task(scaling.run(), name="scaling"))
         yield System(front_end, cluster)
+
+
+def _autoscaler(system: SystemConfig) -> Autoscaler | None:
+    if not system.max_workers:
+        return None
+    return Autoscaler(
+        system.min_workers,
+        system.max_workers,
+        up_after_s=system.scale_up_after_s,
+        down_after_s=system.scale_down_after_s,
+    )
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
 
 
 @contextmanager

@@ -22,6 +22,16 @@ class SystemConfig:
     num_workers: int = 1
     """Workers to start. Each is a Ray actor with a whole copy of the model."""
 
+    min_workers: int = 1
+    max_workers: int = 0
+    """Between how many workers the load decides; a max_workers of 0 leaves it to num_workers and `rekindle scale`."""
+
+    scale_up_after_s: float = 10.0
+    """How long requests must have queued, or the workers' pools have been full, before there are more workers."""
+
+    scale_down_after_s: float = 300.0
+    """How long one worker fewer must have been enough before one is drained."""
+
     gpus_per_worker: float = 0.0
     """GPUs that Ray reserves for a worker; 0 runs it on the CPU."""
 
@@ -47,7 +57,12 @@ class SystemConfig:
     def __post_init__(self) -> None:
         if self.num_workers < 1:
             raise ConfigError(f"num_workers must be at least 1, got {self.num_workers}")
-        for name in ("gpus_per_worker", "cpus_per_worker"):
+        if self.max_workers and not 1 <= self.min_workers <= self.num_workers <= self.max_workers:
+            raise ConfigError(
+                "need 1 <= min_workers <= num_workers <= max_workers, "
+                f"got {self.min_workers}, {self.num_workers} and {self.max_workers}"
+            )
+        for name in ("gpus_per_worker", "cpus_per_worker", "scale_up_after_s", "scale_down_after_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
 

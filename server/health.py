@@ -29,6 +29,8 @@ class Health:
         self._poll_s = poll_s
         self._tasks: list[asyncio.Task[None]] = []
         self._redis_was_up: bool | None = None
+        self._workers: set[str] = set()
+        """All that there ever were."""
 
     async def start(self) -> None:
         """Say what is so now, then follow it until `aclose`. Redis has a task of its own: it may be slow to fail."""
@@ -59,6 +61,9 @@ class Health:
 
     async def _see_workers(self) -> None:
         known = self._directory.known()
+        for gone in self._workers - {worker.worker_id for worker in known}:
+            await self.servicer.set(f"worker/{gone}", _NOT_SERVING)
+        self._workers.update(worker.worker_id for worker in known)
         for worker in known:
             await self.servicer.set(f"worker/{worker.worker_id}", _SERVING if worker.accepting else _NOT_SERVING)
         accepting = sum(worker.accepting for worker in known)

@@ -46,6 +46,7 @@ class FakeWorker(WorkerServicer):
         self.host: set[Tokens] = set()
         self.redis: set[Tokens] = redis if redis is not None else set()
         self.accepting = True
+        self.waiting = 0
         self.fingerprint = "f00d"
         self.refuse_with: Exception | None = None
         """Raised by every call that works on KV."""
@@ -192,6 +193,7 @@ class FakeWorker(WorkerServicer):
             worker_id=self.worker_id,
             prompt_tokens=pb.TokensBySource(device=10, host=20, redis=30, computed=40),
             device=pb.TierStats(blocks=len(self.device)),
+            waiting=self.waiting,
         )
 
     async def _asked(self, call: str, history: wpb.History, context: Any) -> None:

@@ -32,11 +32,12 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "rekindle/cli_measure.py": ("benchmarks",),
     "rekindle/settings.py": ("server.config", "worker.config"),
     "rekindle/serve.py": ("server", "worker.actor", "worker.config", "cache_store"),
+    "rekindle/scale.py": ("server.ray_scale",),
     "rekindle/demo.py": ("server", "worker.actor", "worker.config", "cache_store"),
 }
 
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "ray": ("server/ray_cluster.py", "worker/actor.py"),
+    "ray": ("server/ray_cluster.py", "server/ray_scale.py", "worker/actor.py"),
     "redis": ("cache_store/", "benchmarks/"),
     "torch": ("worker/", "models/", "benchmarks/"),
     "transformers": ("worker/", "models/", "benchmarks/"),

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,6 +78,30 @@ def test_a_killed_worker_is_restarted_and_served_on_and_sigterm_ends_it_all(tmp_
         assert before & after == before - {victim}
         serving.send_signal(signal.SIGTERM)
         assert serving.wait(30) == 0
+
+
+def test_workers_are_added_and_drained_by_command_and_sessions_follow(tmp_path: Path, running_ray: str) -> None:
+    def scale(count: int) -> str:
+        words = ("scale", str(count), "--ray-address", running_ray, "--timeout-s", "60")
+        return subprocess.run(
+            [sys.executable, "-m", "rekindle", *words], capture_output=True, text=True, check=True, timeout=90
+        ).stdout
+
+    with RedisServer() as server:
+        serve = (*_SERVE, "--redis-url", server.url, "--ray-address", running_ray, "--cpus-per-worker", "0.5")
+        with command(tmp_path, *serve) as serving, Client(address_of(serving, tmp_path)) as client:
+            session_id = session_for("1", ["0", "1"])
+            client.create_session(session_id)
+            assert say(client, session_id, _LONG).worker_id == "1"
+            num_tokens = client.get_session(session_id).num_tokens
+            assert scale(3) == "3 workers serve, 2 did\n"
+            eventually(lambda: len(client.stats().workers) == 3, within_s=10)
+            assert scale(1) == "1 workers serve, 3 did\n"
+            eventually(lambda: [worker.worker_id for worker in client.stats().workers] == ["0"], within_s=10)
+            receipt = say(client, session_id, "And on it goes.")
+            assert (receipt.worker_id, receipt.redis_tokens) == ("0", num_tokens - 1)
+            serving.send_signal(signal.SIGTERM)
+            assert serving.wait(30) == 0, (tmp_path / "stderr").read_text()
 
 
 @pytest.fixture

@@ -82,6 +82,28 @@ async def test_a_worker_that_cannot_start_says_why(clusters: list[RayCluster]) -
     assert await cluster.addresses() == {}
 
 
+async def test_workers_come_and_go_and_the_directory_follows(clusters: list[RayCluster]) -> None:
+    cluster = RayCluster(FakeActor, {"0": ("0", "")}, new_worker=lambda worker_id: (worker_id, ""), cpus_per_worker=0.5)
+    clusters.append(cluster)
+    await cluster.start()
+    directory = WorkerDirectory(cluster, poll_s=0.2, silence_s=5.0, max_message_bytes=1 << 20)
+    await directory.start()
+    assert await cluster.wanted() is None
+    await cluster.reserve(3)
+    await cluster.scale_to(3, drain_s=2.0)
+    assert cluster.num_workers == 3
+    await directory.wait_for_workers(3, timeout_s=30)
+    first = directory.find("0")
+    await cluster.scale_to(1, drain_s=2.0)
+    assert cluster.num_workers == 1
+    await cluster.scale_to(2, drain_s=2.0)  # while two still leave, under their names
+    async with asyncio.timeout(20):
+        while {worker.worker_id for worker in directory.known()} != {"0", "3"} or directory.find("3") is None:
+            await directory.changed()
+    assert directory.find("0") is first
+    await directory.aclose()
+
+
 async def test_a_cluster_that_is_not_there_is_said_so() -> None:
     with pytest.raises(WorkerFault, match="Ray"):
         await RayCluster(FakeActor, {"0": ("0", "")}, address="127.0.0.1:1").start()

@@ -201,6 +201,7 @@ def stats_message(stats: EngineStats, *, worker_id: str, model: str, block_token
         running=stats.running,
         waiting=stats.waiting,
         block_tokens=block_tokens,
+        device_used_blocks=stats.device_blocks.get("used", 0),
     )
 
 
