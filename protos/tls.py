@@ -48,6 +48,11 @@ class ServerTls:
     client_ca: str = ""
     """Clients must show a certificate of these authorities; empty asks for none."""
 
+    def check(self) -> None:
+        """Raise OSError where a file can't be read."""
+        for path in (self.cert, self.key, self.client_ca):
+            _read(path)
+
 
 PLAIN_TEXT = ServerTls()
 

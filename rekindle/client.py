@@ -17,7 +17,8 @@ from google.protobuf.message import Message
 
 from protos import rekindle_pb2 as pb
 from protos.rekindle_pb2_grpc import CacheStub, InferenceStub, SessionsStub, TenantsStub
-from protos.tls import Tls, open_channel
+from protos.tls import Tls as Tls  # who opens a client finds it here
+from protos.tls import open_channel
 from rekindle.errors import Overloaded, RekindleError, Unavailable, from_rpc_error, make_error
 
 _IDEMPOTENT = {

@@ -78,6 +78,7 @@ class Application:
         Raises ConfigError for files of keys that make no sense, OSError for files that can't be read, InvalidRequest
         for master keys that can't be had.
         """
+        _own_tls(config).check()  # now, not when the workers are up
         return cls(
             config,
             records=open_records(
@@ -97,8 +98,7 @@ class Application:
         """Listen. Raises OSError where a port is taken. Workers and Redis may come later: health tells."""
         config = self._config
         self._server = self._make_server()
-        tls = ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
-        port = listen(self._server, config.listen_host, config.port, tls, setting="tls_cert")
+        port = listen(self._server, config.listen_host, config.port, _own_tls(config), setting="tls_cert")
         if not (self._identities.ask or config.tls_client_ca or is_loopback(config.listen_host)):
             _log.warning("anybody may call", address=config.listen_host, setting="api_keys")
         metrics_port = self.metrics.serve(config.listen_host, config.metrics_port)
@@ -157,6 +157,10 @@ class Application:
         ours = (pb.DESCRIPTOR.services_by_name[name].full_name for name in _SERVICES)
         reflection.enable_server_reflection((*ours, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
+
+
+def _own_tls(config: ServerConfig) -> ServerTls:
+    return ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
 
 
 def _tls_to_workers(config: ServerConfig) -> Tls | None:

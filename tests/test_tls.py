@@ -164,13 +164,11 @@ def _replace(files: Issued, by: Issued) -> None:
         new.replace(path)
 
 
-async def test_files_that_cannot_be_read_keep_a_front_end_from_starting(ours: Authority, tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_keep_a_front_end_from_starting(ours: Authority, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.pem")
     config = ServerConfig(port=0, metrics_port=0, redis_url="memory://", tls_cert=missing, tls_key=missing)
-    app = Application.build(config, StaticAddresses({}))
     with pytest.raises(OSError, match=r"missing\.pem"):
-        await app.start()
-    await app.aclose()
+        Application.build(config, StaticAddresses({}))
     with pytest.raises(OSError, match=r"missing\.pem"):
         Application.build(ServerConfig(redis_url="memory://", worker_tls_ca=missing), StaticAddresses({}))
 
