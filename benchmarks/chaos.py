@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.chaos_faults import KINDS, Recovery, Storm
 from benchmarks.chaos_load import Clients, Script, Tally, keep_talking, scripts, undisturbed
-from benchmarks.chaos_parts import Deployment, Part, Use, deployment
+from benchmarks.chaos_part import Use, Worker
+from benchmarks.chaos_parts import Deployment, deployment
 from benchmarks.harness import Bar, at_least, at_most, finish
 
 _SPEAKERS = 6
@@ -29,7 +30,9 @@ class Aftermath(NamedTuple):
     grown_bytes: int
 
 
-def run(*, minutes: float = 10.0, seed: int = 1, conversations: int = 24, as_json: bool = False) -> int:
+def run(
+    *, minutes: float = 10.0, seed: int = 1, conversations: int = 24, ray: bool = False, as_json: bool = False
+) -> int:
     """Break two workers, two front ends and their Redis again and again, while users hold conversations with them.
 
     What each conversation should say is known from an undisturbed run before.
@@ -38,11 +41,12 @@ def run(*, minutes: float = 10.0, seed: int = 1, conversations: int = 24, as_jso
         minutes: How long faults strike, one at a time; every kind comes once at least.
         seed: Of faults, dialogues and users.
         conversations: Different dialogues; users take them in turn.
+        ray: Workers are Ray actors, which Ray starts again; else processes.
         as_json: Print one JSON object.
     """
     wanted = scripts(conversations, seed=seed)
     tally = Tally()
-    with deployment(seed=seed) as system:
+    with deployment(seed=seed, on_ray=ray) as system:
         recoveries, aftermath = asyncio.run(_endure(system, wanted, tally, minutes * 60, seed))
     return finish("chaos", _figures(tally, recoveries, aftermath), _bars(tally, recoveries, aftermath), as_json=as_json)
 
@@ -87,7 +91,7 @@ async def _aftermath(system: Deployment, before: dict[str, Use]) -> Aftermath:
     return Aftermath(unbalanced, descriptors, grown_bytes)
 
 
-async def _check(worker: Part) -> str:
+async def _check(worker: Worker) -> str:
     return await asyncio.to_thread(worker.check)
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import redis as redis_py
 
 from benchmarks.chaos_load import Clients
-from benchmarks.chaos_parts import SILENCE_S, Deployment, Part
+from benchmarks.chaos_part import Worker
+from benchmarks.chaos_parts import SILENCE_S, Deployment
 from rekindle.client import Client
 from rekindle.errors import RekindleError
 
@@ -41,7 +42,7 @@ class Faults:
     def __init__(self, deployment: Deployment, chance: random.Random) -> None:
         self._deployment, self._random = deployment, chance
 
-    async def worker_killed(self) -> Part:
+    async def worker_killed(self) -> Worker:
         return await self._killed(self._random.choice(self._deployment.workers))
 
     async def worker_frozen(self) -> None:
@@ -51,7 +52,7 @@ class Faults:
         await self._last(0.5 * SILENCE_S, 2.0 * SILENCE_S)
         worker.thaw()
 
-    async def front_end_killed(self) -> Part:
+    async def front_end_killed(self) -> Worker:
         return await self._killed(self._random.choice(self._deployment.fronts))
 
     async def redis_killed(self) -> None:
@@ -90,7 +91,7 @@ class Faults:
         """However the last fault was left."""
         await asyncio.to_thread(self._deployment.proxy.heal)
 
-    async def _killed(self, part: Part) -> Part:
+    async def _killed(self, part: Worker) -> Worker:
         await asyncio.to_thread(part.kill)
         await self._last(0.0, 2.0)
         part.start()
@@ -158,7 +159,7 @@ class Storm:
             self.now = "nothing"
 
     async def _strike(self, kind: str) -> Recovery:
-        fault: Callable[[], Awaitable[Part | None]] = getattr(self._faults, kind)
+        fault: Callable[[], Awaitable[Worker | None]] = getattr(self._faults, kind)
         began_s = time.monotonic()
         if kind in _KILLS:
             killed, turn_s = await asyncio.gather(fault(), self._turn_again(began_s))

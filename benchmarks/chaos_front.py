@@ -1,24 +1,35 @@
-"""A front end as a plain process, for workers at places that don't change: `python -m benchmarks.chaos_front A B`.
+"""A front end as a plain process: `python -m benchmarks.chaos_front CONFIG PLACES`. Stops cleanly on SIGTERM.
 
-A is ServerConfig as a JSON object, B the workers' host:port by id. Stops cleanly on SIGTERM.
+CONFIG is ServerConfig as a JSON object; PLACES a JSON file with each worker's address by id, read again and again.
 """
 
 import asyncio
 import json
 import signal
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 import structlog
 
 from server.app import Application
 from server.config import ServerConfig
-from server.directory import StaticAddresses
 
 
-async def _serve(config: ServerConfig, workers: dict[str, str]) -> None:
+class _Places:
+    """A `WorkerAddresses`."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    async def addresses(self) -> Mapping[str, str]:
+        return {number: place["address"] for number, place in json.loads(self._file.read_text()).items()}
+
+
+async def _serve(config: ServerConfig, places: Path) -> None:
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
-    front_end = Application.build(config, StaticAddresses(workers))
+    front_end = Application.build(config, _Places(places))
     try:
         await front_end.start()
         print(json.dumps({"address": front_end.address, "metrics_address": front_end.metrics_address}), flush=True)
@@ -30,4 +41,4 @@ async def _serve(config: ServerConfig, workers: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout has the one line
-    asyncio.run(_serve(ServerConfig(**json.loads(sys.argv[1])), json.loads(sys.argv[2])))
+    asyncio.run(_serve(ServerConfig(**json.loads(sys.argv[1])), Path(sys.argv[2])))

@@ -26,6 +26,10 @@ class WorkerActor:
         """Of the process that Ray runs it in."""
         return os.getpid()
 
+    async def check(self) -> str:
+        """Prove that the worker's blocks balance, in an idle moment. Empty, or what is wrong."""
+        return await (await asyncio.shield(self._starting)).check()
+
     async def drain(self, within_s: float) -> None:
         """Let running turns finish within `within_s`, store what is left, stop. Then the actor can be killed."""
         await (await asyncio.shield(self._starting)).stop(within_s=within_s)

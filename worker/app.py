@@ -60,9 +60,13 @@ class WorkerApp:
         _log.info("worker serves", worker=worker_id, model=config.model, address=address, metrics=metrics_address)
         return app
 
-    async def check(self) -> None:
-        """Prove that the engine's blocks balance (asserts). For idle moments and tests."""
-        await asyncio.to_thread(self._engine.check)
+    async def check(self) -> str:
+        """Prove that the engine's blocks balance, in an idle moment. Empty, or what is wrong."""
+        try:
+            await asyncio.to_thread(self._engine.check)
+        except AssertionError as error:
+            return str(error) or "an assertion failed"
+        return ""
 
     async def stop(self, *, within_s: float) -> None:
         """Let running turns finish within `within_s`, store what is not yet stored, and go. Called again: wait."""
