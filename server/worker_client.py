@@ -121,6 +121,8 @@ class WorkerClient:
         return reply
 
     async def aclose(self) -> None:
+        """What still runs ends as WorkerLost."""
+        self.abandon()
         await self._channel.close(grace=None)
 
     async def _ask(self, method: Any, request: Message, timeout_s: float) -> Any:
@@ -128,6 +130,11 @@ class WorkerClient:
             return await method(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise self._ours(error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise WorkerLost(f"worker at {self.address} was let go") from None  # by `aclose`, in the middle of a call
 
     def _ours(self, error: grpc.aio.AioRpcError) -> WorkerLost | WorkerRefused:
         trailing: Any = error.trailing_metadata() or ()  # pairs; grpc-stubs have it otherwise

@@ -42,6 +42,22 @@ async def hear(stream: Any, heard: list[pb.GenerateResponse]) -> None:
         heard.append(response)
 
 
+async def called(front: FrontEnd, name: str) -> FakeWorker:
+    """The worker that has had such a call, as soon as one has."""
+    async with asyncio.timeout(10):
+        while True:
+            for worker in front.workers.values():
+                if name in worker.calls:
+                    return worker
+            await asyncio.sleep(0.005)
+
+
+def forget(front: FrontEnd, worker: FakeWorker) -> None:
+    """From now on nobody says where this worker is."""
+    source: Any = front.app.directory._source
+    del source._addresses[worker.worker_id]
+
+
 async def as_soon_as_it_is_free(front: FrontEnd, request: pb.GenerateRequest) -> Reply:
     """Run a turn, again and again while the session is locked or can't be read."""
     async with asyncio.timeout(20):
@@ -75,6 +91,30 @@ async def test_another_worker_goes_on_from_the_last_token(front: FrontEnd) -> No
     assert request.sampling.seed == lost.generated[0].sampling.seed, "both draw the same"
     session = await front.session(with_token_ids=True)
     assert (session.version, list(session.token_ids)) == (1, [*tokenize("x"), *reply.token_ids])
+
+
+async def test_a_worker_that_is_said_to_be_gone_loses_its_turns_to_another(front: FrontEnd) -> None:
+    for worker in front.workers.values():
+        worker.pause_s = 0.05
+    await front.new_session()
+    turn = asyncio.create_task(front.turn("x", "s", max_new_tokens=12))
+    lost = await eventually(front, deltas=3)
+    forget(front, lost)
+    reply = await asyncio.wait_for(turn, 10)
+    assert reply.token_ids == reply_to(tokenize("x"), 12)
+    assert reply.finished.receipt.worker_id == another(front, lost).worker_id
+
+
+async def test_and_so_do_its_other_calls(front: FrontEnd) -> None:
+    for worker in front.workers.values():
+        worker.may_warm.clear()
+    await front.new_session()
+    warming = asyncio.ensure_future(front.sessions.WarmSession(pb.WarmSessionRequest(session_id="s")))
+    lost = await called(front, "warm")
+    another(front, lost).may_warm.set()
+    forget(front, lost)
+    warmed = await asyncio.wait_for(warming, 10)
+    assert warmed.worker_id == another(front, lost).worker_id
 
 
 @pytest.mark.parametrize("way", ["ends", "fails", "drains"])
