@@ -93,7 +93,7 @@ def run(
         for transport, verb in itertools.product(("unix", "tcp"), ("put", "get"))
     ]
     bars += [
-        at_least(f"{transport} {verb} sealed against plain", speeds[f"{transport} {verb} sealed"] / plain, 0.6)
+        at_least(f"{transport} {verb} sealed against plain", speeds[f"{transport} {verb} sealed"] / plain, 0.5)
         for transport, verb in itertools.product(("unix", "tcp"), ("put", "get"))
         for plain in [speeds[f"{transport} {verb} rekindle"]]
     ]
