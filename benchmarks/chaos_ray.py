@@ -114,7 +114,7 @@ async def _check(numbers: list[str]) -> str:
     """What is wrong with any of the workers."""
     import ray
 
-    from server.ray_cluster import NAMESPACE
+    from server.ray_scale import NAMESPACE
 
     handles = [ray.get_actor(f"worker-{number}", namespace=NAMESPACE) for number in numbers]
     problems = await asyncio.gather(*(asyncio.wrap_future(handle.check.remote().future()) for handle in handles))
