@@ -23,6 +23,7 @@ from server.holdings import Holdings
 from server.identity import Identities
 from server.limits import Limits
 from server.metrics import FrontMetrics
+from server.relay import Relay
 from server.service import InferenceService
 from server.sessions import SessionKeeper
 from server.sessions_service import SessionsService
@@ -53,11 +54,12 @@ class Application:
         self._calls = Calls(metrics, self._identities, max_streams=config.max_streams)
         self._limits = Limits(self._identities, records)
         self._holdings = Holdings(directory)
-        self._turns = Turns(records, directory, self._holdings, metrics, config)
+        relay = Relay(directory, self._holdings, metrics, config)
+        self._turns = Turns(records, relay, metrics, lease_s=config.lease_s)
         self._sessions = SessionKeeper(
             records,
             directory,
-            self._turns,
+            relay,
             metrics,
             self._limits,
             lease_s=config.lease_s,

@@ -20,7 +20,7 @@ from server.lease import Lease
 from server.limits import Limits
 from server.metrics import FrontMetrics
 from server.prefetch import Prefetcher
-from server.turns import Turns, history_of, prompt_of
+from server.relay import Relay, history_of, prompt_of
 
 _Answer = TypeVar("_Answer")
 _log = structlog.get_logger(__name__)
@@ -33,7 +33,7 @@ class SessionKeeper:
         self,
         records: RecordStore,
         directory: WorkerDirectory,
-        turns: Turns,
+        workers: Relay,
         metrics: FrontMetrics,
         limits: Limits,
         *,
@@ -43,7 +43,7 @@ class SessionKeeper:
     ) -> None:
         self._records = records
         self._directory = directory
-        self._turns = turns
+        self._workers = workers
         self._limits = limits
         self._prefetcher = Prefetcher(self._restore, metrics)
         self._lease_s = lease_s
@@ -105,7 +105,7 @@ class SessionKeeper:
         record = await self._records.update(tenant, session_id, ttl_s=ttl_s, pinned=pinned)
         if record.token_ids:
             try:
-                block_ttl_s = self._turns.block_ttl_s(record)
+                block_ttl_s = self._workers.block_ttl_s(record)
                 await self._ask_one(
                     record, lambda worker: worker.client.retain(history_of(record), block_ttl_s=block_ttl_s)
                 )
@@ -151,7 +151,7 @@ class SessionKeeper:
             if not record.token_ids:
                 return pb.ParkSessionResponse()
             request = wpb.ParkRequest(
-                history=history_of(record), drop_host=drop_host, block_ttl_s=self._turns.block_ttl_s(record)
+                history=history_of(record), drop_host=drop_host, block_ttl_s=self._workers.block_ttl_s(record)
             )
             answers = await self._ask_all(await self._holders(record), lambda worker: worker.client.park(request))
         parked = [reply for _, reply in answers]
@@ -235,7 +235,7 @@ class SessionKeeper:
     ) -> tuple[Worker, _Answer]:
         """Ask the worker that the session's next turn would go to; another if it has just gone. Raises NoWorker."""
         while True:
-            worker = self._turns.pick(prompt_of(record), record)
+            worker = self._workers.pick(prompt_of(record), record)
             try:
                 return worker, await ask(worker)
             except WorkerLost as error:

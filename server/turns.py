@@ -1,105 +1,34 @@
-"""One turn: lock the session, pick a worker, relay its stream, commit, and only then say that it is finished.
+"""One turn: lock the session, pass on what workers say, commit, and only then say that it is finished.
 
-Nothing is stored for a turn that is cancelled, or that fails (unless it asks for that). Knows sessions and workers; not
-who calls, nor how.
+Nothing is stored for a turn that is cancelled, or that fails (unless it asks for that). Knows sessions; not which
+workers it takes, nor who calls.
 """
 
-import asyncio
-import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import replace
 
-import grpc
 import structlog
 
-from cache_store.errors import ServingError
 from cache_store.records import RecordStore, SessionRecord, TurnRecord
 from protos import rekindle_pb2 as pb
-from protos import rekindle_worker_pb2 as wpb
-from server.directory import Worker, WorkerDirectory
 from server.errors import NoWorker, WorkerFault, WorkerLost, WorkerRefused
-from server.holdings import Holdings, Prompt
 from server.lease import Lease
 from server.metrics import FrontMetrics, kind_of_turn
-from server.router import Candidate, choose
-
-_ELSEWHERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
-"""A worker that drains or is full says nothing about the others."""
-_NOT_IN_TIME_HERE = "DEADLINE_UNMEETABLE"
-"""A worker's reason that says nothing about less busy ones."""
-_FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
-"""A worker that failed at the turn: out of memory, or broken. Another one may do better."""
-_MOST_LOST = 3
-"""Workers that one turn may lose: what kills whoever runs it is not given to all of them."""
-_ANSWER_S = 0.5
-"""Left of a turn's deadline when it stops waiting for a worker: its end has still to arrive."""
-_LOOK_S = 1.0
+from server.relay import Relay, Turn
 
 _log = structlog.get_logger(__name__)
-
-
-class TurnSettings(Protocol):
-    """Part of ServerConfig."""
-
-    @property
-    def lease_s(self) -> float: ...
-    @property
-    def failover_wait_s(self) -> float: ...
-    @property
-    def flush_timeout_s(self) -> float: ...
-    @property
-    def block_ttl_s(self) -> int: ...
-    @property
-    def codec(self) -> str: ...
-
-
-@dataclass(slots=True)
-class _Turn:
-    """What is known of a running turn."""
-
-    tenant: str
-    request: pb.GenerateRequest
-    request_id: str
-    deadline_s: float | None
-    record: SessionRecord | None = None
-    lease: Lease | None = None
-    worker: Worker | None = None
-    arrived_s: float = field(default_factory=time.monotonic)
-    first_delta_s: float = 0.0
-    input_ids: list[int] = field(default_factory=list)
-    reply_ids: list[int] = field(default_factory=list)
-    num_characters: int = 0
-    """Of the reply's text, those that the client has."""
-    num_lost: int = 0
-    """Workers that were lost, or failed, while they ran it."""
-    lost_s: float = 0.0
-    """When the last one was."""
-
-    @property
-    def is_begun(self) -> bool:
-        """Has the client a part of the reply, which only a worker with the same model can go on with?"""
-        return bool(self.reply_ids)
 
 
 class Turns:
     """Runs turns, with a session or without."""
 
-    def __init__(
-        self,
-        records: RecordStore,
-        directory: WorkerDirectory,
-        holdings: Holdings,
-        metrics: FrontMetrics,
-        settings: TurnSettings,
-    ) -> None:
+    def __init__(self, records: RecordStore, workers: Relay, metrics: FrontMetrics, *, lease_s: float) -> None:
         self._records = records
-        self._directory = directory
-        self._holdings = holdings
+        self._workers = workers
         self._metrics = metrics
-        self._settings = settings
+        self._lease_s = lease_s
 
     async def run(
         self, tenant: str, request: pb.GenerateRequest, *, request_id: str, deadline_s: float | None
@@ -108,13 +37,13 @@ class Turns:
 
         Raises NoWorker, WorkerLost, WorkerRefused; with a session also what `Lease` raises.
         """
-        turn = _Turn(tenant, request, request_id, deadline_s)
+        turn = Turn(tenant, request, request_id, deadline_s)
         if not request.session_id:
             async with aclosing(self._relay(turn)) as responses:
                 async for response in responses:
                     yield response
             return
-        lease = Lease(self._records, tenant, request.session_id, holder=request_id, lease_s=self._settings.lease_s)
+        lease = Lease(self._records, tenant, request.session_id, holder=request_id, lease_s=self._lease_s)
         async with lease:
             turn.lease, turn.record = lease, lease.record
             number = _turn_of(lease.record, request.idempotency_key)
@@ -122,38 +51,10 @@ class Turns:
                 async for response in responses:
                     yield response
 
-    def block_ttl_s(self, record: SessionRecord | None) -> int:
-        """How long Redis keeps a session's blocks without use; 0: for ever."""
-        if record is None:
-            return self._settings.block_ttl_s
-        return 0 if record.pinned else max(record.ttl_s, self._settings.block_ttl_s)
-
-    def pick(
-        self, prompt: Prompt, record: SessionRecord | None, *, but: frozenset[str] = frozenset(), only_model: str = ""
-    ) -> Worker:
-        """The worker for a session's next turn, of this model only if one is given. Raises NoWorker."""
-        able = {
-            worker.worker_id: worker
-            for worker in self._directory.living()
-            if worker.accepting and worker.worker_id not in but and only_model in ("", worker.description.fingerprint)
-        }
-        last, model = (record.worker_id, record.model) if record is not None else ("", "")
-        if able:
-            best = self._holdings.choose(prompt, able.values(), model=model, last_worker_id=last)
-            if best is not None:
-                return best
-        candidates = [
-            Candidate(worker.worker_id, worker.in_flight, worker.description.fingerprint) for worker in able.values()
-        ]
-        chosen = choose(candidates, key=prompt.key, last_worker_id=last, model=model)
-        if chosen is None:
-            raise NoWorker("no worker accepts work now")
-        return able[chosen]
-
-    async def _relay(self, turn: _Turn) -> AsyncGenerator[pb.GenerateResponse, None]:
+    async def _relay(self, turn: Turn) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Pass on what the workers say; commit before Finished."""
         try:
-            async with aclosing(self._events(turn)) as events:
+            async with aclosing(self._workers.events(turn)) as events:
                 async for event in events:
                     kind = event.WhichOneof("event")
                     if kind == "delta":
@@ -174,7 +75,7 @@ class Turns:
                 await self._commit(turn, pb.FINISH_REASON_INTERRUPTED)
             raise
 
-    async def _repeat(self, turn: _Turn, number: int) -> AsyncGenerator[pb.GenerateResponse, None]:
+    async def _repeat(self, turn: Turn, number: int) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Send a committed turn again. A worker goes on with the whole of its reply, and so sends its text alone."""
         record = turn.record
         assert record is not None
@@ -184,7 +85,7 @@ class Turns:
         turn.reply_ids = list(record.token_ids[said.reply_start : said.end])
         turn.request.sampling.max_new_tokens = len(turn.reply_ids)
         yield pb.GenerateResponse(delta=pb.Delta(token_ids=turn.reply_ids))
-        async with aclosing(self._events(turn)) as events:
+        async with aclosing(self._workers.events(turn)) as events:
             async for event in events:
                 if event.HasField("delta"):
                     turn.num_characters += len(event.delta.text)
@@ -195,108 +96,7 @@ class Turns:
                     finished.reason = said.finish_reason  # type: ignore[assignment]  # a number, as records keep it
                     yield pb.GenerateResponse(finished=finished)
 
-    async def _events(self, turn: _Turn) -> AsyncGenerator[wpb.WorkerEvent, None]:
-        """What the workers say: the next one goes on where one is lost, fails, or has no room."""
-        refused: frozenset[str] = frozenset()
-        last: ServingError | None = None
-        prompt = self._prompt(turn)
-        if not turn.request.sampling.HasField("seed"):
-            turn.request.sampling.seed = secrets.randbits(64)  # every worker draws the same
-        model = ""
-        while True:
-            try:
-                worker = self.pick(prompt, turn.record, but=refused, only_model=model if turn.is_begun else "")
-            except NoWorker as error:
-                if last is None or not _is_worth_waiting(turn, last) or not await self._another_comes(turn):
-                    raise last or error from error
-                refused = frozenset()
-                continue
-            turn.worker, model = worker, worker.description.fingerprint
-            await self._flush_last_worker(turn, worker)
-            try:
-                with worker.serving():
-                    async with aclosing(self._ask(turn, worker)) as events:
-                        async for event in events:
-                            yield event
-                            if event.HasField("finished"):
-                                return
-                raise WorkerLost(f"the stream of worker {worker.worker_id} ended before its reply did")
-            except WorkerLost as error:
-                self._directory.suspect(worker)
-                turn.num_lost, turn.lost_s, last = turn.num_lost + 1, time.monotonic(), error
-            except WorkerRefused as error:
-                if error.code not in (*_ELSEWHERE, *_FAULTS) and error.reason != _NOT_IN_TIME_HERE:
-                    raise
-                turn.num_lost += error.code in _FAULTS
-                turn.lost_s = turn.lost_s or time.monotonic()
-                refused, last = refused | {worker.worker_id}, error
-            if turn.num_lost >= _MOST_LOST:
-                raise last
-            if turn.is_begun:
-                self._metrics.turn_failed_over()
-            else:
-                self._metrics.turn_retried()
-            _log.warning(
-                "turn goes to another worker", worker=worker.worker_id, tokens=len(turn.reply_ids), error=str(last)
-            )
-
-    async def _another_comes(self, turn: _Turn) -> bool:
-        """Wait for a worker that may have come up. False where the turn's time is over."""
-        patience_ends_s = turn.lost_s + self._settings.failover_wait_s
-        left_s = (patience_ends_s if turn.deadline_s is None else turn.deadline_s - _ANSWER_S) - time.monotonic()
-        if left_s <= 0:
-            return False
-        try:
-            async with asyncio.timeout(min(left_s, _LOOK_S)):
-                await self._directory.changed()
-        except TimeoutError:
-            pass
-        return True
-
-    def _prompt(self, turn: _Turn) -> Prompt:
-        request, record = turn.request, turn.record
-        new = request.tokens.token_ids if request.WhichOneof("input") == "tokens" else ()
-        if record is None:
-            return Prompt(turn.tenant, self._settings.codec, tuple(new), key=_prefix_key(request))
-        return replace(prompt_of(record), tokens=(*record.token_ids, *new))
-
-    def _ask(self, turn: _Turn, worker: Worker) -> AsyncGenerator[wpb.WorkerEvent, None]:
-        alone = wpb.History(tenant=turn.tenant, codec=self._settings.codec)
-        request = wpb.WorkerGenerateRequest(
-            request_id=turn.request_id,
-            session_id=turn.request.session_id,
-            history=alone if turn.record is None else history_of(turn.record),
-            sampling=turn.request.sampling,
-            block_ttl_s=self.block_ttl_s(turn.record),
-            audit=turn.request.audit,
-        )
-        given = turn.request.WhichOneof("input")
-        assert given is not None, "an unchecked request"
-        if turn.is_begun:
-            request.tokens.token_ids.extend(turn.input_ids)
-            request.begun.token_ids.extend(turn.reply_ids)
-            request.begun.text_characters = turn.num_characters
-        elif given == "text":
-            request.text = turn.request.text
-        else:
-            getattr(request, given).CopyFrom(getattr(turn.request, given))
-        timeout_s = None if turn.deadline_s is None else max(0.0, turn.deadline_s - time.monotonic())
-        return worker.client.generate(request, timeout_s=timeout_s)
-
-    async def _flush_last_worker(self, turn: _Turn, worker: Worker) -> None:
-        """Read your writes: what the last worker has not yet stored would be missed on this one."""
-        record = turn.record
-        if record is None or record.worker_id in ("", worker.worker_id):
-            return
-        last = self._directory.find(record.worker_id)
-        if last is None:
-            return
-        try:
-            await last.client.flush(history_of(record), timeout_s=self._settings.flush_timeout_s)
-        except ServingError as error:  # what is missed is computed
-            _log.warning("last worker not flushed", worker=last.worker_id, error=str(error))
-
-    async def _finish(self, turn: _Turn, finished: pb.Finished) -> pb.Finished:
+    async def _finish(self, turn: Turn, finished: pb.Finished) -> pb.Finished:
         worker = turn.worker
         assert worker is not None
         usage = finished.usage
@@ -327,7 +127,7 @@ class Turns:
         )
         return finished
 
-    async def _commit(self, turn: _Turn, reason: pb.FinishReason) -> int:
+    async def _commit(self, turn: Turn, reason: pb.FinishReason) -> int:
         """Append the turn to its session. Returns its number; 0 without a session."""
         if turn.lease is None or turn.record is None:
             return 0
@@ -341,24 +141,7 @@ class Turns:
         return len(turn.record.turns) + 1
 
 
-def _is_worth_waiting(turn: _Turn, error: ServingError) -> bool:
-    """Where no worker is left: may one that comes up do better?"""
-    if isinstance(error, WorkerRefused):
-        return turn.is_begun and error.code in _ELSEWHERE
-    return True
-
-
-def prompt_of(record: SessionRecord) -> Prompt:
-    """A session's next one, as far as it is known."""
-    return Prompt(record.tenant, record.codec, record.token_ids, key=record.session_id, created_ms=record.created_ms)
-
-
-def history_of(record: SessionRecord) -> wpb.History:
-    """What a worker must know of a session to name its blocks."""
-    return wpb.History(tenant=record.tenant, token_ids=record.token_ids, codec=record.codec)
-
-
-def _turn_record(turn: _Turn, reason: pb.FinishReason) -> TurnRecord:
+def _turn_record(turn: Turn, reason: pb.FinishReason) -> TurnRecord:
     assert turn.record is not None
     start = len(turn.record.token_ids)
     reply_start = start + len(turn.input_ids)
@@ -378,17 +161,3 @@ def _turn_of(record: SessionRecord, idempotency_key: str) -> int | None:
         return None
     numbers = (number for number, turn in enumerate(record.turns, 1) if turn.idempotency_key == idempotency_key)
     return next(numbers, None)
-
-
-_PREFIXES: dict[str, Callable[[pb.GenerateRequest], str]] = {
-    "text": lambda request: request.text[:256],
-    "chat": lambda request: request.chat.messages[0].content[:256],
-    "tokens": lambda request: str(list(request.tokens.token_ids[:64])),
-}
-
-
-def _prefix_key(request: pb.GenerateRequest) -> str:
-    """How a request without a session begins: requests that begin alike share blocks, so they go to one worker."""
-    given = request.WhichOneof("input")
-    assert given is not None, "an unchecked request"
-    return _PREFIXES[given](request)
