@@ -85,7 +85,7 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Any:
         async def answer(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             answer_for(caller)
-            async with self._accounted(method, context, tenant=caller.tenant):
+            async with self._accounted(method, context, tenant=caller.tenant, key=caller.key_id):
                 return await behaviour(_parsed(request, parse), context)
 
         return answer

@@ -21,6 +21,8 @@ class Caller(NamedTuple):
     tenant: str
     operator: bool = False
     """Sees the whole cluster, and may erase any tenant."""
+    key_id: str = ""
+    """Of the API key, which is no secret: for logs. Empty for a token."""
 
 
 _ANYBODY: Final = Caller(DEFAULT_TENANT, operator=True)
@@ -81,7 +83,7 @@ class Identities:
 
     def _by_key(self, key: str) -> Caller | None:
         kept = self._keys.read().find(key) if self._keys is not None else None
-        return Caller(kept.tenant, kept.operator) if kept is not None else None
+        return Caller(kept.tenant, kept.operator, kept.id) if kept is not None else None
 
     def _by_token(self, token: str) -> Caller | None:
         if self._token_keys is None:

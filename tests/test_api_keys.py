@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import jwt
 import pytest
+import structlog
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -52,6 +53,10 @@ def identities(**settings: Any) -> Identities:
     return Identities(ServerConfig(redis_url="memory://", **settings))
 
 
+def key_id_of(key: str) -> str:
+    return key.split("_")[1]
+
+
 def test_without_keys_and_tokens_anybody_is_the_default_tenant_and_operator() -> None:
     assert identities().identify(()) == Caller("default", operator=True)
     assert identities().identify(bearer("rk_whatever")) == Caller("default", operator=True)
@@ -60,8 +65,8 @@ def test_without_keys_and_tokens_anybody_is_the_default_tenant_and_operator() ->
 def test_a_key_is_its_tenants(keys_file: Path) -> None:
     acme, other = add_key(keys_file, "acme", name="ci ✓"), add_key(keys_file, "other", operator=True)
     known = identities(api_keys=str(keys_file))
-    assert known.identify(bearer(acme)) == Caller("acme")
-    assert known.identify((("authorization", f"bearer {other}"),)) == Caller("other", operator=True)
+    assert known.identify(bearer(acme)) == Caller("acme", key_id=key_id_of(acme))
+    assert known.identify((("authorization", f"bearer {other}"),)) == Caller("other", True, key_id_of(other))
     assert acme not in keys_file.read_text()
 
 
@@ -96,7 +101,7 @@ def test_all_that_is_wrong_is_refused_alike(keys_file: Path) -> None:
 
 def test_a_key_may_expire_later(keys_file: Path) -> None:
     key = add_key(keys_file, "acme", expires=datetime.now(UTC) + timedelta(days=1))
-    assert identities(api_keys=str(keys_file)).identify(bearer(key)) == Caller("acme")
+    assert identities(api_keys=str(keys_file)).identify(bearer(key)).tenant == "acme"
 
 
 @pytest.mark.parametrize(
@@ -308,13 +313,23 @@ async def test_calls_without_a_key_are_refused_without_reading_them_and_health_s
                 await client.get_session("s")
 
 
+async def test_the_log_says_whose_a_call_was_and_by_which_key(keys_file: Path) -> None:
+    key = add_key(keys_file, "acme")
+    async with front_end(api_keys=str(keys_file)) as front, Client(front.app.address, api_key=key) as client:
+        with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logs:
+            await client.generate("hello", max_new_tokens=1).read()
+    assert [(log["tenant"], log["key"]) for log in logs if log["event"] == "turn finished"] == [
+        ("acme", key_id_of(key))
+    ]
+
+
 async def test_keys_and_tokens_are_neither_logged_nor_in_errors(keys_file: Path, tmp_path: Path) -> None:
     key, token_keys = add_key(keys_file, "acme"), tmp_path / "jwks"
     token_keys.write_bytes(jwks(oct_key("h")))
     good, bad = token(SECRET, "HS256"), token(SECRET, "HS256", exp=1)
     wrong = key[:-4] + "beef"
     said: list[str] = []
-    with capture_logs() as logs:
+    with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logs:
         settings: dict[str, Any] = {"jwt_keys": str(token_keys), "jwt_audience": AUDIENCE, "jwt_issuer": ISSUER}
         async with front_end(api_keys=str(keys_file), **settings) as front:
             for secret in (key, wrong, good, bad):
@@ -345,7 +360,7 @@ def test_a_key_is_made_on_the_command_line(keys_file: Path, capsys: pytest.Captu
     keys = [run("--tenant", "acme", "--name", 'it\'s \\ "mine"', "--expires-in-days", "1")]
     keys.append(json.loads(run("--tenant", "other", "--operator", "--json"))["api_key"])
     known = identities(api_keys=str(keys_file))
-    assert [known.identify(bearer(key)) for key in keys] == [Caller("acme"), Caller("other", operator=True)]
+    assert [known.identify(bearer(key))[:2] for key in keys] == [("acme", False), ("other", True)]
     assert (known.limits("acme").max_turns, known.limits("other").max_turns) == (2, 0)
     with pytest.raises(AssertionError, match="tenant must be"):
         run("--tenant", "a b")
