@@ -44,3 +44,18 @@ def test_what_was_posted_before_the_end_is_done_and_who_asks_later_hears_that_it
     assert before.done()
     with pytest.raises(Draining):
         inbox.do(lambda: None).result(0)
+
+
+def test_what_nobody_waits_for_any_more_is_not_done_and_what_is_begun_is_answered(inbox: Inbox) -> None:
+    answered: list[str] = []
+
+    def begin(future: Future[str]) -> None:
+        assert not future.cancel(), "too late"
+        answered.append("begun")
+        future.set_result("begun")
+
+    left: Future[str] = inbox.ask(lambda future: answered.append("left"))
+    begun: Future[str] = inbox.ask(begin)
+    assert left.cancel()
+    inbox.read(wait=False, timeout_s=None)
+    assert (answered, begun.result()) == (["begun"], "begun")

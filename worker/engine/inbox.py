@@ -26,6 +26,8 @@ class Inbox:
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # nobody waits any more; and from here on nobody can cancel what is answered
             try:
                 act(future)
             except Exception as error:
