@@ -11,7 +11,7 @@ def scale(count: int, *, ray_address: str, timeout_s: float) -> None:
         raise SystemExit(f"rekindle: at least 1 worker, got {count}")
     try:
         before = ray_scale.ask_for(count, address=ray_address)
-    except (ConnectionError, LookupError) as error:
+    except (OSError, LookupError) as error:
         raise SystemExit(f"rekindle: {error}") from error
     with Console(stderr=True).status(f"from {before} to {count} workers"):
         if not ray_scale.wait_for(count, timeout_s=timeout_s):

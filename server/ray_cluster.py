@@ -23,7 +23,6 @@ from server.ray_scale import NAMESPACE, WORKER_NAME
 
 _OBJECT_STORE_BYTES: Final = 80 << 20
 """Nothing of ours goes through Ray's object store; this is little above the least that Ray accepts."""
-_REACHABLE_S: Final = 5.0
 _MOST_LOCAL_WORKERS: Final = 64
 """Ray counts the cores of a machine of our own; who asks for more workers than it has cores may have them."""
 
@@ -67,7 +66,7 @@ class RayCluster:
     async def start(self) -> None:
         """Connect to Ray, then find or create every actor; don't wait until they are up. Raises WorkerFault."""
         try:
-            await self._check_reachable()
+            await asyncio.to_thread(ray_scale.check_reachable, self._address)
             await asyncio.to_thread(self._connect)
             await asyncio.to_thread(self._find_others)
             for actor in self._actors.values():
@@ -171,16 +170,6 @@ class RayCluster:
             if actor.asked is not None:
                 actor.asked.cancel()
         await asyncio.to_thread(ray.shutdown)
-
-    async def _check_reachable(self) -> None:
-        """Raise OSError where nobody listens: Ray itself would try for minutes, then end the process."""
-        host, _, port = self._address.removeprefix("ray://").rpartition(":")
-        if not port.isdecimal():
-            return  # a local Ray, or "auto"
-        async with asyncio.timeout(_REACHABLE_S):
-            _, writer = await asyncio.open_connection(host, int(port))
-        writer.close()
-        await writer.wait_closed()
 
     def _connect(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -3,6 +3,7 @@
 `rekindle scale` tells; the process of `rekindle serve` looks, starts or drains. Knows neither workers nor gRPC.
 """
 
+import socket
 import time
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ NAMESPACE: Final = "rekindle"
 WORKER_NAME: Final = "worker-"
 _NAME: Final = "wanted-workers"
 _ANSWER_S: Final = 10.0
+_REACHABLE_S: Final = 5.0
 
 
 class WantedWorkers:
@@ -29,6 +31,13 @@ class WantedWorkers:
         return self._count
 
 
+def check_reachable(address: str) -> None:
+    """Raise OSError where nobody listens: Ray itself would try for minutes, then end the process. Blocks."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():  # else a local Ray, or "auto"
+        socket.create_connection((host, int(port)), timeout=_REACHABLE_S).close()
+
+
 def wanted() -> int | None:
     """What was asked for last, if anything was. Blocks."""
     try:
@@ -41,8 +50,9 @@ def wanted() -> int | None:
 def ask_for(count: int, *, address: str) -> int:
     """Ask whoever serves on the Ray at `address` for so many workers, and return how many it has now. Blocks.
 
-    Raises ConnectionError where there is no such Ray, LookupError where nobody serves on it.
+    Raises OSError where there is no such Ray, LookupError where nobody serves on it.
     """
+    check_reachable(address)
     ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
     now = num_workers()
     if not now:

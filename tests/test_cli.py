@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +278,16 @@ def test_ctrl_c_stops_the_reply_and_not_the_chat(front: FrontEnd, address: str) 
     assert "start another conversation" in said
     with Client(address) as client:
         assert client.get_session(session_id).num_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(("2", "--ray-address", "127.0.0.1:1"), "refused"), (("0",), "at least 1 worker, got 0")]
+)
+def test_scaling_what_is_not_there_ends_at_once_with_one_line(words: Sequence[str], said: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "rekindle", "scale", *words], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert said in run.stderr
+    assert len(run.stderr.splitlines()) == 1
