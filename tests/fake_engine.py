@@ -46,6 +46,7 @@ class FakeEngine:
         self.ended: dict[str, threading.Event] = {}
         self.kept: dict[str, int] = {}
         self.steps: list[str] = []
+        self.broken: Future[None] = Future()
         self.watched: list[bool] = []
         self.held = BlocksHeld()
         self.changed = (BlocksHeld(), BlocksHeld())

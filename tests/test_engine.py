@@ -478,6 +478,29 @@ def test_a_step_that_fails_fails_its_requests_and_not_the_engine(build_engine: E
     assert generate(engine, (), PROMPT).reply
 
 
+def test_an_engine_whose_steps_all_fail_is_broken(build_engine: EngineFactory) -> None:
+    engine = build_engine()
+    runner = engine._stepper._runner
+
+    class Fails:
+        def run(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fail(times: int) -> None:
+        engine._stepper._runner = Fails()
+        for _ in range(times):
+            with pytest.raises(RuntimeError, match="CUDA error"):
+                generate(engine, (), PROMPT)
+        engine._stepper._runner = runner
+
+    fail(2)
+    assert generate(engine, (), PROMPT).reply
+    fail(2)
+    assert not engine.broken.done(), "they were not one after another"
+    fail(1)
+    engine.broken.result(5)
+
+
 def test_a_request_whose_logits_are_not_finite_fails_alone(build_engine: EngineFactory) -> None:
     engine = build_engine()
     runner = engine._stepper._runner

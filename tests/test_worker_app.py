@@ -51,6 +51,44 @@ async def test_a_worker_process_serves_counts_and_stops_cleanly_on_sigterm() -> 
     assert found['rekindle_ttft_seconds_count{kind="new"}'] == found['rekindle_ttft_seconds_count{kind="hot"}'] == 1
 
 
+_BREAKS = """
+import sys
+from worker.__main__ import main
+from worker.model.runner import ModelRunner
+
+def run(self, chunks):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+ModelRunner.run = run
+sys.argv = ["worker", "--worker-id", "w-9", "--config", sys.argv[1]]
+main()
+"""
+
+
+async def test_a_worker_whose_accelerator_is_lost_takes_no_turns_and_ends() -> None:
+    config = json.dumps(SMALL | {"self_measure_s": 0})
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _BREAKS, config, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        addresses = json.loads(await process.stdout.readline())
+        async with grpc.aio.insecure_channel(addresses["address"]) as channel:
+            stub: Any = WorkerStub(channel)  # type: ignore[no-untyped-call]
+            assert (await stub.Describe(wpb.DescribeRequest())).accepting
+            for _ in range(3):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await hear(stub, asking("hello"))
+                assert caught.value.code() == grpc.StatusCode.INTERNAL
+        _, errors = await asyncio.wait_for(process.communicate(), timeout=30)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 70, errors.decode()
+    assert "the engine is broken" in errors.decode()
+
+
 @pytest.mark.parametrize("config", ["[]", "{", '{"nonsense": 1}', '{"block_tokens": 17}'])
 async def test_a_worker_process_refuses_a_config_that_makes_no_sense(config: str) -> None:
     process = await asyncio.create_subprocess_exec(

@@ -1,6 +1,8 @@
 """The composition root of a worker: from settings to a serving engine, and back to nothing. Knows no Ray."""
 
 import asyncio
+import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
 import grpc.aio
@@ -15,6 +17,10 @@ from worker.service import WorkerService, start_server
 if TYPE_CHECKING:
     from worker.text import TextCodec
 
+_ANSWER_S = 0.5
+_BROKEN_STATUS = 70
+"""Of a process whose engine is broken: EX_SOFTWARE."""
+
 _log = structlog.get_logger(__name__)
 
 
@@ -22,9 +28,19 @@ class WorkerApp:
     """An engine and its servers, on the event loop that started them."""
 
     def __init__(
-        self, engine: EngineLike, service: WorkerService, server: grpc.aio.Server, metrics: WorkerMetrics
+        self,
+        engine: EngineLike,
+        service: WorkerService,
+        server: grpc.aio.Server,
+        metrics: WorkerMetrics,
+        *,
+        on_broken: Callable[[], None] = lambda: os._exit(_BROKEN_STATUS),
     ) -> None:
+        """`on_broken` is called when the engine can't run any more: the process ends, and whoever started it (Ray, say)
+        starts another one."""
         self._engine = engine
+        self._on_broken = on_broken
+        self._watching = asyncio.create_task(self._watch(), name="watch the engine")
         self._service = service
         self._server = server
         self._metrics = metrics
@@ -60,6 +76,12 @@ class WorkerApp:
         _log.info("worker serves", worker=worker_id, model=config.model, address=address, metrics=metrics_address)
         return app
 
+    async def _watch(self) -> None:
+        await asyncio.shield(asyncio.wrap_future(self._engine.broken))
+        _log.critical("the engine is broken: this worker ends")
+        await asyncio.sleep(_ANSWER_S)  # what its turns are told is on its way
+        self._on_broken()
+
     async def check(self) -> str:
         """Prove that the engine's blocks balance, in an idle moment. Empty, or what is wrong."""
         try:
@@ -76,6 +98,7 @@ class WorkerApp:
 
     async def _stop(self, within_s: float) -> None:
         self._service.accepting = False
+        self._watching.cancel()
         await asyncio.to_thread(self._engine.drain, within_s)
         await asyncio.to_thread(self._engine.close)
         await self._server.stop(grace=1.0)  # the last answers are on their way

@@ -28,6 +28,8 @@ class EngineLike(Protocol):
     """What names of blocks follow from: the fingerprint, or a secret made from it where blocks are sealed."""
     eos_token_ids: frozenset[int]
     vocab_size: int
+    broken: Future[None]
+    """Ends when nothing runs here any more until the process is another one."""
 
     def submit(self, call: GenerateCall, listener: Callable[[Event], None]) -> None:
         """Queue a turn; `listener` hears of it on the engine's thread and must return at once.

@@ -195,7 +195,7 @@ class WorkerService(WorkerServicer):
             fingerprint=self._engine.fingerprint.hex(),
             max_context_tokens=self._engine.max_context_tokens,
             block_tokens=self._engine.layout.block_tokens,
-            accepting=self.accepting,
+            accepting=self.accepting and not self._engine.broken.done(),
             metrics_address=self._metrics_address,
             block_bytes=self._engine.layout.block_bytes,
             names_from=self._engine.names_from,

@@ -44,6 +44,7 @@ from worker.tiers.moves import Tier
 from worker.tiers.open_tiers import Tiers
 
 DEFAULT_NEW_TOKENS = 256
+_MOST_FAILED = 3
 _LOOK_S = 0.01
 """How often the idle engine looks whether blocks that it waits for are late,"""
 _LOOK_SELDOM_S = 0.05
@@ -79,6 +80,8 @@ class Engine:
         self._inbox = inbox
         self._pool = pool
         self._device_changes = device_changes
+        self.broken: Future[None] = Future()
+        """Ends when steps fail one after another: the accelerator is lost, and only another process may get it back."""
         self._sampler = sampler
         self._auditor = auditor
         self._scheduler = scheduler
@@ -274,6 +277,8 @@ class Engine:
                 self._hand_over_waiting()
             held_s = self._stepper.held_s(now_s)
             stepped = not held_s and self._stepper.step()
+            if self._stepper.num_failed >= _MOST_FAILED and not self.broken.done():
+                self.broken.set_result(None)
             # With nothing to run, wait for work, but not past anybody's deadline by much.
             is_timed = bool(self._requests) or self._auditor.is_awaited
             timeout_s = _LOOK_S if self._scheduler.is_restoring else _LOOK_SELDOM_S if is_timed else None

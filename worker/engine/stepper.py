@@ -49,6 +49,8 @@ class Stepper:
         self._cost_model = cost_model
         self._max_step_tokens = max_step_tokens
         self._max_prefill_tokens = max_prefill_tokens
+        self.num_failed = 0
+        """Steps that failed since the last one that did not."""
         self._decode_step_s = 0.0
         self.prefill_s_saved = 0.0
         """Seconds that computing what came from a tier would have taken, as each prompt was done."""
@@ -101,10 +103,12 @@ class Stepper:
             tokens = self._sample(logits[: len(choosing)], choosing)
         except Exception as error:  # an accelerator out of memory, say: the step is lost, the engine is not
             log.error("a step failed", requests=len(work), exc_info=error)
+            self.num_failed += 1
             for request, _ in work:
                 scheduler.fail(request, error)
             self._auditor.give_way()
             return True
+        self.num_failed = 0
         for request, spans in work:
             if request.phase is not Phase.OVER:
                 scheduler.computed(request, spans)
