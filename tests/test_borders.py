@@ -37,7 +37,7 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "ray": ("server/ray_cluster.py", "server/ray_scale.py", "worker/actor.py"),
+    "ray": ("benchmarks/chaos_ray.py", "server/ray_cluster.py", "server/ray_scale.py", "worker/actor.py"),
     "redis": ("cache_store/", "benchmarks/"),
     "torch": ("worker/", "models/", "benchmarks/"),
     "transformers": ("worker/", "models/", "benchmarks/"),
