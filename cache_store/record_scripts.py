@@ -7,12 +7,23 @@ Every answer is an array whose first element is OK, MISSING, EXISTS or BUSY.
 """
 
 import hashlib
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from redis.exceptions import NoScriptError
 
 
 class Script(NamedTuple):
     text: str
     sha: str
+
+
+async def run(redis: Any, script: Script, keys: Sequence[str], *args: Any) -> Any:
+    """What the script answers. Raises what redis-py raises."""
+    try:
+        return await redis.evalsha(script.sha, len(keys), *keys, *args)
+    except NoScriptError:  # a server that has just started
+        return await redis.eval(script.text, len(keys), *keys, *args)
 
 
 def _script(body: str) -> Script:

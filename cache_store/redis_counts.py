@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
-from redis.exceptions import NoScriptError
-
 from cache_store import record_scripts as scripts
 from cache_store.errors import LimitReached
 from cache_store.record_scripts import Script
@@ -51,10 +49,7 @@ class RedisCounts:
         return Usage(max(0, fields - 1), int(tokens or 0))
 
     async def _run(self, script: Script, tenant: str, *args: Any) -> Any:
-        try:
-            return await self._redis.evalsha(script.sha, 1, _key(tenant), *args)
-        except NoScriptError:  # a server that has just started
-            return await self._redis.eval(script.text, 1, _key(tenant), *args)
+        return await scripts.run(self._redis, script, [_key(tenant)], *args)
 
 
 def _key(tenant: str) -> str:

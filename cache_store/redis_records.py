@@ -14,7 +14,6 @@ from urllib.parse import quote
 
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
-from redis.exceptions import NoScriptError
 
 from cache_store import record_scripts as scripts
 from cache_store.errors import (
@@ -235,11 +234,7 @@ class RedisRecords:
         return answer
 
     async def _run(self, script: Script, tenant: str, session_id: str, *args: Any) -> Any:
-        keys = _keys(tenant, session_id)
-        try:
-            return await self._redis.evalsha(script.sha, len(keys), *keys, *args)
-        except NoScriptError:  # a server that has just started
-            return await self._redis.eval(script.text, len(keys), *keys, *args)
+        return await scripts.run(self._redis, script, _keys(tenant, session_id), *args)
 
     async def _live_metas(self, tenant: str, members: Sequence[bytes]) -> Sequence[tuple[Entry, Mapping[bytes, bytes]]]:
         """Read the meta of each index entry; drop the entries whose session has gone."""
