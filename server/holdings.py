@@ -34,7 +34,8 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is known of a turn's prompt before it is tokenized: the session's history, and input that is tokens."""
+    """What is known of a turn's prompt before it is tokenized: the session's history; without one, input that is
+    tokens."""
 
     tenant: str
     codec: str

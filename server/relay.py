@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import grpc
@@ -155,11 +155,10 @@ class Relay:
         return True
 
     def _prompt(self, turn: Turn) -> Prompt:
-        request, record = turn.request, turn.record
-        new = request.tokens.token_ids if request.WhichOneof("input") == "tokens" else ()
-        if record is None:
-            return Prompt(turn.tenant, self._settings.codec, tuple(new), key=_prefix_key(request))
-        return replace(prompt_of(record), tokens=(*record.token_ids, *new))
+        if turn.record is not None:
+            return prompt_of(turn.record)
+        new = tuple(turn.request.tokens.token_ids)  # none where the input is text
+        return Prompt(turn.tenant, self._settings.codec, new, key=_prefix_key(turn.request))
 
     def _ask(self, turn: Turn, worker: Worker) -> AsyncGenerator[wpb.WorkerEvent, None]:
         alone = wpb.History(tenant=turn.tenant, codec=self._settings.codec)
@@ -234,7 +233,7 @@ def _is_worth_waiting(turn: Turn, error: ServingError) -> bool:
 
 
 def prompt_of(record: SessionRecord) -> Prompt:
-    """A session's next one, as far as it is known."""
+    """A session's next one, as far as it is sure: new tokens may never be said, and names of blocks are kept."""
     return Prompt(record.tenant, record.codec, record.token_ids, key=record.session_id, created_ms=record.created_ms)
 
 

@@ -8,13 +8,18 @@ from contextlib import aclosing
 import pytest
 
 from cache_store.ids import BlockHash, root_hash
+from cache_store.records import SessionRecord
+from protos import rekindle_pb2 as pb
 from server.holdings import Prompt
+from server.relay import Turn
 from tests.engines import TENANT, EngineFactory, generate, start
 from tests.fake_engine import FakeEngine
+from tests.fake_worker import front_end
 from tests.systems import System, WorkerProcess, chat, eventually, running_system, session_for
 from worker.block_changes import BlockChanges
 from worker.calls import BlocksHeld
 from worker.engine.prefix import full_names
+from worker.errors import Draining
 from worker.publisher import Publisher
 
 
@@ -142,7 +147,40 @@ async def test_a_watcher_that_does_not_keep_up_begins_again(engine: FakeEngine) 
     assert engine.watched == [True, False]
 
 
+async def test_a_publisher_that_failed_begins_again(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    publisher = Publisher(engine, interval_s=0.01)
+    engine.held = BlocksHeld([name(1)])
+    async with aclosing(publisher.watch()) as events:
+        assert (await anext(events)).is_snapshot
+        with monkeypatch.context() as failing:
+            failing.setattr(engine, "blocks_changed", lambda: 1 / 0)
+            engine.held = BlocksHeld([name(1), name(2)])
+            async with asyncio.timeout(5):
+                while not (event := await anext(events)).is_snapshot:
+                    pass
+        assert event.device_stored == names(1, 2)
+        engine.refusal = Draining("this worker is gone")
+        with pytest.raises(Draining):
+            async for _ in events:
+                pass
+    assert engine.watched[-1] is False
+
+
 # Of a front end
+
+
+async def test_what_is_known_of_a_sessions_next_prompt_is_what_was_committed() -> None:
+    """New tokens may never be said, and the names of a session's blocks are kept: they would stay wrong."""
+    async with front_end(1) as front:
+        relay = front.app._turns._workers
+        record = SessionRecord(
+            tenant="t", session_id="s", version=1, model="", created_ms=1, last_used_ms=1, ttl_s=0, pinned=False,
+            worker_id="", token_ids=(5, 6, 7), num_tokens=3,
+        )  # fmt: skip
+        request = pb.GenerateRequest(session_id="s", tokens=pb.TokenInput(token_ids=[8, 9]))
+        assert relay._prompt(Turn("t", request, "r", None, record=record)).tokens == (5, 6, 7)
+        request.session_id = ""
+        assert relay._prompt(Turn("t", request, "r", None)).tokens == (8, 9)
 
 
 @pytest.fixture
