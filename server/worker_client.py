@@ -55,9 +55,7 @@ class WorkerClient:
         except grpc.aio.AioRpcError as error:
             raise self._ours(error) from error
         except asyncio.CancelledError:
-            if stream in self._streams:
-                raise
-            raise WorkerLost(f"worker at {self.address} is silent") from None
+            raise self._ended() from None
         finally:
             self._streams.discard(stream)
             stream.cancel()  # harmless when it has ended
@@ -70,6 +68,8 @@ class WorkerClient:
                 yield event
         except grpc.aio.AioRpcError as error:
             raise self._ours(error) from error
+        except asyncio.CancelledError:
+            raise self._ended() from None
         finally:
             stream.cancel()
 
@@ -131,10 +131,14 @@ class WorkerClient:
         except grpc.aio.AioRpcError as error:
             raise self._ours(error) from error
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise WorkerLost(f"worker at {self.address} was let go") from None  # by `aclose`, in the middle of a call
+            raise self._ended() from None
+
+    def _ended(self) -> asyncio.CancelledError | WorkerLost:
+        """What a cancelled call means: its own task's end, or that of the connection, by `abandon` or `aclose`."""
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            return asyncio.CancelledError()
+        return WorkerLost(f"worker at {self.address} was let go")
 
     def _ours(self, error: grpc.aio.AioRpcError) -> WorkerLost | WorkerRefused:
         trailing: Any = error.trailing_metadata() or ()  # pairs; grpc-stubs have it otherwise

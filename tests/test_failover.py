@@ -11,6 +11,8 @@ from grpc.aio import AioRpcError
 
 from cache_store.embedded_redis import RedisServer
 from protos import rekindle_pb2 as pb
+from protos import rekindle_worker_pb2 as wpb
+from server.errors import WorkerLost
 from tests.fake_worker import FakeWorker, FrontEnd, Reply, field_of, front_end, reply_to, tokenize
 from worker.errors import ContextTooLong, Draining, Overloaded
 
@@ -236,6 +238,26 @@ async def test_a_client_that_hangs_up_while_its_turn_waits_frees_the_session() -
         await front.app.directory.wait_for_workers(1, timeout_s=5)
         reply = await as_soon_as_it_is_free(front, asking("y", "s"))
         assert reply.finished.turn == 1, "what was cancelled is not committed"
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+async def test_a_stream_that_is_let_go_is_a_lost_worker_unless_its_caller_has_gone_too(is_cancelled: bool) -> None:
+    async with front_end(1) as front:
+        front.workers["0"].pause_s = 30.0
+        (worker,) = front.app.directory.living()
+
+        async def listen() -> None:
+            request = wpb.WorkerGenerateRequest(text="x")
+            async for _ in worker.client.generate(request, timeout_s=None):
+                pass
+
+        call = asyncio.create_task(listen())
+        await eventually(front)
+        worker.client.abandon()
+        if is_cancelled:
+            call.cancel()
+        with pytest.raises(asyncio.CancelledError if is_cancelled else WorkerLost):
+            await call
 
 
 # Turns that are sent again
