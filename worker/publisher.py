@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
+import structlog
+
 from cache_store.ids import DIGEST_BYTES
 from protos import rekindle_worker_pb2 as wpb
 from worker.calls import BlocksHeld, WorkerLoad
@@ -12,6 +14,8 @@ _MOST_BEHIND = 64
 """Events that may wait for a watcher; one that is slower gets a new snapshot."""
 _LOAD_EVERY = 5
 """An event without blocks is sent for every so many intervals, for the load in it."""
+
+_log = structlog.get_logger(__name__)
 
 
 class Publisher:
@@ -41,6 +45,7 @@ class Publisher:
         if self._task is None:
             self._engine.watch_blocks(True)
             self._task = asyncio.create_task(self._publish(), name="publish blocks")
+            self._task.add_done_callback(self._published)
         self._watchers.add(events)
 
     def _end(self, events: "asyncio.Queue[wpb.BlockEvents | None]") -> None:
@@ -49,6 +54,15 @@ class Publisher:
             self._task.cancel()
             self._task = None
             self._engine.watch_blocks(False)
+
+    def _published(self, task: asyncio.Task[None]) -> None:
+        """The engine can't be asked any more, or a bug: who watches hears it where it asks for a snapshot."""
+        if task.cancelled():
+            return
+        _log.warning("blocks are not published", error=str(task.exception()))
+        self._task = None
+        for events in list(self._watchers):
+            self._begin_again(events)
 
     async def _snapshot(self, number: int) -> wpb.BlockEvents:
         held, load = await asyncio.gather(
@@ -72,11 +86,16 @@ class Publisher:
     def _tell(self, event: wpb.BlockEvents) -> None:
         for events in list(self._watchers):
             if events.full():
-                self._watchers.discard(events)
-                events.get_nowait()
-                events.put_nowait(None)  # after what it has still to read: begin again
+                self._begin_again(events)
             else:
                 events.put_nowait(event)
+
+    def _begin_again(self, events: "asyncio.Queue[wpb.BlockEvents | None]") -> None:
+        """After what it has still to read."""
+        self._watchers.discard(events)
+        if events.full():
+            events.get_nowait()
+        events.put_nowait(None)
 
 
 def _event(

@@ -184,7 +184,7 @@ class WorkerService(WorkerServicer):
         return wpb.DetokenizeReply(text=text)
 
     async def Watch(self, request: wpb.WatchRequest, context: Context) -> None:
-        async with aclosing(self._publisher.watch()) as events:
+        async with self._statuses(context, "Watch"), aclosing(self._publisher.watch()) as events:
             async for event in events:
                 await context.write(event)
 
