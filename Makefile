@@ -3,14 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test check lint types tests protos train-recall lock clean
+.PHONY: demo test check lint types audit tests protos train-recall lock clean
 
 demo: .venv/ready
 	$(BIN)/rekindle demo
 
 test: check tests
 
-check: lint types
+check: lint types audit
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -18,6 +18,10 @@ lint: .venv/ready
 
 types: .venv/ready
 	$(BIN)/mypy
+
+# Skipped with a notice where no database of vulnerabilities can be reached.
+audit: .venv/ready
+	$(BIN)/python .ci/audit.py requirements.lock
 
 tests: .venv/ready
 	$(BIN)/python -m pytest
