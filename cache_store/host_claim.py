@@ -39,7 +39,7 @@ class Claim:
 def claim_file(folder: Path, stem: str) -> Claim:
     """The first of the files `stem`-0, `stem`-1, ... that nobody holds; a new one where all are held. Raises OSError.
 
-    The folder is made if need be, for us alone.
+    The folder is made if need be, for us alone. Raises PermissionError where what is there is not.
     """
     return _first_free(folder, stem, _open_file)
 
@@ -117,6 +117,7 @@ def _held(path: Path, open_path: Callable[[Path], int]) -> Claim | None:
     while True:
         descriptor = open_path(path)
         try:
+            _insist_on_ours(path, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(path, descriptor):
                 return Claim(path, descriptor)
@@ -127,6 +128,13 @@ def _held(path: Path, open_path: Callable[[Path], int]) -> Claim | None:
             os.close(descriptor)
             raise
         os.close(descriptor)  # deleted between the two: once more
+
+
+def _insist_on_ours(path: Path, descriptor: int) -> None:
+    """Raise PermissionError for what somebody else has put there: to read along, or for us to believe it."""
+    about = os.fstat(descriptor)
+    if about.st_uid != os.geteuid() or about.st_mode & 0o077:
+        raise PermissionError(f"{path} belongs to another user, or is open to others")
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
@@ -147,4 +155,5 @@ def _open_folder(path: Path) -> int:
 
 
 def _open_as_it_is(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    no_waiting = os.O_NONBLOCK  # for whoever opens the other end of a pipe, if it is one
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | no_waiting)

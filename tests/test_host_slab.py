@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache_store.codecs import INT8, RAW
-from cache_store.host_claim import claim_file, deployment_folder
+from cache_store.host_claim import claim_file, claim_folder, deployment_folder, forget_abandoned
 from cache_store.host_slab import Slab, open_slab
 from cache_store.host_tier import HostTier
 from cache_store.ids import BlockHash
@@ -285,6 +285,34 @@ def test_only_its_owner_may_read_what_conversations_left(open_tier: OpenTier, tm
     open_tier()
     [file] = slab_files(tmp_path)
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_others_may_read_or_have_put_there_is_not_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = tmp_path / "thing-0"
+    planted.touch()
+    planted.chmod(0o666)
+    with pytest.raises(PermissionError, match="open to others"):
+        claim_file(tmp_path, "thing")
+    planted.chmod(0o600)
+    monkeypatch.setattr(os, "geteuid", lambda: planted.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match="another user"):
+        claim_file(tmp_path, "thing")
+    (tmp_path / "folder-0").mkdir(mode=0o700)
+    with pytest.raises(PermissionError):
+        claim_folder(tmp_path, "folder")
+    forget_abandoned(tmp_path, "*", older_than_s=-1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder-0", "thing-0"]
+
+
+def test_a_pipe_in_a_deployments_place_keeps_nobody_waiting(tmp_path: Path) -> None:
+    folder = tmp_path / "rekindle-planted"
+    folder.mkdir()
+    os.mkfifo(folder / "owner", 0o666)
+    with deployment_folder(tmp_path) as ours:
+        assert ours is not None
+    assert folder.exists()
 
 
 def test_claims_are_numbered_and_taken_up_in_order(tmp_path: Path) -> None:
