@@ -1,6 +1,7 @@
 """A whole worker, with a real engine: as a process, and as the actor that Ray will run."""
 
 import asyncio
+import io
 import json
 import signal
 import sys
@@ -8,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
@@ -16,6 +18,7 @@ from server.ray_cluster import RayCluster
 from tests.test_worker_service import asking, hear, scrape
 from worker.actor import WorkerActor
 from worker.config import WorkerConfig
+from worker.logs import set_up_logs
 
 SMALL = {"redis_url": "memory://", "block_tokens": 16, "device_cache_bytes": 32 << 20, "host_cache_bytes": 32 << 20}
 
@@ -114,6 +117,24 @@ async def test_an_actor_answers_when_it_serves_and_drains_to_its_end() -> None:
             await stub.Describe(wpb.DescribeRequest())
     with pytest.raises(OSError, match="refused"):
         await asyncio.to_thread(scrape, metrics_address)
+
+
+def test_a_workers_log_has_tracebacks_without_what_was_said() -> None:
+    output = io.StringIO()
+    set_up_logs(output)
+    try:
+        _fail(prompt=" ".join(("my", "secret")))
+    except RuntimeError:
+        structlog.get_logger().exception("request failed", request="r-1")
+    finally:
+        structlog.reset_defaults()
+    assert "RuntimeError: boom" in output.getvalue()
+    assert "r-1" in output.getvalue()
+    assert "my secret" not in output.getvalue()
+
+
+def _fail(prompt: str) -> None:
+    raise RuntimeError("boom" if prompt else "")
 
 
 async def test_an_actor_that_could_not_start_says_why(tmp_path: Any) -> None:

@@ -9,11 +9,10 @@ import json
 import signal
 import sys
 
-import structlog
-
 from cache_store.errors import ServingError
 from worker.app import WorkerApp
 from worker.config import ConfigError, WorkerConfig
+from worker.logs import set_up_logs
 
 
 async def _serve(worker_id: str, config: WorkerConfig, port: int, drain_s: float) -> None:
@@ -51,7 +50,7 @@ def main() -> int:
     parser.add_argument("--drain-s", type=float, default=30.0, help="how long running turns may take when it stops")
     parser.add_argument("--config", default="{}", help="WorkerConfig as a JSON object; what is missing has its default")
     arguments = parser.parse_args()
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout has the one line
+    set_up_logs(sys.stderr)  # stdout has the one line
     try:
         config = WorkerConfig(**json.loads(arguments.config))
         asyncio.run(_serve(arguments.worker_id, config, arguments.port, arguments.drain_s))

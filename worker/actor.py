@@ -11,7 +11,9 @@ class WorkerActor:
 
     def __init__(self, worker_id: str, config: WorkerConfig) -> None:
         from worker.app import WorkerApp  # here: whoever only names this class needs no gRPC server
+        from worker.logs import set_up_logs
 
+        set_up_logs()
         self._starting = asyncio.get_running_loop().create_task(WorkerApp.start(worker_id, config))
 
     async def address(self) -> str:
