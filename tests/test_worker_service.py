@@ -371,6 +371,19 @@ async def test_refusals_and_failures_have_their_codes(
         assert in_stream[2]["RetryInfo"].retry_delay.ToMilliseconds() == 2500
 
 
+async def test_text_that_no_window_could_hold_is_refused_before_it_is_tokenized(stub: Any, engine: FakeEngine) -> None:
+    engine.max_context_tokens = 5
+    most = 5 * CODEC.longest_token
+    chat = pb.ChatInput(messages=[pb.ChatMessage(role="user"), pb.ChatMessage(role="user", content="a" * (most - 7))])
+    too_long = asking("a" * (most + 1)), wpb.WorkerGenerateRequest(request_id="r", chat=chat)
+    for request in too_long:
+        code, message, details = await failure(stub.Generate(request))
+        assert (code, details["ErrorInfo"].reason) == (grpc.StatusCode.OUT_OF_RANGE, "CONTEXT_TOO_LONG")
+        assert message == f"{most + 1} characters are more than the model's window of 5 tokens can hold"
+    await hear(stub, asking("a" * most))
+    assert len(engine.calls) == 1
+
+
 async def test_a_bug_tells_the_client_nothing_but_where_it_was_logged(stub: Any, engine: FakeEngine) -> None:
     engine.script = [Failed(ZeroDivisionError("secret"))]
     code, message, _ = await failure(stub.Generate(asking()))

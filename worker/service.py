@@ -22,6 +22,7 @@ from worker.calls import Failed, Finished, GenerateCall, Receipt, Token
 from worker.chat import ChatMessage
 from worker.crossing import Crossing, EventStream
 from worker.engine_like import EngineLike
+from worker.errors import ContextTooLong
 from worker.publisher import Publisher
 from worker.reply import Detokenizing, Reply
 from worker.status import failure_of, is_expected
@@ -38,6 +39,8 @@ _log = structlog.get_logger(__name__)
 class Codec(Protocol):
     """A worker.text.TextCodec."""
 
+    @property
+    def longest_token(self) -> int: ...
     def encode(self, text: str, *, is_first: bool) -> tuple[int, ...]: ...
     def encode_chat(self, messages: Sequence[ChatMessage], history: Sequence[int]) -> tuple[int, ...]: ...
     def decode(self, token_ids: Sequence[int]) -> str: ...
@@ -131,14 +134,24 @@ class WorkerService(WorkerServicer):
         history = request.history.token_ids
         match request.WhichOneof("input"):
             case "text":
+                self._check_length(len(request.text))
                 return await self._in_thread(lambda: self._codec.encode(request.text, is_first=not history))
             case "chat":
                 messages = [
                     ChatMessage(role=message.role, content=message.content) for message in request.chat.messages
                 ]
+                self._check_length(sum(len(message["role"]) + len(message["content"]) for message in messages))
                 return await self._in_thread(lambda: self._codec.encode_chat(messages, history[-1:]))
             case _:
                 return tuple(request.tokens.token_ids)
+
+    def _check_length(self, num_characters: int) -> None:
+        """Refuse what can't fit before it is tokenized: megabytes take minutes, and everybody's text waits in line."""
+        window = self._engine.max_context_tokens
+        if num_characters > window * self._codec.longest_token:
+            raise ContextTooLong(
+                f"{num_characters} characters are more than the model's window of {window} tokens can hold"
+            )
 
     async def Park(self, request: wpb.ParkRequest, context: Context) -> wpb.ParkReply:
         park = partial(self._engine.park, drop_host=request.drop_host, ttl_s=request.block_ttl_s)

@@ -65,6 +65,8 @@ class TextCodec:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
+        self.longest_token = max(map(len, tokenizer.get_vocab()))
+        """Characters that one token stands for at most (bytes, where the vocabulary is of bytes: no fewer)."""
 
     def encode(self, text: str, *, is_first: bool) -> tuple[int, ...]:
         """Tokens of a text as it is; with the model's special tokens (BOS) only where a conversation begins."""
