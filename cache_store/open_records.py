@@ -8,10 +8,10 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialBackoff
 
-from cache_store.errors import InvalidRequest
 from cache_store.memory_records import MemoryRecords
 from cache_store.record_format import SealedFormat
 from cache_store.records import RecordStore
+from cache_store.redis_errors import refused_url
 from cache_store.redis_records import RedisRecords
 from cache_store.redis_sentinel import SENTINEL_SCHEME, parse_sentinel_url
 from cache_store.sealing import Keyring, Purpose
@@ -49,5 +49,5 @@ def open_records(url: str, *, timeout_s: float = 2.0, keyring: Keyring | None = 
             url, max_connections=_MAX_CONNECTIONS, timeout=timeout_s, retry=retry, **sockets
         )
     except ValueError as error:
-        raise InvalidRequest("redis_url", str(error)) from error
+        raise refused_url(error) from None  # the other may quote a password
     return RedisRecords(Redis.from_pool(pool), timeout_s=2 * timeout_s, record_format=record_format)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from redis import exceptions as theirs
 
-from cache_store.errors import StoreError, StoreFull, StoreUnavailable
+from cache_store.errors import InvalidRequest, StoreError, StoreFull, StoreUnavailable
 
 _OUT_OF_MEMORY = "OOM"
 
@@ -33,6 +33,12 @@ def ours(doing: str) -> Generator[None, None, None]:
         if isinstance(error, theirs.OutOfMemoryError) or _OUT_OF_MEMORY in str(error):  # the latter: inside a script
             raise StoreFull(f"{doing}: {error}") from error
         raise StoreError(f"{doing}: {error}") from error
+
+
+def refused_url(error: Exception) -> InvalidRequest:
+    """What is wrong with a Redis URL. What is between a password's / and its user is taken for the port, and quoted."""
+    quotes = "Port could not be cast" in str(error)
+    return InvalidRequest("redis_url", "the port is no number (in a password, / is %2F)" if quotes else str(error))
 
 
 def refusal(reply: str) -> StoreError:

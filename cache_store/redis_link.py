@@ -18,7 +18,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
 
 from cache_store.errors import InvalidRequest, StoreUnavailable
-from cache_store.redis_errors import DeadlinePassed, ours
+from cache_store.redis_errors import DeadlinePassed, ours, refused_url
 from cache_store.redis_sentinel import SENTINEL_SCHEME, parse_sentinel_url
 from cache_store.resp import Wire
 
@@ -38,7 +38,7 @@ class RedisLink:
             self._pool = self._make_pool(url, settings)
             self._new_connection({})  # not connected: only to see that all of the URL is understood
         except (TypeError, ValueError) as error:
-            raise InvalidRequest("redis_url", str(error)) from error
+            raise refused_url(error) from None  # the other may quote a password
         if url.startswith("unix://") and not self._pool.connection_kwargs.get("path"):
             raise InvalidRequest("redis_url", "unix:// needs the path of a socket")
 

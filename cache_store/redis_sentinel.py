@@ -28,7 +28,7 @@ def parse_sentinel_url(url: str) -> SentinelUrl:
     for host in hosts.split(","):
         name, _, port = host.partition(":")
         if not name or (port and not port.isdecimal()):
-            raise ValueError(f"a Sentinel is host:port, got {host!r}")
+            raise ValueError("each Sentinel is host:port")  # not quoted: it may be of a password with a /
         sentinels.append((name, int(port or _PORT)))
     user, _, password = credentials.partition(":")
     login = {"username": unquote(user), "password": unquote(password)}

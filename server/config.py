@@ -1,6 +1,6 @@
 """Settings of the front end: frozen, complete, checked once when built. Light: shown by `--help`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from cache_store.codecs import RAW, SESSION_CODECS
@@ -67,7 +67,7 @@ class ServerConfig:
     tenant_max_turns: int = 0
     """How many turns of a tenant may run at once on this front end, where api_keys doesn't say; 0: any number."""
 
-    redis_url: str = "redis://127.0.0.1:6379"
+    redis_url: str = field(default="redis://127.0.0.1:6379", repr=False)  # it may have a password
     """redis://, rediss:// or unix:// for the server that keeps sessions; redis+cluster:// or rediss+cluster:// for a
     Redis Cluster; redis+sentinel://host:port/service for whatever Sentinel says; memory:// (or nothing) keeps them in
     this process, for tests."""

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from cache_store.frame import HEADER_BYTES
 from cache_store.ids import BlockHash, chain, root_hash
 from cache_store.layout import KVLayout
 from cache_store.memory_store import MemoryBlockStore
+from cache_store.open_records import open_records
 from cache_store.open_store import open_block_store
 from cache_store.sealing import Purpose
 from cache_store.store import BlockStore, Encoding, Fetch, Fetched, Store
@@ -633,6 +635,25 @@ def test_a_bad_url_is_refused_by_name(url: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         open_block_store(url, LAYOUT, b"model", timeout_s=1, refresh_ttl_s=0)
     assert refused.value.field == "redis_url"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://user:s3cret/more@host:6379",
+        "redis+cluster://user:s3cret/more@host:6379",
+        "redis+sentinel://user:s3cret/host",
+        "http://user:s3cret@host",
+    ],
+)
+def test_a_bad_url_is_refused_without_its_password(url: str) -> None:
+    for opened in (
+        lambda: open_records(url),
+        lambda: open_block_store(url, LAYOUT, b"model", timeout_s=1, refresh_ttl_s=0),
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            opened()
+        assert "s3cret" not in "".join(traceback.format_exception(refused.value))
 
 
 def test_no_url_is_no_store() -> None:

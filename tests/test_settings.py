@@ -32,6 +32,11 @@ def test_one_redis_url_sets_both_sides() -> None:
         assert (part.redis_url, part.redis_timeout_s, part.block_ttl_s) == ("redis://elsewhere:1", 0.5, 7)
 
 
+@pytest.mark.parametrize("config", [ServerConfig, WorkerConfig])
+def test_settings_show_no_password_when_printed(config: type) -> None:
+    assert "s3cret" not in repr(config(redis_url="redis://user:s3cret@host"))
+
+
 def test_a_name_that_both_sides_have_for_themselves_is_two_settings() -> None:
     settings = Settings.from_values({"metrics_port": 1, "worker_metrics_port": 2, "worker_listen_host": "::1"})
     assert (settings.server.metrics_port, settings.worker.metrics_port) == (1, 2)

@@ -1,6 +1,6 @@
 """Settings of a worker: frozen, complete, checked once when built. Light: sent to Ray actors, shown by `--help`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cache_store.ladder import parse_ladder
 from cache_store.layout import MAX_BLOCK_TOKENS, MIN_BLOCK_TOKENS
@@ -62,7 +62,7 @@ class WorkerConfig:
     disk_bytes: int = 0
     """KV that each worker keeps in disk_dir at most; 0: none."""
 
-    redis_url: str = "redis://127.0.0.1:6379"
+    redis_url: str = field(default="redis://127.0.0.1:6379", repr=False)  # it may have a password
     """redis://, rediss:// or unix:// for the shared tier; redis+cluster:// or rediss+cluster:// for a Redis Cluster;
     redis+sentinel://host:port/service for whatever Sentinel says; memory:// keeps it in the worker (for tests); empty
     does without."""
