@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import structlog
+
 from cache_store.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ _COMMAND_WITHIN_S = 30.0
 _FIELD = "master_keys"
 SOURCE = "file:PATH, env:NAME or command:COMMAND"
 """What a source may be."""
+
+_log = structlog.get_logger(__name__)
 
 
 def is_source(text: str) -> bool:
@@ -79,6 +83,8 @@ def parse_keys(text: str) -> "Keyring":
 
 def _read_file(path: Path) -> str:
     try:
+        if path.stat().st_mode & 0o077:
+            _log.warning("the master keys are open to other users of this machine", path=str(path))
         return path.read_text("ascii")
     except OSError as error:
         raise InvalidRequest(_FIELD, f"the file can't be read: {error}") from error

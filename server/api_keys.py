@@ -87,13 +87,16 @@ def parse_keys(content: bytes) -> KeyRing:
     unknown = tables.keys() - {"keys", "tenants"}
     if unknown:
         raise ConfigError(f"unknown: {', '.join(sorted(unknown))}; there are [[keys]] and [tenants.NAME]")
+    entries, tenants = tables.get("keys", []), tables.get("tenants", {})
+    if not (isinstance(entries, list) and isinstance(tenants, dict)):
+        raise ConfigError("there are [[keys]], a list of tables, and [tenants.NAME], tables by name")
     keys: dict[str, ApiKey] = {}
-    for number, entry in enumerate(tables.get("keys", []), start=1):
+    for number, entry in enumerate(entries, start=1):
         key: ApiKey = _built(ApiKey, entry, f"keys, entry {number}")
         if key.id in keys:
             raise ConfigError(f"keys, entry {number}: id {key.id} is there twice")
         keys[key.id] = key
-    return KeyRing(keys, {name: _limits(name, entry) for name, entry in tables.get("tenants", {}).items()})
+    return KeyRing(keys, {name: _limits(name, entry) for name, entry in tenants.items()})
 
 
 def new_key(tenant: str, *, name: str = "", expires: datetime | None = None, operator: bool = False) -> tuple[str, str]:

@@ -109,6 +109,9 @@ def test_a_key_may_expire_later(keys_file: Path) -> None:
     [
         ("keys = 1 = 2", "not a TOML file"),
         ("[[key]]", "unknown: key"),
+        ("keys = 1", "a list of tables"),
+        ("[keys]", "a list of tables"),
+        ("tenants = 1", "tables by name"),
         ('[[keys]]\nid = "0011223344556677"', "keys, entry 1: missing"),
         ('[[keys]]\nid = "x"\nsha256 = "y"\ntenant = "t"', "keys, entry 1: id must be"),
         ("{good}colour = 1", "unknown: colour"),

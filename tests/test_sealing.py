@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from cache_store.errors import InvalidRequest
 from cache_store.master_keys import load_keyring, parse_keys
@@ -138,6 +139,17 @@ def test_keys_come_from_a_file_the_environment_or_a_command(tmp_path: Path, monk
         assert not ring.takes_plain
     assert load_keyring("") is None
     assert parse_keys(f"{ENTRIES} plain").takes_plain
+
+
+@pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o400, False), (0o640, True), (0o604, True)])
+def test_master_keys_that_other_users_may_read_are_warned_of(tmp_path: Path, mode: int, warned: bool) -> None:
+    path = tmp_path / "keys"
+    path.write_text(ENTRIES)
+    path.chmod(mode)
+    with capture_logs() as logs:
+        load_keyring(f"file:{path}")
+    assert [(log["log_level"], log["path"]) for log in logs] == ([("warning", str(path))] if warned else [])
+    assert SECRET not in str(logs)
 
 
 @pytest.mark.parametrize(

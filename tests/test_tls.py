@@ -121,6 +121,23 @@ async def test_the_real_workers_service_asks_for_a_certificate(ours: Authority) 
     service.close()
 
 
+@pytest.mark.parametrize(("host", "proves_itself"), [("127.0.0.1", False), ("0.0.0.0", True), ("0.0.0.0", False)])
+async def test_a_worker_on_a_network_that_asks_nobody_for_a_certificate_says_so(
+    ours: Authority, host: str, proves_itself: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.service.listen", lambda *_, **__: 7)
+    engine = FakeEngine()
+    service = WorkerService(engine, CODEC, worker_id="w", model="m")
+    tls = ServerTls(*ours.issue("worker"), client_ca=ours.ca if proves_itself else "")
+    with capture_logs() as logs:
+        server, _ = await start_server(service, host, tls=tls)
+    await server.stop(grace=None)
+    service.close()
+    engine.close()
+    is_open = host == "0.0.0.0" and not proves_itself
+    assert [log["setting"] for log in logs] == (["worker_tls_client_ca"] if is_open else [])
+
+
 async def test_a_renewed_certificate_is_shown_without_a_restart_and_open_connections_stay(
     ours: Authority, theirs: Authority, tmp_path: Path
 ) -> None:

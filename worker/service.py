@@ -16,7 +16,7 @@ from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from protos.rekindle_worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 from protos.status import abort
-from protos.tls import PLAIN_TEXT, ServerTls, listen
+from protos.tls import PLAIN_TEXT, ServerTls, is_loopback, listen
 from worker import translate
 from worker.calls import Failed, Finished, GenerateCall, Receipt, Token
 from worker.chat import ChatMessage
@@ -266,5 +266,7 @@ async def start_server(
     )
     add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     bound = listen(server, host, port, tls, setting="worker_tls_cert")
+    if not (tls.client_ca or is_loopback(host)):
+        _log.warning("anybody may call, for any tenant", address=host, setting="worker_tls_client_ca")
     await server.start()
     return server, f"{host}:{bound}"
