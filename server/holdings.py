@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import structlog
 
@@ -130,10 +130,8 @@ class _Model:
         self._names_from = told.names_from
         self._block_tokens = told.block_tokens
         self._now = now
-        self._costs: dict[str, WorkerCosts] = {}
-        """As last reported."""
-        self._busy_until_s: dict[str, float] = {}
-        """With what it was given since."""
+        self._now_s = now()
+        """Until when the index has counted time."""
         self._names: OrderedDict[tuple[BlockHash, str, int], list[BlockHash]] = OrderedDict()
 
     def take(self, worker_id: str, event: wpb.BlockEvents) -> bool:
@@ -166,35 +164,28 @@ class _Model:
             host_byte_s=load.host_byte_s,
             shared_byte_s=load.redis_byte_s,
         )
-        self._costs[worker_id] = costs
-        self._busy_until_s.pop(worker_id, None)
+        self._pass_time()
         self.index.report(worker_id, costs)
         return True
 
     def leave(self, worker_id: str) -> None:
-        self._busy_until_s.pop(worker_id, None)
         self.index.leave(worker_id)
 
     def choose(self, prompt: Prompt, able: Collection[str], last_worker_id: str) -> str | None:
         names = self._names_of(prompt)
         if not names:
             return None  # a prompt like any other: by load alone
-        now_s = self._now()
-        self._work_off(now_s)
+        self._pass_time()
         choice = self.index.choose(names, key=prompt.key, last_worker_id=last_worker_id)
         if choice is None or choice.worker_id not in able:
             return None
-        self._busy_until_s[choice.worker_id] = now_s + choice.expected_s - self._costs[choice.worker_id].queue_s
+        self.index.give(choice.worker_id, choice.work_s)
         return choice.worker_id
 
-    def _work_off(self, now_s: float) -> None:
-        """Count what workers were given since their last report as queue, less the time that has passed."""
-        for worker_id, until_s in list(self._busy_until_s.items()):
-            left_s = max(0.0, until_s - now_s)
-            costs = self._costs[worker_id]
-            self.index.report(worker_id, replace(costs, queue_s=costs.queue_s + left_s))
-            if not left_s:
-                del self._busy_until_s[worker_id]
+    def _pass_time(self) -> None:
+        now_s = self._now()
+        self.index.pass_time(now_s - self._now_s)
+        self._now_s = now_s
 
     def _names_of(self, prompt: Prompt) -> Sequence[BlockHash]:
         """Of the prompt's full blocks. A session's are kept: a history only grows."""

@@ -16,6 +16,8 @@ from server.slot_costs import WORK_WEIGHT, Costs, SlotCosts
 _MAX_LOOKUPS = 64
 _SAME_S = 1e-3
 """Workers whose cost differs by less are equally good."""
+_FEW = 8
+"""Of so many, who holds most is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class Choice(NamedTuple):
     worker_id: str
     expected_s: float
     """Queue, restore and compute, to the end of the prompt."""
+    work_s: float
+    """Of these, what the prompt itself adds."""
     device_blocks: int
     host_blocks: int
     """On its host tier alone."""
@@ -129,18 +133,26 @@ class RoutingIndex:
     def choose(self, chain: Sequence[bytes], *, key: str, last_worker_id: str = "") -> Choice | None:
         """The worker where a prompt of these blocks costs least, queue and work, or None where none has reported.
 
-        Among equally good ones the least busy, then always the same one for the same `key`.
+        Among equally good ones the least busy, of these who holds most, then always the same one for the same `key`.
         """
         if not self._workers:
             return None
         segments = self._holders.segments(chain, _MAX_LOOKUPS)
         costs_s = self._costs.of_prompt(len(chain), segments)
-        slot = self._cheapest(costs_s, key, self._slots.get(last_worker_id))
+        slot = self._cheapest(costs_s, segments, key, self._slots.get(last_worker_id))
         if slot is None:
             return None
         queue_s = self._costs.queue_s.item(slot)
-        expected_s = queue_s + (costs_s.item(slot) - queue_s) / WORK_WEIGHT
-        return Choice(self._workers[slot], expected_s, *_blocks_at(slot, segments))
+        work_s = (costs_s.item(slot) - queue_s) / WORK_WEIGHT
+        return Choice(self._workers[slot], queue_s + work_s, work_s, *_blocks_at(slot, segments))
+
+    def give(self, worker_id: str, work_s: float) -> None:
+        """It has so much more to do than it last reported."""
+        self._costs.queue_s[self._slots[worker_id]] += work_s
+
+    def pass_time(self, seconds: float) -> None:
+        """Workers work off what they have to do. (Knows no clock: call it before reports and choices.)"""
+        self._costs.work_off(seconds)
 
     def held(self, chain: Sequence[bytes]) -> Mapping[str, tuple[int, int]]:
         """How many of the blocks each worker has on its device, and on its host tier alone; those that have any."""
@@ -152,7 +164,7 @@ class RoutingIndex:
         """Do some milliseconds of tidying up. True if more is to be done."""
         return self._holders.sweep()
 
-    def _cheapest(self, costs_s: Costs, key: str, last: int | None) -> int | None:
+    def _cheapest(self, costs_s: Costs, segments: Sequence[Segment], key: str, last: int | None) -> int | None:
         least = int(costs_s.argmin())
         least_s = costs_s.item(least)
         if least_s == math.inf:
@@ -163,8 +175,11 @@ class RoutingIndex:
         if len(good) == 1:
             return least
         queue_s = self._costs.queue_s[good]
-        good = good[queue_s == queue_s.min()]
-        return int(good[zlib.crc32(key.encode()) % len(good)])
+        slots: list[int] = good[queue_s == queue_s.min()].tolist()
+        if len(slots) <= _FEW:
+            held = [sum(_blocks_at(slot, segments)) for slot in slots]
+            slots = [slot for slot, num_blocks in zip(slots, held, strict=True) if num_blocks == max(held)]
+        return slots[zlib.crc32(key.encode()) % len(slots)]
 
     def _slot_of(self, worker_id: str) -> int:
         slot = self._slots.get(worker_id)

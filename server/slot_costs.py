@@ -55,6 +55,11 @@ class SlotCosts:
         num_rows = len(self._row_of)
         self._rows_s[:num_rows, slot] = self._saved_s[slot][self._places[slot, :num_rows]]
 
+    def work_off(self, seconds: float) -> None:
+        """Time passes: every queue is so much shorter."""
+        self.queue_s -= seconds
+        np.maximum(self.queue_s, 0.0, out=self.queue_s)
+
     def forbid(self, slot: int) -> None:
         """Whatever goes there costs infinitely much. A block's cost stays finite: infinite ones have no difference."""
         self.set(slot, math.inf, missing_s=_NEVER_S, host_s=_NEVER_S)

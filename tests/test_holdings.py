@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 
 import pytest
@@ -183,18 +183,27 @@ async def test_what_is_known_of_a_sessions_next_prompt_is_what_was_committed() -
         assert relay._prompt(Turn("t", request, "r", None)).tokens == (8, 9)
 
 
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Sequence[WorkerProcess]]:
+    """Workers without Redis: what one of them has costs the other its computation."""
+    with WorkerProcess("0") as first, WorkerProcess("1") as second:
+        assert first.address != second.address
+        yield first, second
+
+
 @pytest.fixture
-async def system(redis_url: str, workers: tuple[WorkerProcess, WorkerProcess]) -> AsyncIterator[System]:
-    async with running_system(redis_url, workers) as system:
+async def system_apart(redis_url: str, alone: Sequence[WorkerProcess]) -> AsyncIterator[System]:
+    async with running_system(redis_url, alone) as system:
         yield system
 
 
-async def test_a_turn_goes_where_its_history_is_hot_though_another_served_it_last(system: System) -> None:
+async def test_a_turn_goes_where_its_history_is_hot_though_another_served_it_last(system_apart: System) -> None:
     """A fork's record says nothing of where the blocks are now: the workers do."""
+    system = system_apart
     home, other = "0", "1"
     session_id = session_for(home, [home, other])
     await system.client.create_session(session_id)
-    first = await system.say(chat("Remember where you are. " * 12), session_id)
+    first = await system.say(chat("Remember where you are. " * 60), session_id)
     assert first.receipt.worker_id == home
     tokens = list((await system.client.get_session(session_id, with_token_ids=True)).token_ids)
 
@@ -210,6 +219,7 @@ async def test_a_turn_goes_where_its_history_is_hot_though_another_served_it_las
 
 
 async def test_many_turns_on_one_prefix_spread_over_the_workers(system: System) -> None:
+    """Redis has it for both."""
     tokens = [(place * 11) % 300 + 5 for place in range(600)]
     await system.say(tokens, max_new_tokens=1)
 

@@ -146,7 +146,7 @@ def test_a_worker_that_cannot_be_reached_or_has_measured_no_speed_is_passed_over
         for last in ("", "broken"):
             assert chosen(index, chain[:length], last=last).worker_id == "sound"
     index.report("broken", costs())
-    assert chosen(index, chain) == Choice("broken", 0.0, 4, 0)
+    assert chosen(index, chain) == Choice("broken", 0.0, 0.0, 4, 0)
 
 
 def test_a_host_tier_that_cannot_be_read_saves_nothing() -> None:
@@ -228,7 +228,7 @@ def test_nobody_is_chosen_before_a_worker_has_reported() -> None:
     index.resync(Snapshot("worker", 0, device=chain))
     assert index.choose(chain, key="") is None
     index.report("worker", costs())
-    assert chosen(index, []) == Choice("worker", 0.0, 0, 0)
+    assert chosen(index, []) == Choice("worker", 0.0, 0.0, 0, 0)
 
 
 def test_a_restarted_worker_keeps_its_costs_and_loses_its_blocks() -> None:
@@ -266,6 +266,31 @@ def test_of_equally_dear_workers_the_less_busy_is_chosen() -> None:
     index.resync(Snapshot("holds", 0, device=[block]))
     index.report("idle", costs())
     assert {chosen(index, [block], key=f"{number}").worker_id for number in range(20)} == {"idle"}
+
+
+def test_of_equally_dear_and_idle_workers_the_one_that_holds_most_is_chosen() -> None:
+    index = built()
+    chain = chain_of(Random(8), 3)
+    for worker, num_held in (("none", 0), ("two", 2), ("one", 1)):
+        index.report(worker, costs(token_s=1e-9))
+        index.resync(Snapshot(worker, 0, host=chain[:num_held]))
+    assert {chosen(index, chain, key=f"{number}").worker_id for number in range(20)} == {"two"}
+
+
+def test_what_was_given_to_a_worker_since_its_report_is_in_its_queue_until_it_has_had_the_time() -> None:
+    index = built(sticky_s=0.0)
+    index.report("a", costs(0.5))
+    index.report("b", costs(0.6))
+    index.give("a", 0.4)
+    assert (chosen(index, []).worker_id, chosen(index, []).expected_s) == ("b", 0.6)
+    index.pass_time(0.7)
+    assert chosen(index, []).worker_id == "b", "idle"
+    index.give("b", 0.3)
+    assert chosen(index, []).worker_id == "a"
+    assert chosen(index, []).expected_s == pytest.approx(0.2)
+    index.pass_time(1.0)
+    index.report("b", costs(0.1))
+    assert chosen(index, []) == Choice("a", 0.0, 0.0, 0, 0), "a queue is never shorter than none"
 
 
 def test_a_hot_prefix_spreads_over_workers_as_their_queues_grow() -> None:
