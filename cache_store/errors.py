@@ -64,3 +64,8 @@ class SessionExists(ServingError):
 
 class SessionBusy(ServingError):
     """Another turn of this session is running, or has just committed."""
+
+    def __init__(self, message: str, holder: str = "") -> None:
+        """`holder` is who has the lock, where that is what is in the way."""
+        super().__init__(message)
+        self.holder = holder

@@ -29,6 +29,7 @@ class MemoryRecords:
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self._now = now
         self._kept: dict[tuple[str, str], _Kept] = {}
+        self._alive_until_s: dict[str, float] = {}
 
     async def create(self, record: SessionRecord, *, quota: Quota = NO_QUOTA) -> None:
         key = (record.tenant, record.session_id)
@@ -63,10 +64,12 @@ class MemoryRecords:
         self._keep(kept)
         return kept.record
 
-    async def begin(self, tenant: str, session_id: str, *, holder: str, lease_s: float) -> SessionRecord:
+    async def begin(
+        self, tenant: str, session_id: str, *, holder: str, lease_s: float, instead_of: str = ""
+    ) -> SessionRecord:
         kept = self._find(tenant, session_id)
-        if kept.holder not in ("", holder) and self._now() < kept.lease_ends_s:
-            raise SessionBusy(f"another call holds session {session_id}")
+        if kept.holder not in ("", holder, instead_of) and self._now() < kept.lease_ends_s:
+            raise SessionBusy(f"another call holds session {session_id}", kept.holder)
         if holder in kept.gone or holder == kept.committed_by:
             raise SessionBusy(f"this call on session {session_id} is over")
         kept.holder, kept.lease_ends_s = holder, self._now() + lease_s
@@ -132,6 +135,12 @@ class MemoryRecords:
 
     async def recount(self, tenant: str) -> Usage:
         return await self.usage(tenant)
+
+    async def keep_alive(self, front: str, for_s: float) -> None:
+        self._alive_until_s[front] = self._now() + for_s
+
+    async def is_alive(self, front: str) -> bool:
+        return self._now() < self._alive_until_s.get(front, 0.0)
 
     async def info(self) -> ServerInfo:
         return ServerInfo(used_bytes=0, max_bytes=0, evicted_keys=0, eviction_policy="noeviction")

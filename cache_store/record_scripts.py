@@ -26,9 +26,12 @@ async def run(redis: Any, script: Script, keys: Sequence[str], *args: Any) -> An
         return await redis.eval(script.text, len(keys), *keys, *args)
 
 
-def _script(body: str) -> Script:
-    text = _COMMON + body
+def _script(text: str) -> Script:
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def _of_session(body: str) -> Script:
+    return _script(_COMMON + body)
 
 
 _COMMON = """
@@ -55,7 +58,7 @@ end
 """
 
 # ARGV: nonce, tokens, number of turns, turns..., then meta's fields and values.
-CREATE = _script("""
+CREATE = _of_session("""
 if not missing() then
   -- Our own, if the answer to the first try was lost.
   return {redis.call('HGET', meta, 'nonce') == ARGV[1] and 'OK' or 'EXISTS'}
@@ -70,13 +73,13 @@ keep()
 return {'OK'}
 """)
 
-READ = _script("""
+READ = _of_session("""
 if missing() then return {'MISSING'} end
 return record()
 """)
 
 # ARGV: ttl_s or '', pinned or ''.
-UPDATE = _script("""
+UPDATE = _of_session("""
 if missing() then return {'MISSING'} end
 insist()
 if ARGV[1] ~= '' then redis.call('HSET', meta, 'ttl_s', ARGV[1]) end
@@ -85,11 +88,11 @@ keep()
 return record()
 """)
 
-# ARGV: holder, lease in ms, now in ms.
-BEGIN = _script("""
+# ARGV: holder, lease in ms, now in ms, a holder that is dead or ''.
+BEGIN = _of_session("""
 if missing() then return {'MISSING'} end
 local holder = redis.call('GET', lock)
-if holder and holder ~= ARGV[1] then return {'BUSY'} end
+if holder and holder ~= ARGV[1] and holder ~= ARGV[4] then return {'BUSY', holder} end
 if redis.call('SISMEMBER', gone, ARGV[1]) == 1 or redis.call('HGET', meta, 'committed_by') == ARGV[1] then
   return {'BUSY'} -- it comes late, and nobody would unlock
 end
@@ -101,7 +104,7 @@ return record()
 """)
 
 # ARGV: holder, lease in ms.
-RENEW = _script("""
+RENEW = _of_session("""
 if missing() then return {'MISSING'} end
 if redis.call('GET', lock) ~= ARGV[1] then return {'BUSY'} end
 redis.call('PEXPIRE', lock, ARGV[2])
@@ -111,7 +114,7 @@ return {'OK'}
 
 # ARGV: holder, version before, new tokens, turn, now in ms, model, worker id, whether these are all tokens and turns,
 # number of all tokens, seal or ''.
-COMMIT = _script("""
+COMMIT = _of_session("""
 if missing() then return {'MISSING'} end
 local version, before = tonumber(redis.call('HGET', meta, 'version')), tonumber(ARGV[2])
 if version == before + 1 and redis.call('HGET', meta, 'committed_by') == ARGV[1] then
@@ -131,7 +134,7 @@ return {'OK'}
 """)
 
 # ARGV: holder, ms for which it is remembered.
-RELEASE = _script("""
+RELEASE = _of_session("""
 if missing() then return {'OK'} end
 if redis.call('GET', lock) == ARGV[1] then redis.call('DEL', lock) end
 insist()
@@ -140,23 +143,26 @@ redis.call('PEXPIRE', gone, ARGV[2])
 return {'OK'}
 """)
 
-DELETE = _script("""
+DELETE = _of_session("""
 if missing() then return {'MISSING'} end
 local was = record()
 redis.call('DEL', meta, tokens, turns, lock, gone)
 return was
 """)
 
+# KEYS: a front end's. ARGV: ms.
+KEEP_ALIVE = _script("""
+redis.call('DEL', KEYS[1]) -- as `insist`
+if tonumber(ARGV[1]) > 0 then redis.call('SET', KEYS[1], '', 'PX', ARGV[1]) end
+return {'OK'}
+""")
+
 # The scripts of `redis_counts`. KEYS: a tenant's count, a hash of tokens by session id, and of their sum by ''.
-
-
-def _counting(text: str) -> Script:
-    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
 # ARGV: session id, tokens, whether to leave it as it is where it is counted, most sessions, most tokens (0: any
 # number). Answers NEW or OLD, or what there is no room for: SESSIONS or TOKENS.
-COUNT = _counting("""
+COUNT = _script("""
 local count, id, tokens = KEYS[1], ARGV[1], tonumber(ARGV[2])
 local most_sessions, most_tokens = tonumber(ARGV[4]), tonumber(ARGV[5])
 local before = redis.call('HGET', count, id)
@@ -173,7 +179,7 @@ return before and 'OLD' or 'NEW'
 """)
 
 # ARGV: session ids.
-UNCOUNT = _counting("""
+UNCOUNT = _script("""
 for _, id in ipairs(ARGV) do
   local before = redis.call('HGET', KEYS[1], id)
   if before then

@@ -109,10 +109,13 @@ class RecordStore(Protocol):
         self, tenant: str, session_id: str, *, ttl_s: int | None, pinned: bool | None
     ) -> SessionRecord: ...
 
-    async def begin(self, tenant: str, session_id: str, *, holder: str, lease_s: float) -> SessionRecord:
+    async def begin(
+        self, tenant: str, session_id: str, *, holder: str, lease_s: float, instead_of: str = ""
+    ) -> SessionRecord:
         """Lock the session for `holder`, who is of this call alone, and read it.
 
-        Raises SessionBusy while another holder's lease runs, and to a holder that has released or committed.
+        Raises SessionBusy while another holder's lease runs, unless that is `instead_of`, who is dead; and to a holder
+        that has released or committed.
         """
         ...
 
@@ -144,6 +147,12 @@ class RecordStore(Protocol):
     async def delete(self, tenant: str, session_id: str) -> SessionRecord:
         """Forget the record; return what it was. Raises RecordUnreadable where that can't be told: it is gone."""
         ...
+
+    async def keep_alive(self, front: str, for_s: float) -> None:
+        """This front end lives, it says, and will say so again within `for_s`; 0: it is gone."""
+        ...
+
+    async def is_alive(self, front: str) -> bool: ...
 
     async def info(self) -> ServerInfo:
         """Ask the store how full it is."""

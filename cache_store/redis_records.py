@@ -119,11 +119,12 @@ class RedisRecords:
         args = ["" if ttl_s is None else ttl_s, "" if pinned is None else int(pinned)]
         return await self._record(scripts.UPDATE, tenant, session_id, *args)
 
-    async def begin(self, tenant: str, session_id: str, *, holder: str, lease_s: float) -> SessionRecord:
+    async def begin(
+        self, tenant: str, session_id: str, *, holder: str, lease_s: float, instead_of: str = ""
+    ) -> SessionRecord:
+        args = [holder, _ms(lease_s), _ms(self._now()), instead_of]
         try:
-            return await self._record(
-                scripts.BEGIN, tenant, session_id, holder, _ms(lease_s), _ms(self._now()), doing="lock"
-            )
+            return await self._record(scripts.BEGIN, tenant, session_id, *args, doing="lock")
         except RecordUnreadable:  # locked, and nobody would unlock it
             await self.release(tenant, session_id, holder=holder)
             raise
@@ -188,6 +189,14 @@ class RedisRecords:
             upto = "(" + page[-1].decode() if page else ""
         return await self.usage(tenant)
 
+    async def keep_alive(self, front: str, for_s: float) -> None:
+        async with self._asking("say that this front end lives"):
+            await scripts.run(self._redis, scripts.KEEP_ALIVE, [_front_key(front)], _ms(for_s))
+
+    async def is_alive(self, front: str) -> bool:
+        async with self._asking("ask whether a front end lives"):
+            return bool(await self._redis.exists(_front_key(front)))
+
     async def info(self) -> ServerInfo:
         async with self._asking("ask Redis how it is"):
             if isinstance(self._redis, RedisCluster):
@@ -230,7 +239,8 @@ class RedisRecords:
         if answer[0] == b"MISSING":
             raise SessionNotFound(f"there is no session {session_id}")
         if answer[0] == b"BUSY":
-            raise SessionBusy(f"another call holds session {session_id}, or has just changed it")
+            holder = answer[1].decode() if len(answer) > 1 else ""
+            raise SessionBusy(f"another call holds session {session_id}, or has just changed it", holder)
         return answer
 
     async def _run(self, script: Script, tenant: str, session_id: str, *args: Any) -> Any:
@@ -282,6 +292,10 @@ def _seal_field(written: Written) -> dict[str, str | int | bytes]:
 def _keys(tenant: str, session_id: str) -> _Keys:
     tag = f"rekindle:{{{quote(tenant, safe='')}/{session_id}}}"
     return _Keys(f"{tag}:meta", f"{tag}:tokens", f"{tag}:turns", f"{tag}:lock", f"{tag}:gone")
+
+
+def _front_key(front: str) -> str:
+    return f"rekindle:front:{front}"
 
 
 def _ms(seconds: float) -> int:

@@ -21,6 +21,7 @@ from server.directory import WorkerAddresses, WorkerDirectory
 from server.health import Health
 from server.holdings import Holdings
 from server.identity import Identities
+from server.lease import Leases
 from server.limits import Limits
 from server.metrics import FrontMetrics
 from server.relay import Relay
@@ -55,14 +56,15 @@ class Application:
         self._limits = Limits(self._identities, records)
         self._holdings = Holdings(directory)
         relay = Relay(directory, self._holdings, metrics, config)
-        self._turns = Turns(records, relay, metrics, lease_s=config.lease_s)
+        self._leases = Leases(records, lease_s=config.lease_s)
+        self._turns = Turns(self._leases, relay, metrics)
         self._sessions = SessionKeeper(
             records,
+            self._leases,
             directory,
             relay,
             metrics,
             self._limits,
-            lease_s=config.lease_s,
             default_ttl_s=config.session_ttl_s,
             default_codec=config.codec,
         )
@@ -107,6 +109,7 @@ class Application:
         self.address = f"{config.listen_host}:{port}"
         self.metrics_address = f"{config.listen_host}:{metrics_port}"
         await self.directory.start()
+        await self._leases.start()
         await self._holdings.start()
         await self._health.start()
         await self._server.start()
@@ -137,6 +140,7 @@ class Application:
         await self._health.aclose()
         await self._holdings.aclose()
         await self.directory.aclose()
+        await self._leases.aclose()
         await self._records.aclose()
         self.metrics.close()
 

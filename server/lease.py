@@ -1,7 +1,13 @@
-"""Hold a session while something is done to it: locked on entry, kept locked, unlocked however it ends."""
+"""Hold a session while something is done to it: locked on entry, kept locked, unlocked however it ends.
+
+A lock outlives a front end that is killed, up to its lease. Others find out sooner: a holder's name begins with its
+front end's, and each front end says again and again that it lives.
+"""
 
 import asyncio
+import uuid
 from collections.abc import Awaitable
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -12,12 +18,50 @@ from cache_store.records import RecordStore, SessionRecord, TurnRecord
 
 _COMMIT_PAUSES_S = (0.05, 0.2, 0.5)
 """Between tries to commit: long enough for a failover of Redis to be noticed, short enough for a client that waits."""
+_BUSY_PAUSES_S = (0.02, 0.05, 0.1)
+"""Between tries to lock: who has hung up may call again before the call that was left has unlocked."""
+_ALIVE_S = 3.0
+"""A front end that has not been heard of for so long is dead. If it is not, its turns can't be committed: no harm."""
 
 _log = structlog.get_logger(__name__)
 
 
+class Leases:
+    """One front end's."""
+
+    def __init__(self, records: RecordStore, *, lease_s: float) -> None:
+        self._records = records
+        self._lease_s = lease_s
+        self._front = uuid.uuid4().hex
+        self._living: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._living = asyncio.create_task(self._live(), name="say that this front end lives")
+
+    async def aclose(self) -> None:
+        if self._living is not None:
+            self._living.cancel()
+            await asyncio.wait([self._living])
+            self._living = None
+            await self._say(0.0)
+
+    def hold(self, tenant: str, session_id: str) -> "Lease":
+        """One call's lock on a session, to be entered."""
+        holder = f"{self._front}/{uuid.uuid4().hex}"
+        return Lease(self._records, tenant, session_id, holder=holder, lease_s=self._lease_s)
+
+    async def _live(self) -> None:
+        while True:
+            await self._say(_ALIVE_S)
+            await asyncio.sleep(_ALIVE_S / 3)
+
+    async def _say(self, for_s: float) -> None:
+        with suppress(StoreError):  # nobody can lock anything now either
+            await self._records.keep_alive(self._front, for_s)
+
+
 class Lease:
-    """`async with Lease(...) as lease:` raises SessionNotFound, SessionBusy or StoreUnavailable on entry."""
+    """`async with leases.hold(...) as lease:` raises SessionNotFound, SessionBusy or StoreUnavailable on entry."""
 
     def __init__(self, records: RecordStore, tenant: str, session_id: str, *, holder: str, lease_s: float) -> None:
         self._records = records
@@ -33,9 +77,7 @@ class Lease:
 
     async def __aenter__(self) -> Self:
         try:
-            self.record = await self._records.begin(
-                self._tenant, self._session_id, holder=self._holder, lease_s=self._lease_s
-            )
+            self.record = await self._begin()
         except (SessionBusy, SessionNotFound):
             raise
         except BaseException:  # the lock may be ours although the answer never came
@@ -83,6 +125,29 @@ class Lease:
         was = await self._records.delete(self._tenant, self._session_id)
         self._ended = True
         return was
+
+    async def _begin(self) -> SessionRecord:
+        dead = ""
+        for pause_s in (*_BUSY_PAUSES_S, None):
+            try:
+                return await self._records.begin(
+                    self._tenant, self._session_id, holder=self._holder, lease_s=self._lease_s, instead_of=dead
+                )
+            except SessionBusy as error:
+                if pause_s is None:
+                    raise
+                dead = await self._if_dead(error.holder)
+            if not dead:
+                await asyncio.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
+
+    async def _if_dead(self, holder: str) -> str:
+        """The holder, if its front end is dead; "" if it lives, or who that is can't be told."""
+        front, slash, _ = holder.partition("/")
+        if not slash or await self._records.is_alive(front):
+            return ""
+        _log.warning("taken from a front end that is dead", session=self._session_id, front=front)
+        return holder
 
     async def _keep_renewing(self) -> None:
         while True:

@@ -16,7 +16,7 @@ from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from server.directory import Worker, WorkerDirectory
 from server.errors import NoWorker, WorkerLost
-from server.lease import Lease
+from server.lease import Leases
 from server.limits import Limits
 from server.metrics import FrontMetrics
 from server.prefetch import Prefetcher
@@ -32,21 +32,21 @@ class SessionKeeper:
     def __init__(
         self,
         records: RecordStore,
+        leases: Leases,
         directory: WorkerDirectory,
         workers: Relay,
         metrics: FrontMetrics,
         limits: Limits,
         *,
-        lease_s: float,
         default_ttl_s: int,
         default_codec: str,
     ) -> None:
         self._records = records
+        self._leases = leases
         self._directory = directory
         self._workers = workers
         self._limits = limits
         self._prefetcher = Prefetcher(self._restore, metrics)
-        self._lease_s = lease_s
         self._default_ttl_s = default_ttl_s
         self._default_codec = default_codec
 
@@ -146,7 +146,7 @@ class SessionKeeper:
 
     async def park(self, tenant: str, session_id: str, *, drop_host: bool) -> pb.ParkSessionResponse:
         """Offload wholly from every worker that holds some. Raises NoWorker, and what the worker raises."""
-        async with self._locked(tenant, session_id) as lease, self._prefetcher.held_off(tenant, session_id):
+        async with self._leases.hold(tenant, session_id) as lease, self._prefetcher.held_off(tenant, session_id):
             record = lease.record
             if not record.token_ids:
                 return pb.ParkSessionResponse()
@@ -166,7 +166,7 @@ class SessionKeeper:
 
     async def warm(self, tenant: str, session_id: str) -> pb.WarmSessionResponse:
         """Restore onto the worker that the next turn would go to. Raises NoWorker."""
-        async with self._locked(tenant, session_id) as lease:
+        async with self._leases.hold(tenant, session_id) as lease:
             worker, warmed = await self._warm(lease.record)
         return pb.WarmSessionResponse(
             worker_id=worker.worker_id, device_tokens=warmed.device_tokens, restored_tokens=warmed.restored_tokens
@@ -178,7 +178,7 @@ class SessionKeeper:
         Of a record that can't be read nobody knows the blocks: they stay until their time is over.
         """
         try:
-            async with self._locked(tenant, session_id) as lease, self._prefetcher.held_off(tenant, session_id):
+            async with self._leases.hold(tenant, session_id) as lease, self._prefetcher.held_off(tenant, session_id):
                 dropped = await self._drop(lease.record) if lease.record.token_ids else []
                 was = await lease.delete()
         except RecordUnreadable:
@@ -226,9 +226,6 @@ class SessionKeeper:
         if not living:
             raise NoWorker("no worker is up")
         return living
-
-    def _locked(self, tenant: str, session_id: str) -> Lease:
-        return Lease(self._records, tenant, session_id, holder=_new_id(), lease_s=self._lease_s)
 
     async def _ask_one(
         self, record: SessionRecord, ask: Callable[[Worker], Awaitable[_Answer]]

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import structlog
 
-from cache_store.records import RecordStore, SessionRecord, TurnRecord
+from cache_store.records import SessionRecord, TurnRecord
 from protos import rekindle_pb2 as pb
 from server.errors import NoWorker, WorkerFault, WorkerLost, WorkerRefused
-from server.lease import Lease
+from server.lease import Leases
 from server.metrics import FrontMetrics, kind_of_turn
 from server.relay import Relay, Turn
 
@@ -24,11 +24,10 @@ _log = structlog.get_logger(__name__)
 class Turns:
     """Runs turns, with a session or without."""
 
-    def __init__(self, records: RecordStore, workers: Relay, metrics: FrontMetrics, *, lease_s: float) -> None:
-        self._records = records
+    def __init__(self, leases: Leases, workers: Relay, metrics: FrontMetrics) -> None:
+        self._leases = leases
         self._workers = workers
         self._metrics = metrics
-        self._lease_s = lease_s
 
     async def run(
         self, tenant: str, request: pb.GenerateRequest, *, request_id: str, deadline_s: float | None
@@ -43,8 +42,7 @@ class Turns:
                 async for response in responses:
                     yield response
             return
-        lease = Lease(self._records, tenant, request.session_id, holder=request_id, lease_s=self._lease_s)
-        async with lease:
+        async with self._leases.hold(tenant, request.session_id) as lease:
             turn.lease, turn.record = lease, lease.record
             number = _turn_of(lease.record, request.idempotency_key)
             async with aclosing(self._relay(turn) if number is None else self._repeat(turn, number)) as responses:

@@ -152,6 +152,35 @@ async def test_a_lease_that_ran_out_can_neither_commit_nor_be_renewed(records: R
     assert (await records.get("t", "s")).token_ids == ()
 
 
+async def test_a_dead_holders_lease_is_taken_from_it_for_good(records: RecordStore) -> None:
+    await records.create(new_record())
+    before = await records.begin("t", "s", holder="dead", lease_s=10)
+    for not_it in ("", "other"):
+        with pytest.raises(SessionBusy) as caught:
+            await records.begin("t", "s", holder="b", lease_s=10, instead_of=not_it)
+        assert caught.value.holder == "dead"
+    await records.begin("t", "s", holder="b", lease_s=10, instead_of="dead")
+    await records.release("t", "s", holder="dead")
+    for call in (commit(records, before, "dead", [1, 2]), records.renew("t", "s", holder="dead", lease_s=10)):
+        with pytest.raises(SessionBusy):
+            await call
+    await commit(records, before, "b", [3])
+    assert (await records.get("t", "s")).token_ids == (3,)
+
+
+async def test_a_front_end_lives_as_long_as_it_says_so(records: RecordStore) -> None:
+    assert not await records.is_alive("f")
+    await records.keep_alive("f", 10)
+    assert await records.is_alive("f")
+    assert not await records.is_alive("g")
+    await records.keep_alive("f", 0.05)
+    await asyncio.sleep(0.1)
+    assert not await records.is_alive("f")
+    await records.keep_alive("f", 10)
+    await records.keep_alive("f", 0)
+    assert not await records.is_alive("f"), "it said goodbye"
+
+
 async def test_a_renewed_lease_holds(records: RecordStore) -> None:
     await records.create(new_record())
     await records.begin("t", "s", holder="a", lease_s=0.2)
@@ -416,6 +445,8 @@ async def test_sessions_go_on_when_blocks_have_filled_redis(redis_url: str) -> N
             await store.renew("t", "s", holder="gives up", lease_s=10)
             await store.release("t", "s", holder="gives up")
             await store.update("t", "s", ttl_s=100, pinned=True)
+            await store.keep_alive("f", 10)
+            assert await store.is_alive("f")
             with pytest.raises(StoreFull):
                 await store.create(new_record("new"))
             assert (await store.get("t", "s")).token_ids == before.token_ids == (1,)

@@ -112,6 +112,8 @@ async def use_records(url: str) -> None:
     await asyncio.sleep(1.1)
     assert (await records.recount("t")).tokens == 6
     assert (await records.info()).used_bytes
+    await records.keep_alive("front", 10)
+    assert await records.is_alive("front")
     await records.delete("t", "a")
     await records.aclose()
 

@@ -11,6 +11,8 @@ from grpc import StatusCode
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cache_store.embedded_redis import RedisServer
+from cache_store.errors import SessionBusy
+from cache_store.records import TurnRecord
 from protos import rekindle_pb2 as pb
 from server.app import Application
 from server.directory import StaticAddresses
@@ -342,6 +344,39 @@ async def test_a_turn_longer_than_its_lease_keeps_it() -> None:
         with pytest.raises(RpcError):
             await front.turn("y", "s")
         assert (await turn).finished.turn == 1
+
+
+async def test_a_session_that_a_dead_front_end_holds_is_taken_from_it() -> None:
+    async with front_end() as front:
+        await front.new_session()
+        records = front.app._records
+        await records.keep_alive("other", 10)
+        before = await records.begin("default", "s", holder="other/call", lease_s=600)
+        with pytest.raises(RpcError) as caught:
+            await front.turn("x", "s")
+        assert caught.value.code() == StatusCode.ABORTED, "it lives"
+        await records.keep_alive("other", 0)
+        assert (await front.turn("y", "s")).finished.turn == 1
+        done = TurnRecord(start=0, reply_start=1, end=1, finish_reason=1, committed_ms=0)
+        with pytest.raises(SessionBusy):  # it was only frozen
+            await records.commit(before, holder="other/call", new_tokens=[1], turn=done, model="", worker_id="")
+
+
+async def test_a_running_front_end_is_alive_and_one_that_has_closed_is_not() -> None:
+    async with front_end() as front:
+        name, records = front.app._leases._front, front.app._records
+        assert await records.is_alive(name)
+    assert not await records.is_alive(name), "it said goodbye"
+
+
+async def test_who_hung_up_and_calls_again_at_once_is_heard(front: FrontEnd) -> None:
+    await front.new_session()
+    records = front.app._records
+    await records.begin("default", "s", holder="left", lease_s=600)
+    call = asyncio.create_task(front.turn("x", "s"))
+    await asyncio.sleep(0.05)
+    await records.release("default", "s", holder="left")
+    assert (await call).finished.turn == 1
 
 
 async def test_a_session_deleted_under_a_running_turn_ends_it() -> None:
