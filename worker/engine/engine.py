@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+import structlog
+
 from cache_store.codecs import RAW, fidelity_of
 from cache_store.disk_tier import DiskStats
 from cache_store.ids import root_hash
@@ -20,6 +22,7 @@ from worker.calls import (
     DropReport,
     EngineStats,
     Event,
+    Failed,
     FinishReason,
     GenerateCall,
     Located,
@@ -52,6 +55,8 @@ _LOOK_SELDOM_S = 0.05
 _HAND_OVER_S = 2.0
 """How long requests that are to be handed over go on, until their blocks are in Redis."""
 
+log = structlog.get_logger(__name__)
+
 
 class Engine:
     def __init__(
@@ -81,7 +86,7 @@ class Engine:
         self._pool = pool
         self._device_changes = device_changes
         self.broken: Future[None] = Future()
-        """Ends when steps fail one after another: the accelerator is lost, and only another process may get it back."""
+        """Ends when the accelerator fails step after step, or the engine's thread does: a new process may do better."""
         self._sampler = sampler
         self._auditor = auditor
         self._scheduler = scheduler
@@ -90,6 +95,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._admission = admission
         self._draining = False
+        self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -108,15 +114,19 @@ class Engine:
         if self._draining:
             raise Draining("this worker is leaving")
         ticket = self._admission.enter(len(call.history) + len(call.input) + len(call.begun))
-        request = Request(
-            call,
-            listener,
-            root=root_hash(self.names_from, call.tenant, fidelity_of(call.codec)),
-            block_tokens=self.layout.block_tokens,
-            max_new_tokens=max_new_tokens,
-            row=self._sampler.start(call.sampling, [*call.history, *call.input], call.begun),
-            ticket=ticket,
-        )
+        try:
+            request = Request(
+                call,
+                listener,
+                root=root_hash(self.names_from, call.tenant, fidelity_of(call.codec)),
+                block_tokens=self.layout.block_tokens,
+                max_new_tokens=max_new_tokens,
+                row=self._sampler.start(call.sampling, [*call.history, *call.input], call.begun),
+                ticket=ticket,
+            )
+        except Exception:  # the accelerator has no room for what the sampler keeps, say
+            self._admission.leave(ticket)
+            raise
         self._inbox.post(lambda: self._accept(request))
 
     def cancel(self, request_id: str) -> None:
@@ -255,9 +265,9 @@ class Engine:
 
     def close(self, *, flush_s: float = 5.0) -> None:
         """Stop: fail what runs, write out what is queued for Redis within `flush_s`, and let go of everything."""
-        if self._inbox.closed:
+        if self._is_closed:
             return
-        self._draining = True
+        self._is_closed = self._draining = True
         self._inbox.post(self._fail_all)
         self._histories.close()
         self._tiers.close(flush_s=flush_s)
@@ -267,22 +277,37 @@ class Engine:
     # On the engine's thread
 
     def _run(self) -> None:
-        while not self._inbox.closed:
-            now_s = time.monotonic()
-            self._scheduler.expire(now_s)
-            self._auditor.expire(now_s)
-            self._scheduler.advance(now_s)
-            self._scheduler.admit()
-            if self._draining:
-                self._hand_over_waiting()
-            held_s = self._stepper.held_s(now_s)
-            stepped = not held_s and self._stepper.step()
-            if self._stepper.num_failed >= _MOST_FAILED and not self.broken.done():
-                self.broken.set_result(None)
-            # With nothing to run, wait for work, but not past anybody's deadline by much.
-            is_timed = bool(self._requests) or self._auditor.is_awaited
-            timeout_s = _LOOK_S if self._scheduler.is_restoring else _LOOK_SELDOM_S if is_timed else None
-            self._inbox.read(wait=not stepped, timeout_s=min(held_s, _LOOK_S) if held_s else timeout_s)
+        try:
+            while not self._inbox.closed:
+                self._go_on()
+        except Exception as error:  # a bug: turns would wait here for ever, and more would come
+            log.critical("the engine's thread has failed", exc_info=error)
+            self._draining = self._inbox.closed = True
+            for request in self._requests.values():
+                request.listener(Failed(error))
+            self._break()
+
+    def _go_on(self) -> None:
+        """Look at the time, do a step if there is one to do, and read the inbox."""
+        now_s = time.monotonic()
+        self._scheduler.expire(now_s)
+        self._auditor.expire(now_s)
+        self._scheduler.advance(now_s)
+        self._scheduler.admit()
+        if self._draining:
+            self._hand_over_waiting()
+        held_s = self._stepper.held_s(now_s)
+        stepped = not held_s and self._stepper.step()
+        if self._stepper.num_failed >= _MOST_FAILED:
+            self._break()
+        # With nothing to run, wait for work, but not past anybody's deadline by much.
+        is_timed = bool(self._requests) or self._auditor.is_awaited
+        timeout_s = _LOOK_S if self._scheduler.is_restoring else _LOOK_SELDOM_S if is_timed else None
+        self._inbox.read(wait=not stepped, timeout_s=min(held_s, _LOOK_S) if held_s else timeout_s)
+
+    def _break(self) -> None:
+        if not self.broken.done():
+            self.broken.set_result(None)
 
     def _accept(self, request: Request) -> None:
         self._requests[request.call.request_id] = request

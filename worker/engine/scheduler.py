@@ -96,7 +96,7 @@ class Scheduler:
         request.phase = Phase.RESTORING
         restoring = self._tables.ask(request, lookup, lambda: self._settled(request, restoring))
         request.restoring = restoring
-        self._planner.plan(request, restoring, self._ahead(request))
+        self._planner.plan(request, restoring, _ahead(request, self.prompts))
         self._tables.restore(request, restoring)
         self._advance(request, restoring)
 
@@ -105,22 +105,22 @@ class Scheduler:
         """Everything admitted that does not decode yet, in the order in which it is to be computed."""
         return self.waiting.in_turn(request for request in self.running if request.phase is not Phase.DECODE)
 
-    def _ahead(self, request: Request) -> Iterable[Request]:
-        return takewhile(partial(is_not, request), self.prompts)
-
     @property
     def is_restoring(self) -> bool:
         return any(request.restoring is not None for request in self.running)
 
     def advance(self, now_s: float) -> None:
         """Look how the restores go: what may be computed meanwhile, what is not waited for any longer."""
+        if not self.is_restoring:
+            return
+        prompts = self.prompts  # sorted once: whoever leaves it meanwhile has nothing left to compute
         for request in [*self.running]:
             restoring = request.restoring
             if restoring is None or request.cancelled or request.distrusted:
                 continue
             if now_s >= restoring.deadline_s:
                 restoring.claims.take_all(MissReason.LATE)
-            self._planner.plan(request, restoring, self._ahead(request))
+            self._planner.plan(request, restoring, _ahead(request, prompts))
             self._advance(request, restoring)
 
     def _advance(self, request: Request, restoring: Restoring) -> None:
@@ -298,3 +298,7 @@ class Scheduler:
         """No request has a block twice."""
         for request in self.running:
             assert len(set(request.table)) == len(request.table), "a block stands twice in a table"
+
+
+def _ahead(request: Request, prompts: Iterable[Request]) -> Iterable[Request]:
+    return takewhile(partial(is_not, request), prompts)

@@ -22,6 +22,11 @@ _AUDITS_SHARE = 4
 """Audits get one part in so many of a step, at the most."""
 _HELD_SHARE = 0.02
 """Prompts are held back for others by so much of the time that they take, at the most."""
+_OF_THE_ACCELERATOR = ("CUDA error", "can't allocate memory")
+"""What its errors say that have no class of their own: cuBLAS's, and a CPU's allocator's."""
+
+Work = Sequence[tuple[Request, Sequence[Span]]]
+"""What each request runs in a step; every one of them has something."""
 
 
 class Runner(Protocol):
@@ -50,7 +55,7 @@ class Stepper:
         self._max_step_tokens = max_step_tokens
         self._max_prefill_tokens = max_prefill_tokens
         self.num_failed = 0
-        """Steps that failed since the last one that did not."""
+        """Steps that the accelerator failed, since the last one that it did not."""
         self._decode_step_s = 0.0
         self.prefill_s_saved = 0.0
         """Seconds that computing what came from a tier would have taken, as each prompt was done."""
@@ -84,43 +89,65 @@ class Stepper:
 
     def step(self) -> bool:
         """Run one step over the batch. False if there was nothing to run."""
-        scheduler = self._scheduler
-        scheduler.grow()
+        self._scheduler.grow()
         work, num_prefilled = self._plan()
         num_decoding = sum(request.phase is Phase.DECODE for request, _ in work)
-        chunks = [
-            Chunk(request.tokens[span.start : span.end], span.start, request.table, span.end == len(request.tokens))
-            for request, spans in work
-            for span in spans
-        ]
         audit_chunks = self._auditor.plan(self._room_for_audits(num_decoding, num_prefilled))
-        if not chunks and not audit_chunks:
+        if not work and not audit_chunks:
             return False
         began = time.perf_counter()
-        try:
-            logits, audit_chunks = self._run(chunks, audit_chunks)
-            choosing = [request for request, spans in work if spans[-1].end == len(request.tokens)]
-            tokens = self._sample(logits[: len(choosing)], choosing)
-        except Exception as error:  # an accelerator out of memory, say: the step is lost, the engine is not
-            log.error("a step failed", requests=len(work), exc_info=error)
-            self.num_failed += 1
-            for request, _ in work:
-                scheduler.fail(request, error)
-            self._auditor.give_way()
+        failed = self._attempt(work, audit_chunks)
+        if failed is not None:
+            self._recover(work, failed)
             return True
-        self.num_failed = 0
-        for request, spans in work:
-            if request.phase is not Phase.OVER:
-                scheduler.computed(request, spans)
-        for request, token in tokens:
-            self._publish(request, token)
-        if audit_chunks:
-            self._compare(audit_chunks, logits[len(choosing) :])
         if num_decoding and not num_prefilled:
             self._decode_step_s += 0.2 * (time.perf_counter() - began - self._decode_step_s)
         if num_prefilled and not num_decoding:  # without a prompt, an audit may have had its part in the time
             self._cost_model.ran([span for _, spans in work for span in spans], time.perf_counter() - began)
         return True
+
+    def _attempt(self, work: Work, audit_chunks: list[Chunk]) -> Exception | None:
+        """Run it all and publish what comes of it; or return what it failed with, and nothing has come of it."""
+        chunks = [
+            Chunk(request.tokens[span.start : span.end], span.start, request.table, span.end == len(request.tokens))
+            for request, spans in work
+            for span in spans
+        ]
+        choosing = [request for request, spans in work if spans[-1].end == len(request.tokens)]
+        try:
+            logits, audit_chunks = self._run(chunks, audit_chunks)
+            tokens = self._sample(logits[: len(choosing)], choosing)
+        except Exception as error:  # an accelerator out of memory, say: the step is lost, the engine is not
+            log.error("a step failed", requests=len(work), exc_info=error)
+            return error.with_traceback(None)  # whose frames hold the accelerator's memory
+        self.num_failed = 0
+        for request, spans in work:
+            if request.phase is not Phase.OVER:
+                self._scheduler.computed(request, spans)
+        for request, token in tokens:
+            self._publish(request, token)
+        if audit_chunks:
+            self._compare(audit_chunks, logits[len(choosing) :])
+        return None
+
+    def _recover(self, work: Work, error: Exception) -> None:
+        """After a step that failed: who can't be run fails, alone, and does not end the others' turns or the worker.
+
+        Each is run once more by itself: a chunk that is run again writes what it wrote.
+        """
+        self._auditor.give_way()
+        num_well = 0
+        for request, spans in work:
+            if request.cancelled:
+                continue
+            failed = self._attempt([(request, spans)], []) if len(work) > 1 else error
+            if failed is None:
+                num_well += 1
+            else:
+                self._scheduler.fail(request, failed)
+                error = failed
+        if not num_well and _is_accelerators(error):
+            self.num_failed += 1
 
     def _run(self, chunks: list[Chunk], audit_chunks: list[Chunk]) -> tuple[torch.Tensor, list[Chunk]]:
         """Run both. Where that fails, the audit is lost, and the turns run once more without it: a chunk that is run
@@ -142,7 +169,7 @@ class Stepper:
             log.error("an audit failed", exc_info=error)
             self._auditor.give_way()
 
-    def _plan(self) -> tuple[list[tuple[Request, list[Span]]], int]:
+    def _plan(self) -> tuple[Work, int]:
         """What each request runs in this step, and how many tokens of prompts that is."""
         decoding = [request for request in self._scheduler.running if request.phase is Phase.DECODE]
         prompts = self._scheduler.prompts
@@ -182,6 +209,12 @@ class Stepper:
             ending = _ending(request)
         if ending is not None:
             self._scheduler.finish(request, ending)
+
+
+def _is_accelerators(error: Exception) -> bool:
+    """Is it the accelerator that failed, and not the request? A worker that lost the one is no use to the others."""
+    kinds = (torch.AcceleratorError, torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(words in str(error) for words in _OF_THE_ACCELERATOR)
 
 
 def _ending(request: Request) -> FinishReason | None:
