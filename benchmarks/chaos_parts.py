@@ -18,8 +18,6 @@ from benchmarks.fault_proxy import FaultProxy
 from cache_store.embedded_redis import RedisServer
 
 _REDIS_TIMEOUT_S = 1.0
-LEASE_S = 4.0
-"""How long a session stays locked when its front end is killed."""
 SILENCE_S = 2.0
 """How long a worker may be frozen before its turns go to the other one."""
 
@@ -38,7 +36,6 @@ _WORKER = {
 }
 _FRONT = {
     "redis_timeout_s": _REDIS_TIMEOUT_S,
-    "lease_s": LEASE_S,
     "worker_silence_s": SILENCE_S,
     "worker_poll_s": 0.2,
     "drain_s": 5.0,
