@@ -12,19 +12,20 @@ from cache_store.memory_records import MemoryRecords
 from cache_store.record_format import SealedFormat
 from cache_store.records import RecordStore
 from cache_store.redis_errors import refused_url
-from cache_store.redis_records import RedisRecords
-from cache_store.redis_sentinel import SENTINEL_SCHEME, parse_sentinel_url
+from cache_store.redis_records import MOST_AT_ONCE, RedisRecords
+from cache_store.redis_sentinel import is_sentinel_url, parse_sentinel_url
 from cache_store.sealing import Keyring, Purpose
 
-_MAX_CONNECTIONS = 64
+_MAX_CONNECTIONS = MOST_AT_ONCE + 8
+"""To a server: some are asked by redis-py itself, who serves what. Beyond them a Cluster's client fails at once."""
 
 
 def open_records(url: str, *, timeout_s: float = 2.0, keyring: Keyring | None = None) -> RecordStore:
     """Open the store that `url` names; nothing is connected yet. Raises InvalidRequest for a URL that can't be used.
 
     redis://, rediss:// and unix:// name one server, redis+cluster:// and rediss+cluster:// any node of a Redis
-    Cluster; redis+sentinel:// asks Sentinels for the server; memory:// (or nothing) keeps records in this process.
-    With a `keyring`, what leaves it is sealed.
+    Cluster; redis+sentinel:// and rediss+sentinel:// ask Sentinels for the server; memory:// (or nothing) keeps records
+    in this process. With a `keyring`, what leaves it is sealed.
     """
     if url in ("", "memory://"):
         return MemoryRecords()
@@ -40,10 +41,10 @@ def open_records(url: str, *, timeout_s: float = 2.0, keyring: Keyring | None = 
             node = scheme.removesuffix("+cluster") + separator + rest
             cluster = RedisCluster.from_url(node, retry=retry, max_connections=_MAX_CONNECTIONS, **sockets)
             return RedisRecords(cluster, timeout_s=2 * timeout_s, record_format=record_format)
-        if url.startswith(SENTINEL_SCHEME):
+        if is_sentinel_url(url):
             named = parse_sentinel_url(url)
-            sentinel = Sentinel(named.sentinels, sentinel_kwargs=sockets)  # type: ignore[no-untyped-call]
-            primary = sentinel.master_for(named.service, retry=retry, **sockets, **named.login)
+            sentinel = Sentinel(named.sentinels, sentinel_kwargs=named.to_sentinels | sockets)  # type: ignore[no-untyped-call]
+            primary = sentinel.master_for(named.service, retry=retry, **sockets, **named.to_servers)
             return RedisRecords(primary, timeout_s=2 * timeout_s, asked=sentinel.sentinels, record_format=record_format)
         pool = BlockingConnectionPool.from_url(
             url, max_connections=_MAX_CONNECTIONS, timeout=timeout_s, retry=retry, **sockets

@@ -19,7 +19,7 @@ from redis.sentinel import Sentinel, SentinelConnectionPool
 
 from cache_store.errors import InvalidRequest, StoreUnavailable
 from cache_store.redis_errors import DeadlinePassed, ours, refused_url
-from cache_store.redis_sentinel import SENTINEL_SCHEME, parse_sentinel_url
+from cache_store.redis_sentinel import is_sentinel_url, parse_sentinel_url
 from cache_store.resp import Wire
 
 _CLUSTER_SCHEMES = {"redis+cluster://": "redis://", "rediss+cluster://": "rediss://"}
@@ -104,8 +104,9 @@ class SentinelLink(RedisLink):
 
     def _make_pool(self, url: str, settings: dict[str, Any]) -> ConnectionPool:
         named = parse_sentinel_url(url)
-        self._sentinel = Sentinel(named.sentinels, sentinel_kwargs=self._timeouts(self.timeout_s))  # type: ignore[no-untyped-call]
-        return SentinelConnectionPool(named.service, self._sentinel, **settings, **named.login)  # type: ignore[no-untyped-call]
+        asking = named.to_sentinels | self._timeouts(self.timeout_s)
+        self._sentinel = Sentinel(named.sentinels, sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
+        return SentinelConnectionPool(named.service, self._sentinel, **settings, **named.to_servers)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         super().close()
@@ -176,9 +177,10 @@ def link_to(url: str, *, timeout_s: float) -> RedisLink:
     for scheme, plain in _CLUSTER_SCHEMES.items():
         if url.startswith(scheme):
             return ClusterLink(plain + url.removeprefix(scheme), timeout_s=timeout_s)
-    if url.startswith(SENTINEL_SCHEME):
+    if is_sentinel_url(url):
         return SentinelLink(url, timeout_s=timeout_s)
     if not url.startswith(_SCHEMES):
-        known = ", ".join((*_SCHEMES, *_CLUSTER_SCHEMES, SENTINEL_SCHEME, "memory://"))
-        raise InvalidRequest("redis_url", f"must start with one of {known}, got {url.split('@')[-1]!r}")
+        known = ", ".join((*_SCHEMES, *_CLUSTER_SCHEMES, "redis+sentinel://", "rediss+sentinel://", "memory://"))
+        scheme = url.partition(":")[0]  # the rest may have a password, before the host or as an option
+        raise InvalidRequest("redis_url", f"must start with one of {known}, got {scheme!r}")
     return RedisLink(url, timeout_s=timeout_s)

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
 from redis.asyncio import Redis
@@ -34,6 +34,8 @@ from cache_store.redis_errors import ours
 from cache_store.redis_index import Entry, cursor, index_key, member, parse_member, token_of
 from cache_store.store import ServerInfo
 
+MOST_AT_ONCE: Final = 64
+"""Calls that are made at the same time; more wait, as long as they may. Each takes a connection."""
 _GONE_MS = 300_000
 """How long a released holder can't lock again: longer than what it sent stays on its way."""
 _PAGE_ENTRIES = 500
@@ -74,6 +76,7 @@ class RedisRecords:
         self._format = record_format or PlainFormat()
         self._counts = RedisCounts(redis)
         self._late = LateReleases(self._release)
+        self._places = asyncio.Semaphore(MOST_AT_ONCE)
 
     async def create(self, record: SessionRecord, *, quota: Quota = NO_QUOTA) -> None:
         index, entry = index_key(record.tenant), member(record.created_ms, record.session_id)
@@ -275,7 +278,7 @@ class RedisRecords:
         assert task is not None
         cancelled_before = task.cancelling()
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._timeout_s), self._places:
                 with ours(doing):
                     yield
         except TimeoutError as error:

@@ -69,8 +69,9 @@ class ServerConfig:
 
     redis_url: str = field(default="redis://127.0.0.1:6379", repr=False)  # it may have a password
     """redis://, rediss:// or unix:// for the server that keeps sessions; redis+cluster:// or rediss+cluster:// for a
-    Redis Cluster; redis+sentinel://host:port/service for whatever Sentinel says; memory:// (or nothing) keeps them in
-    this process, for tests."""
+    Redis Cluster; redis+sentinel://host:port/service (rediss+sentinel:// with TLS; sentinel_username and
+    sentinel_password as options) for whatever Sentinel says; memory:// (or nothing) keeps them in this process, for
+    tests."""
 
     master_keys: str = ""
     """Where the keys are read from that seal conversations and KV in Redis and on disk, on each machine: file:PATH,

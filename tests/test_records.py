@@ -462,3 +462,8 @@ async def test_a_thousand_reads_at_once_share_few_connections(redis_url: str) ->
     with redis.Redis.from_url(redis_url) as client:
         assert client.info("clients")["connected_clients"] < 100
     await store.aclose()
+
+
+async def test_more_callers_than_connections_are_all_answered(records: RecordStore) -> None:
+    await records.create(new_record())
+    assert len(await asyncio.gather(*(records.get("t", "s") for _ in range(300)))) == 300

@@ -64,8 +64,8 @@ class WorkerConfig:
 
     redis_url: str = field(default="redis://127.0.0.1:6379", repr=False)  # it may have a password
     """redis://, rediss:// or unix:// for the shared tier; redis+cluster:// or rediss+cluster:// for a Redis Cluster;
-    redis+sentinel://host:port/service for whatever Sentinel says; memory:// keeps it in the worker (for tests); empty
-    does without."""
+    redis+sentinel://host:port/service (rediss+sentinel:// with TLS; sentinel_username and sentinel_password as
+    options) for whatever Sentinel says; memory:// keeps it in the worker (for tests); empty does without."""
 
     master_keys: str = ""
     """Where the keys are read from that seal conversations and KV in Redis and on disk, on each machine: file:PATH,
