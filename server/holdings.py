@@ -71,7 +71,8 @@ class Holdings:
     def choose(
         self, prompt: Prompt, able: Collection[Worker], *, model: str = "", last_worker_id: str = ""
     ) -> Worker | None:
-        """The worker where the prompt costs least, of those that are able. None where too little is known.
+        """The worker where the prompt costs least, of those that are able. None where too little is known: nothing, or
+        not what the session's last worker holds.
 
         Workers of the session's own model come first: only they can use its KV.
         """
@@ -172,6 +173,8 @@ class _Model:
         self.index.leave(worker_id)
 
     def choose(self, prompt: Prompt, able: Collection[str], last_worker_id: str) -> str | None:
+        if last_worker_id in able and not self.index.knows(last_worker_id):
+            return None  # this front end has just started, or that worker: it may hold all of it
         names = self._names_of(prompt)
         if not names:
             return None  # a prompt like any other: by load alone

@@ -154,6 +154,10 @@ class RoutingIndex:
         """Workers work off what they have to do. (Knows no clock: call it before reports and choices.)"""
         self._costs.work_off(seconds)
 
+    def knows(self, worker_id: str) -> bool:
+        """Has it told, without a gap, what it holds?"""
+        return worker_id in self._next_number
+
     def held(self, chain: Sequence[bytes]) -> Mapping[str, tuple[int, int]]:
         """How many of the blocks each worker has on its device, and on its host tier alone; those that have any."""
         segments = self._holders.segments(chain, 2 * len(chain) + 2)

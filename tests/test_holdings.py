@@ -10,7 +10,8 @@ import pytest
 from cache_store.ids import BlockHash, root_hash
 from cache_store.records import SessionRecord
 from protos import rekindle_pb2 as pb
-from server.holdings import Prompt
+from protos import rekindle_worker_pb2 as wpb
+from server.holdings import Prompt, _Model
 from server.relay import Turn
 from tests.engines import TENANT, EngineFactory, generate, start
 from tests.fake_engine import FakeEngine
@@ -189,6 +190,20 @@ def alone() -> Iterator[Sequence[WorkerProcess]]:
     with WorkerProcess("0") as first, WorkerProcess("1") as second:
         assert first.address != second.address
         yield first, second
+
+
+def test_a_session_is_not_taken_from_its_worker_only_because_that_has_not_told_yet_what_it_holds() -> None:
+    model = _Model(wpb.DescribeReply(block_tokens=4, block_bytes=100, names_from=bytes(16)))
+    told = wpb.BlockEvents(number=1, is_snapshot=True, load=wpb.Load(token_s=0.01, host_byte_s=1e-6))
+    prompt = Prompt("t", "raw", range(16), key="s")
+    model.take("other", told)
+    assert model.choose(prompt, ["other", "last"], "") == "other"
+    assert model.choose(prompt, ["other", "last"], "last") is None
+    assert model.choose(prompt, ["other"], "last") == "other", "it has gone"
+    model.take("last", told)
+    assert model.choose(prompt, ["other", "last"], "last") == "last"
+    model.leave("last")
+    assert model.choose(prompt, ["other", "last"], "last") is None
 
 
 @pytest.fixture
