@@ -70,11 +70,18 @@ class PlainFormat:
     def read(self, tenant: str, session_id: str, kept: Kept) -> SessionRecord:
         if b"seal" in kept.meta:
             raise RecordUnreadable(f"the record of session {session_id} is sealed, and there are no master keys here")
-        return replace(
-            read_meta(tenant, session_id, kept.meta),
-            turns=tuple(read_turn(entry) for entry in kept.entries),
-            token_ids=read_tokens(kept.tokens),
-        )
+        try:
+            record = replace(
+                read_meta(tenant, session_id, kept.meta),
+                turns=tuple(read_turn(entry) for entry in kept.entries),
+                token_ids=read_tokens(kept.tokens),
+            )
+        except (ValueError, KeyError, struct.error) as error:
+            raise RecordUnreadable(f"the record of session {session_id} is damaged") from error
+        if len(record.token_ids) != record.num_tokens or (record.version and not record.turns):
+            # A Redis that evicts whatever it likes takes one of a record's keys and leaves the others.
+            raise RecordUnreadable(f"of the record of session {session_id} a part is missing")
+        return record
 
 
 class SealedFormat:

@@ -9,7 +9,16 @@ import pytest
 import redis
 
 from cache_store.embedded_redis import RedisServer
-from cache_store.errors import InvalidRequest, SessionBusy, SessionExists, SessionNotFound, StoreFull, StoreUnavailable
+from cache_store.errors import (
+    InvalidRequest,
+    RecordUnreadable,
+    SessionBusy,
+    SessionExists,
+    SessionNotFound,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+)
 from cache_store.open_records import open_records
 from cache_store.records import RecordStore, SessionRecord, TurnRecord, check_session_id
 from tests.keyrings import keyring
@@ -371,6 +380,32 @@ async def test_a_record_from_before_there_were_codecs_is_raw(redis_url: str) -> 
     with redis.Redis.from_url(redis_url) as client:
         assert client.hdel("rekindle:{t/s}:meta", "codec") == 1
     assert (await store.get("t", "s")).codec == "raw"
+    await store.aclose()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [("del", "tokens"), ("del", "turns"), ("hdel", "meta", "version"), ("hset", "meta", "ttl_s", "x"),
+     ("append", "tokens", "x"), ("rpush", "turns", "x")],
+    ids=" ".join,
+)  # fmt: skip
+async def test_a_record_of_which_a_part_is_lost_or_damaged_is_refused_and_not_gone_on_with(
+    redis_url: str, damage: tuple[str, ...]
+) -> None:
+    store = open_records(redis_url)
+    await store.create(new_record())
+    await take_turn(store, "s", [1, 2, 3])
+    verb, part, *words = damage
+    with redis.Redis.from_url(redis_url) as client:
+        client.execute_command(verb, f"rekindle:{{t/s}}:{part}", *words)
+    with pytest.raises(RecordUnreadable):
+        await store.get("t", "s")
+    with pytest.raises((RecordUnreadable, StoreError)):
+        await store.begin("t", "s", holder="h", lease_s=60)
+    with pytest.raises((RecordUnreadable, StoreError)):
+        await store.delete("t", "s")
+    with pytest.raises(SessionNotFound):
+        await store.get("t", "s")
     await store.aclose()
 
 
