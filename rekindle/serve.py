@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from secrets import token_hex
 
 from rich.console import Console
 
@@ -114,7 +115,7 @@ def _with_redis(settings: Settings) -> Iterator[Settings]:
     if not settings.system.embedded_redis:
         yield settings
         return
-    with RedisServer() as redis:
+    with RedisServer(password=token_hex()) as redis:  # loopback is for all users of this machine
         yield replace(
             settings,
             server=replace(settings.server, redis_url=redis.url),

@@ -1,11 +1,13 @@
-"""What `rekindle serve` gives its workers to keep host memory in, and takes away again."""
+"""What `rekindle serve` has for its workers as long as it lives: a folder to keep host memory in, and a Redis."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
-from rekindle.serve import _with_host_folder
+from cache_store.open_records import open_records
+from rekindle.serve import _with_host_folder, _with_redis
 from rekindle.settings import Settings
 
 
@@ -37,3 +39,17 @@ def test_a_folder_that_was_chosen_stays_and_none_is_made_for_workers_elsewhere_o
 ) -> None:
     with _with_host_folder(settings(**values)) as given:
         assert given == settings(**values)
+
+
+async def test_the_redis_that_comes_along_knows_front_end_and_workers_and_nobody_else() -> None:
+    with _with_redis(settings(embedded_redis=True)) as given:
+        url = given.server.redis_url
+        assert given.worker.redis_url == url
+        records = open_records(url)
+        assert await records.available()
+        await records.aclose()
+        with (
+            redis.Redis(port=int(url.rpartition(":")[2]), protocol=2) as stranger,
+            pytest.raises(redis.AuthenticationError),
+        ):
+            stranger.ping()
