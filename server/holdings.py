@@ -6,7 +6,6 @@ where nothing is, nobody is chosen, and the caller chooses by load alone.
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from dataclasses import dataclass
 import structlog
 
 from cache_store.codecs import fidelity_of
-from cache_store.ids import DIGEST_BYTES, BlockHash, chain, root_hash
+from cache_store.ids import DIGEST_BYTES, BlockHash, root_hash
 from protos import rekindle_worker_pb2 as wpb
 from server.block_holders import Tier
+from server.block_names import BlockNames
 from server.directory import Worker, WorkerDirectory
 from server.errors import WorkerLost, WorkerRefused
 from server.routing_index import BlocksChanged, RoutingIndex, Snapshot, WorkerCosts
@@ -26,8 +26,6 @@ _AGAIN_S = 1.0
 """Before a worker whose stream has ended is asked again,"""
 _REFUSED_S = 60.0
 """and one that refuses to tell: an older one doesn't know the question."""
-_MOST_SESSIONS = 4096
-"""Whose blocks' names are kept, to be prolonged by each turn."""
 
 _log = structlog.get_logger(__name__)
 
@@ -129,11 +127,10 @@ class _Model:
     def __init__(self, told: wpb.DescribeReply, now: Callable[[], float] = time.monotonic) -> None:
         self.index = RoutingIndex(block_tokens=told.block_tokens, block_bytes=told.block_bytes)
         self._names_from = told.names_from
-        self._block_tokens = told.block_tokens
         self._now = now
         self._now_s = now()
         """Until when the index has counted time."""
-        self._names: OrderedDict[tuple[BlockHash, str, int], list[BlockHash]] = OrderedDict()
+        self._names = BlockNames(told.block_tokens)
 
     def take(self, worker_id: str, event: wpb.BlockEvents) -> bool:
         """False: events were lost."""
@@ -191,18 +188,10 @@ class _Model:
         self._now_s = now_s
 
     def _names_of(self, prompt: Prompt) -> Sequence[BlockHash]:
-        """Of the prompt's full blocks. A session's are kept: a history only grows."""
+        """Of the prompt's full blocks."""
         root = root_hash(self._names_from, prompt.tenant, fidelity_of(prompt.codec))
-        size, tokens = self._block_tokens, prompt.tokens
-        names = self._names.pop((root, prompt.key, prompt.created_ms), []) if prompt.created_ms else []
-        del names[len(tokens) // size :]
-        for start in range(len(names) * size, len(tokens) // size * size, size):
-            names.append(chain(names[-1] if names else root, tokens[start : start + size]))
-        if prompt.created_ms:
-            self._names[root, prompt.key, prompt.created_ms] = names
-            if len(self._names) > _MOST_SESSIONS:
-                self._names.popitem(last=False)
-        return names
+        session = (root, prompt.key, prompt.created_ms) if prompt.created_ms else None
+        return self._names.of(prompt.tokens, root, session)
 
 
 def _unpacked(packed: bytes) -> list[bytes]:
