@@ -2,9 +2,8 @@
 
 import asyncio
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
@@ -30,6 +29,7 @@ from server.app import Application
 from server.config import ServerConfig
 from server.directory import StaticAddresses
 from server.router import Candidate, choose
+from tests.forked_worker import fork_worker
 from worker.engine.prefix import wanted_by_history
 from worker.model.presets import preset_config, random_model
 
@@ -54,16 +54,14 @@ class WorkerProcess:
         self.worker_id = worker_id
         drain_s = settings.pop("drain_s", 2)
         config = json.dumps(_WORKER_SETTINGS | settings)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker", "--worker-id", worker_id, "--drain-s", str(drain_s), "--config", config],
-            stdout=subprocess.PIPE,
+        self._process, self._output = fork_worker(
+            "--worker-id", worker_id, "--drain-s", str(drain_s), "--config", config
         )
 
     @cached_property
     def _addresses(self) -> dict[str, str]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"the worker did not start: exit status {self._process.wait()}"
+        line = self._output.readline()
+        assert line, f"the worker did not start: exit status {self._wait(15)}"
         addresses: dict[str, str] = json.loads(line)
         return addresses
 
@@ -79,19 +77,28 @@ class WorkerProcess:
     def leave(self, *, within_s: float) -> None:
         """Tell it to go, as whoever rolls out a new version would, and wait until it has."""
         self._process.terminate()
-        assert self._process.wait(within_s) == 0
+        assert self._wait(within_s) == 0
 
     def kill(self) -> None:
         """End it as a crash would, and wait until it is gone."""
         self._process.kill()
-        self._process.wait()
+        self._process.join()
 
     def freeze(self) -> None:
         """Stop it where it is, its connections open."""
-        self._process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        self._process.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def _wait(self, within_s: float) -> int | None:
+        """Its exit status, or None if it still runs after `within_s`."""
+        self._process.join(within_s)
+        return self._process.exitcode
 
     def __enter__(self) -> Self:
         return self
@@ -101,13 +108,11 @@ class WorkerProcess:
     ) -> None:
         self._process.terminate()
         try:
-            self._process.wait(15)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
+            assert self._wait(15) is not None, f"worker {self.worker_id} did not end"
         finally:
-            assert self._process.stdout is not None
-            self._process.stdout.close()
+            self.kill()
+            self._process.close()
+            self._output.close()
 
 
 class System:
