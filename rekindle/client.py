@@ -291,6 +291,8 @@ class Generation:
                 return
             self._call = await self._start(self._request, deadline_s - time.monotonic())
             try:
+                if self._cancelled:  # meanwhile
+                    return
                 async for delta in self._receive():
                     yield delta
                 return

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import grpc
 import structlog
 
 from cache_store.codecs import fidelity_of
@@ -24,8 +25,8 @@ from server.routing_index import BlocksChanged, RoutingIndex, Snapshot, WorkerCo
 _SWEEP_S = 0.5
 _AGAIN_S = 1.0
 """Before a worker whose stream has ended is asked again,"""
-_REFUSED_S = 60.0
-"""and one that refuses to tell: an older one doesn't know the question."""
+_OLDER_S = 60.0
+"""and one that doesn't know the question."""
 
 _log = structlog.get_logger(__name__)
 
@@ -74,13 +75,14 @@ class Holdings:
 
         Workers of the session's own model come first: only they can use its KV.
         """
-        by_id = {worker.worker_id: worker for worker in able}
         fingerprints = {worker.description.fingerprint for worker in able}
         if len(fingerprints) != 1 and model not in fingerprints:
             return None
-        chosen_model = self._models.get(model if model in fingerprints else next(iter(fingerprints)))
+        fingerprint = model if model in fingerprints else next(iter(fingerprints))
+        chosen_model = self._models.get(fingerprint)
         if chosen_model is None:
             return None
+        by_id = {worker.worker_id: worker for worker in able if worker.description.fingerprint == fingerprint}
         worker_id = chosen_model.choose(prompt, by_id.keys(), last_worker_id)
         return by_id.get(worker_id) if worker_id is not None else None
 
@@ -101,6 +103,7 @@ class Holdings:
         """One worker's events, until its stream ends; then it holds nothing that we know of."""
         told = worker.description
         model = self._models.setdefault(told.fingerprint, _Model(told))
+        is_older = False
         try:
             async with aclosing(worker.client.watch()) as events:
                 async for event in events:
@@ -109,11 +112,13 @@ class Holdings:
                         return
         except WorkerRefused as error:
             _log.info("worker's blocks are unknown", worker=worker.worker_id, error=str(error))
-            await asyncio.sleep(_REFUSED_S)
+            is_older = error.code is grpc.StatusCode.UNIMPLEMENTED
         except WorkerLost as error:
             _log.info("worker's blocks are forgotten", worker=worker.worker_id, error=str(error))
         finally:
             model.leave(worker.worker_id)
+        if is_older:  # one that leaves, say, may be back under its name in a moment
+            await asyncio.sleep(_OLDER_S)
 
     async def _keep_sweeping(self) -> None:
         while True:

@@ -25,9 +25,7 @@ def test_names_are_kept_of_the_sessions_that_came_last_and_never_more_than_may_b
     assert len(names) == 8
     assert names.of(TOKENS, ROOT, None) == right(100)
     assert len(names) == 8
-    assert names.of(TOKENS[::-1][:64], ROOT, "a") == right(
-        64
-    )  # kept: not made again
+    assert names.of(TOKENS[::-1][:64], ROOT, "a") == right(64)  # kept: not made again
     assert names.of(TOKENS[:64], ROOT, "b") == right(64)
     assert len(names) == 8
 

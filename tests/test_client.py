@@ -12,7 +12,7 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 
 from protos import rekindle_pb2 as pb
 from rekindle import errors
-from rekindle.client import Client
+from rekindle.client import Client, Generation
 from rekindle.sync_client import Client as PlainClient
 from tests.scripted_front_end import Script, ScriptedFrontEnd, delta, finished, refuse, serving
 
@@ -187,6 +187,25 @@ async def test_a_turn_cancelled_before_it_started_sends_nothing(front_end: Scrip
     generation.cancel()
     assert await generation.read() == ""
     assert front_end.requests == []
+
+
+async def test_a_turn_cancelled_while_it_waits_for_a_connection_is_not_run(
+    front_end: ScriptedFrontEnd, client: Client
+) -> None:
+    front_end.turns = [reply]
+    connected = asyncio.Event()
+
+    async def start(request: pb.GenerateRequest, timeout_s: float) -> Any:
+        await connected.wait()
+        return await client._start_turn(request, timeout_s)
+
+    generation = Generation(start, pb.GenerateRequest(text="hello"), 10.0)
+    reading = asyncio.create_task(generation.read())
+    await asyncio.sleep(0)
+    generation.cancel()
+    connected.set()
+    assert await reading == ""
+    assert generation.finished is None
 
 
 async def test_a_deadline_ends_a_turn(front_end: ScriptedFrontEnd, client: Client) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 
@@ -11,17 +12,19 @@ from cache_store.ids import BlockHash, root_hash
 from cache_store.records import SessionRecord
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
+from protos.status import abort
 from server.holdings import Prompt, _Model
 from server.relay import Turn
 from tests.engines import TENANT, EngineFactory, generate, start
 from tests.fake_engine import FakeEngine
-from tests.fake_worker import front_end
+from tests.fake_worker import FakeWorker, front_end
 from tests.systems import System, WorkerProcess, chat, eventually, running_system, session_for
 from worker.block_changes import BlockChanges
 from worker.calls import BlocksHeld
 from worker.engine.prefix import full_names
 from worker.errors import Draining
 from worker.publisher import Publisher
+from worker.status import failure_of
 
 
 def name(number: int) -> BlockHash:
@@ -182,6 +185,29 @@ async def test_what_is_known_of_a_sessions_next_prompt_is_what_was_committed() -
         assert relay._prompt(Turn("t", request, "r", None, record=record)).tokens == (5, 6, 7)
         request.session_id = ""
         assert relay._prompt(Turn("t", request, "r", None)).tokens == (8, 9)
+
+
+async def test_a_worker_that_was_leaving_is_followed_as_soon_as_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    async def watch(worker: FakeWorker, request: wpb.WatchRequest, context: Any) -> AsyncIterator[wpb.BlockEvents]:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            await abort(context, failure_of(Draining("this worker is leaving"), "fake"))
+        yield wpb.BlockEvents(number=1, is_snapshot=True, load=wpb.Load(token_s=0.01))
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(FakeWorker, "Watch", watch)
+    async with front_end(1) as front:
+        holdings, able = front.app._holdings, front.app.directory.living()
+
+        async def is_followed() -> bool:
+            return holdings.choose(Prompt("t", "raw", range(32), key="any"), able) is not None
+
+        await eventually(is_followed)
+        able[0].description = wpb.DescribeReply(fingerprint="another")
+        assert holdings.choose(Prompt("t", "raw", range(32), key="any"), able, model="f00d") is None
 
 
 @pytest.fixture(scope="module")

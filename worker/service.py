@@ -83,12 +83,7 @@ class WorkerService(WorkerServicer):
                 call_id=f"{request.request_id}#{next(self._numbers)}",  # a retry may overtake what it replaces
                 deadline_s=_deadline_s(context),
             )
-            reply = Reply(
-                self._codec.detokenizer(call.input or call.history),
-                translate.stops_of(request.sampling),
-                begun=call.begun,
-                num_sent=request.begun.text_characters,
-            )
+            reply = await self._reply(request, call)
             stream = EventStream()
             self._engine.submit(call, self._crossing.into(stream))
             try:
@@ -96,6 +91,19 @@ class WorkerService(WorkerServicer):
                 await self._relay(call, reply, stream, context)
             finally:
                 self._engine.cancel(call.request_id)
+
+    async def _reply(self, request: wpb.WorkerGenerateRequest, call: GenerateCall) -> Reply:
+        """What of it was said elsewhere is detokenized on a thread: whose worker was lost come all at once."""
+
+        def begin() -> Reply:
+            return Reply(
+                self._codec.detokenizer(call.input or call.history),
+                translate.stops_of(request.sampling),
+                begun=call.begun,
+                num_sent=request.begun.text_characters,
+            )
+
+        return await self._in_thread(begin) if call.begun else begin()
 
     async def _relay(self, call: GenerateCall, reply: Reply, stream: EventStream, context: Context) -> None:
         """Send what the engine says until it says that it is done."""
