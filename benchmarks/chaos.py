@@ -15,7 +15,7 @@ from benchmarks.harness import Bar, at_least, at_most, finish
 
 _SPEAKERS = 6
 _SETTLE_S = 30.0
-_SPARE_DESCRIPTORS = 16
+SPARE_DESCRIPTORS = 16
 """Connections that come and go: to clients, to Redis, of a scrape."""
 _SPARE_BYTES = 64 << 20
 """What an allocator keeps for the next time."""
@@ -74,17 +74,17 @@ async def _endure(
         await asyncio.gather(rage(), talking)
     finally:
         await clients.aclose()
-    return storm.recoveries, await _aftermath(system, before)
+    return storm.recoveries, await settled(system, before)
 
 
-async def _aftermath(system: Deployment, before: dict[str, Use]) -> Aftermath:
+async def settled(system: Deployment, before: dict[str, Use]) -> Aftermath:
     """Look when all is quiet. What still shrinks is waited for."""
     give_up_s = time.monotonic() + _SETTLE_S
     while True:
         now = {part.name: part.use() for part in system.parts}
         descriptors = max(now[name].descriptors - before[name].descriptors for name in now)
         grown_bytes = max(now[name].memory_bytes - before[name].memory_bytes for name in now)
-        if descriptors <= _SPARE_DESCRIPTORS or time.monotonic() > give_up_s:
+        if descriptors <= SPARE_DESCRIPTORS or time.monotonic() > give_up_s:
             break
         await asyncio.sleep(0.5)
     unbalanced = {worker.name: problem for worker in system.workers if (problem := await _check(worker))}
@@ -129,6 +129,6 @@ def _bars(tally: Tally, recoveries: Sequence[Recovery], aftermath: Aftermath) ->
         at_most("stuck calls", tally.stuck, 0),
         at_most("other problems", len(tally.problems), 0),
         at_most("workers whose blocks don't balance", len(aftermath.unbalanced), 0),
-        at_most("descriptors more than before", aftermath.grown_descriptors, _SPARE_DESCRIPTORS),
+        at_most("descriptors more than before", aftermath.grown_descriptors, SPARE_DESCRIPTORS),
         at_most("MiB more than before", aftermath.grown_bytes / 2**20, _SPARE_BYTES / 2**20),
     ]

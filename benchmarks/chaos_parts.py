@@ -21,7 +21,7 @@ _REDIS_TIMEOUT_S = 1.0
 SILENCE_S = 2.0
 """How long a worker may be frozen before its turns go to the other one."""
 
-_WORKER = {
+WORKER = {
     "model": "rekindle-recall",
     # A block that is lost is computed again in another batch. In bfloat16 that rounds otherwise, and where two tokens
     # are about equally likely the reply goes otherwise too: no fault of anybody's, and not to be told from one.
@@ -63,7 +63,9 @@ class Deployment:
 
 
 @contextmanager
-def deployment(*, seed: int, on_ray: bool = False) -> Iterator[Deployment]:
+def deployment(
+    *, seed: int, on_ray: bool = False, worker_settings: Mapping[str, object] = WORKER
+) -> Iterator[Deployment]:
     """Start everything; nothing is up yet when this yields. `on_ray`: workers are actors, started again by Ray."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rekindle-chaos-")))
@@ -73,7 +75,7 @@ def deployment(*, seed: int, on_ray: bool = False) -> Iterator[Deployment]:
         redis_url = f"redis://127.0.0.1:{proxy.port}"
         plans = {"0": "load", "1": "auto"}  # one worker that waits for Redis, and one that weighs it
         configs = {
-            number: _WORKER | {"redis_url": redis_url, "restore_plan": plan, "host_cache_dir": slabs}
+            number: {**worker_settings, "redis_url": redis_url, "restore_plan": plan, "host_cache_dir": slabs}
             for number, plan in plans.items()
         }
         places = folder / "places"
