@@ -4,6 +4,7 @@ CONFIG is ServerConfig as a JSON object; PLACES a JSON file with each worker's a
 """
 
 import asyncio
+import gc
 import json
 import signal
 import sys
@@ -32,6 +33,8 @@ async def _serve(config: ServerConfig, places: Path) -> None:
     front_end = Application.build(config, _Places(places))
     try:
         await front_end.start()
+        gc.collect()
+        gc.freeze()  # as `rekindle serve` does
         print(json.dumps({"address": front_end.address, "metrics_address": front_end.metrics_address}), flush=True)
         await stopped.wait()
         await front_end.drain()

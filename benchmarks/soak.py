@@ -95,7 +95,7 @@ async def _soak(
 
 
 def _uses(system: Deployment) -> dict[str, Use]:
-    """Of every process; this one has the clients and the proxy in front of Redis."""
+    """Of every process but the proxy; the users live in this one."""
     parts = {part.name: part.use() for part in system.parts}
     return parts | {"redis": use_of(system.redis.pid), "users": use_of(os.getpid())}
 

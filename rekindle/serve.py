@@ -1,6 +1,7 @@
 """The whole system in one piece: Redis if asked for, Ray, workers, front end; and its end, in the opposite order."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ async def _serve(settings: Settings, console: Console) -> None:
     with StopSignals() as signals:
         async with running_system(settings, console, signals) as system:
             front_end = system.front_end
+            gc.collect()
+            gc.freeze()  # from now on the collector looks for turns' garbage, and past what is here to stay
             print(f"listening on {front_end.address}, metrics on http://{front_end.metrics_address}/", flush=True)
             await asyncio.Event().wait()  # until a signal
 

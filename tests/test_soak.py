@@ -14,7 +14,7 @@ PROCESSES = {"worker 0", "worker 1", "front end 0", "front end 1", "redis", "use
 
 @pytest.mark.slow
 def test_a_short_soak_reports_on_every_process(capsys: pytest.CaptureFixture[str]) -> None:
-    status = run(minutes=0.05, conversations=1, as_json=True)
+    status = run(minutes=0.1, conversations=1, as_json=True)
     said = json.loads(capsys.readouterr().out)
     figures = said["figures"]
     assert status == (0 if all(bar["holds"] for bar in said["bars"]) else 1)

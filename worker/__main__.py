@@ -11,6 +11,7 @@ import sys
 
 from cache_store.errors import ServingError
 from worker.app import WorkerApp
+from worker.collector import look_past_what_is_there
 from worker.config import ConfigError, WorkerConfig
 from worker.logs import set_up_logs
 
@@ -28,6 +29,7 @@ async def _serve(worker_id: str, config: WorkerConfig, port: int, drain_s: float
         task.add_done_callback(checks.discard)
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, check)
+    look_past_what_is_there()
     # One line for whoever started this process and waits for it to be up.
     _say({"address": app.address, "metrics_address": app.metrics_address})
     await stopped.wait()
