@@ -22,7 +22,7 @@ class LateReleases:
 
     def __init__(self, release: Callable[[str, str, str], Awaitable[None]]) -> None:
         self._release = release
-        self._owed: dict[tuple[str, str, str], None] = {}  # oldest first
+        self._owed: dict[tuple[str, str, str], None] = {}  # in the order in which they are tried
         self._task: asyncio.Task[None] | None = None
 
     def add(self, tenant: str, session_id: str, holder: str, error: StoreUnavailable) -> None:
@@ -45,6 +45,8 @@ class LateReleases:
             try:
                 await self._release(*oldest)
             except StoreUnavailable:
+                if oldest in self._owed:  # behind the others: of a Cluster only a part may be away
+                    self._owed[oldest] = self._owed.pop(oldest)
                 await asyncio.sleep(_PAUSE_S)
                 continue
             except StoreError as error:

@@ -121,7 +121,8 @@ def _penalize_(scores: torch.Tensor, row: RowState) -> None:
     sampling = row.sampling
     if row.seen is not None:
         penalty = sampling.repetition_penalty
-        torch.where(row.seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores, out=scores)
+        # 0 is multiplied: CUDA divides by the reciprocal, that of 1e-40 is infinite, and 0 times that is no number.
+        torch.where(row.seen, torch.where(scores <= 0, scores * penalty, scores / penalty), scores, out=scores)
     if row.counts is not None:
         scores -= sampling.frequency_penalty * row.counts + sampling.presence_penalty * (row.counts > 0)
 
