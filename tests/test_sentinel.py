@@ -72,7 +72,7 @@ async def test_sentinels_that_ask_for_a_password_are_given_it(watched_redis: Wat
     records = open_records(watched_redis.url + login)
     assert (await records.info()).used_bytes > 0
     await records.aclose()
-    stranger = open_records(watched_redis.url)
+    stranger = open_records(watched_redis.url, timeout_s=0.5)
     with pytest.raises(StoreUnavailable):
         await stranger.info()
     await stranger.aclose()
