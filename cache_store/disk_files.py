@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from cache_store.errors import BlockCorrupt, BlockForeign
 from cache_store.frame import Framer
-from cache_store.ids import DIGEST_BYTES, LADDER_MARK, BlockHash
+from cache_store.ids import DIGEST_BYTES, LADDER_MARK, MARK_BYTES, BlockHash
 from cache_store.store import Encoding, Fetch, Store
 
-_NAME = re.compile(rf"(?:[0-9a-f]{{2}}){{{DIGEST_BYTES}}}(?:{LADDER_MARK.hex()})?")
+_NAME = re.compile(rf"(?:[0-9a-f]{{2}}){{{DIGEST_BYTES + MARK_BYTES}}}(?:{LADDER_MARK.hex()})?")
 _PIECE_BYTES = 256 * 1024
 """Read at once: what was read is still in the processor's caches when its checksum is computed."""
 

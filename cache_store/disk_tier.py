@@ -17,7 +17,7 @@ from cache_store.disk_files import BlockFiles
 from cache_store.errors import BlockCorrupt, BlockForeign
 from cache_store.frame import Framer
 from cache_store.host_claim import Claim, claim_folder, forget_abandoned
-from cache_store.ids import BlockHash
+from cache_store.ids import BlockHash, TenantMark, mark_of
 from cache_store.store import DELETIONS_KNOWN_S, Encoding, Fetch, Fetched, Store
 
 log = structlog.get_logger(__name__)
@@ -83,6 +83,12 @@ class DiskTier:
         """All that are here, least recently used first."""
         with self._changed:
             return list(self._kept)
+
+    def of_tenant(self, tenant: TenantMark) -> list[BlockHash]:
+        """Its blocks that are here, and those on their way here."""
+        with self._changed:
+            coming = [store.block for store, _ in self._queue] + ([self._writing] if self._writing else [])
+            return [block for block in (*self._kept, *coming) if mark_of(block) == tenant]
 
     def offer(self, store: Store, done: Callable[[], None]) -> None:
         """Write a block, in time. Never blocks, never fails: `done`, called once on any thread, says only that the

@@ -23,11 +23,11 @@ from cache_store.store import DELETIONS_KNOWN_S, Encoding
 
 log = structlog.get_logger(__name__)
 
-_MAGIC, _VERSION = b"RKSLAB\x00\x01", 1
+_MAGIC, _VERSION = b"RKSLAB\x00\x01", 2
 _HEADER = struct.Struct("<8sIIQQ16s")
 """magic, version, block bytes, slots, where the slots begin, model. Its xxh3_64 follows."""
-_RECORD = struct.Struct("<17sBQIIBB4x")
-"""block and its length (17 where its name is marked), payload's xxh3_64, payload bytes, tokens, codec, codec's version.
+_RECORD = struct.Struct("<25sBQIIBB4x")
+"""block and its length (25 where it is a ladder's), payload's xxh3_64, payload bytes, tokens, codec, codec's version.
 The record's own xxh3_64 follows, which covers the slot's number too; then the tick of the last use, which nothing
 covers: it is written alone."""
 _U64 = struct.Struct("<Q")

@@ -19,7 +19,7 @@ import xxhash
 
 from cache_store.codecs import RAW
 from cache_store.host_slab import Record, Slab
-from cache_store.ids import BlockHash
+from cache_store.ids import BlockHash, TenantMark, mark_of
 from cache_store.store import Encoding
 
 log = structlog.get_logger(__name__)
@@ -244,6 +244,11 @@ class HostTier:
         """All that are here, least recently used first."""
         with self._lock:
             return list(self._published)
+
+    def of_tenant(self, tenant: TenantMark) -> list[BlockHash]:
+        """Its blocks that are here, and those on their way here."""
+        with self._lock:
+            return [block for block in (*self._published, *self._reserved) if mark_of(block) == tenant]
 
     def use(self) -> HostUse:
         with self._lock:

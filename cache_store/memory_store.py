@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from cache_store.codecs import allowed
 from cache_store.counters import Counters
-from cache_store.ids import BlockHash
+from cache_store.ids import BlockHash, TenantMark, mark_of
 from cache_store.store import DELETIONS_KNOWN_S, Encoding, Fetch, Fetched, Landed, ServerInfo, Store, StoreStats
 
 
@@ -26,7 +26,8 @@ class MemoryBlockStore:
         self._now = now
         self._lock = threading.Lock()
         self._blocks: dict[BlockHash, _Kept] = {}
-        self._deleted_s: dict[BlockHash, float] = {}
+        self._deleted_s: dict[bytes, float] = {}
+        """When blocks were deleted, and tenants erased."""
         self._counters = Counters()
 
     def get(self, wanted: Sequence[Fetch], landed: Landed, *, deadline_s: float) -> None:
@@ -63,15 +64,22 @@ class MemoryBlockStore:
             alive = [block for block in dict.fromkeys(blocks) if self._alive(block) is not None]
             for block in alive:
                 del self._blocks[block]
-            now_s = self._now()
-            known = ((block, at_s) for block, at_s in self._deleted_s.items() if now_s - at_s < DELETIONS_KNOWN_S)
-            self._deleted_s = {**dict(known), **dict.fromkeys(blocks, now_s)}
+            self._note(blocks)
         return len(alive)
 
     def deleted(self, blocks: Sequence[BlockHash]) -> list[bool]:
         with self._lock:
             long_ago_s = self._now() - DELETIONS_KNOWN_S
-            return [self._deleted_s.get(block, long_ago_s) > long_ago_s for block in blocks]
+            noted = {name for name, at_s in self._deleted_s.items() if at_s > long_ago_s}
+        return [not noted.isdisjoint((block, mark_of(block))) for block in blocks]
+
+    def erase(self, tenant: TenantMark) -> int:
+        with self._lock:
+            alive = [block for block in list(self._blocks) if mark_of(block) == tenant and self._alive(block)]
+            for block in alive:
+                del self._blocks[block]
+            self._note([tenant])
+        return len(alive)
 
     def retain(self, blocks: Sequence[BlockHash], *, ttl_s: int) -> int:
         there = 0
@@ -127,6 +135,12 @@ class MemoryBlockStore:
                 self._blocks[fetch.block] = kept._replace(dies_at_s=longer)
         fetch.into.cast("B")[: store.payload.nbytes] = store.payload
         return Encoding(store.codec, store.payload.nbytes, store.checksum)
+
+    def _note(self, deleted: Sequence[bytes]) -> None:
+        """Under the lock."""
+        now_s = self._now()
+        known = ((name, at_s) for name, at_s in self._deleted_s.items() if now_s - at_s < DELETIONS_KNOWN_S)
+        self._deleted_s = {**dict(known), **dict.fromkeys(deleted, now_s)}
 
     def _dies_at_s(self, ttl_s: int) -> float | None:
         return self._now() + ttl_s if ttl_s else None

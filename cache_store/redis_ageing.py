@@ -12,7 +12,7 @@ from typing import Any
 from cache_store.codecs import LADDER
 from cache_store.errors import BlockCorrupt, BlockForeign
 from cache_store.frame import Framer
-from cache_store.ids import DIGEST_BYTES, LADDER_MARK, BlockHash
+from cache_store.ids import DIGEST_BYTES, LADDER_MARK, MARK_BYTES, BlockHash
 from cache_store.redis_errors import ours
 from cache_store.redis_link import RedisLink
 from cache_store.store import Exchanged, Held, Idle, Payload, Store
@@ -55,7 +55,7 @@ class RedisAgeing:
         self._eval(_RESIGN, self._lease, self._holder)
 
     def idle(self) -> Iterator[Sequence[Idle]]:
-        pattern = self._prefix + b"[0-9a-f]" * (2 * DIGEST_BYTES) + LADDER_MARK.hex().encode()
+        pattern = self._prefix + b"[0-9a-f]" * (2 * (DIGEST_BYTES + MARK_BYTES)) + LADDER_MARK.hex().encode()
         servers: list[Any] = self._link.servers()  # redis-py's own types don't agree with what its methods return
         for server in servers:
             cursor = 0

@@ -5,11 +5,12 @@ Knows keys, frames and commands. Which node, which socket and whether it is wort
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from cache_store.counters import Counters
 from cache_store.errors import BlockCorrupt, BlockForeign, StoreUnavailable
 from cache_store.frame import Framer
-from cache_store.ids import BlockHash
+from cache_store.ids import DIGEST_BYTES, BlockHash, TenantMark, mark_of
 from cache_store.redis_ageing import RedisAgeing
 from cache_store.redis_errors import DeadlinePassed, StoreStalled, ours
 from cache_store.redis_keeper import Keeper, KeyCommands
@@ -21,6 +22,8 @@ from cache_store.store import DELETIONS_KNOWN_S, Encoding, Fetch, Fetched, Lande
 _IN_FLIGHT = 2
 """Blocks asked for, or sent, ahead of the one being read: the server copies one while we check another. More only
 makes it hold more copies at once."""
+_PAGE_KEYS = 1024
+"""Looked at together when a tenant is erased: well below a millisecond of the server's time."""
 _ABSURD_BYTES = 64 * 1024 * 1024
 """A value longer than this is no block of anybody's: not even worth reading to its end."""
 _PROLONG = b"""
@@ -77,15 +80,29 @@ class RedisBlockStore:
 
     def delete(self, blocks: Sequence[BlockHash]) -> int:
         num_deleted = sum(self._ask(blocks, b"UNLINK"))
-        keys = self._notes(blocks)
-        self._run(keys, KeyCommands([(b"EVAL", _NOTE, b"1", key, b"%d" % DELETIONS_KNOWN_S) for key in keys]))
+        self._note(blocks)
         return num_deleted
 
     def deleted(self, blocks: Sequence[BlockHash]) -> list[bool]:
-        keys = self._notes(blocks)
-        batch = KeyCommands([(b"EXISTS", key) for key in keys])
-        self._run(keys, batch)
-        return [answer == 1 for answer in batch.answers]
+        noted = self._are_noted([*blocks, *{mark_of(block) for block in blocks}])
+        return [noted[block] or noted[mark_of(block)] for block in blocks]
+
+    def erase(self, tenant: TenantMark) -> int:
+        self._note([tenant])
+        pattern = self._prefix + b"?" * (2 * DIGEST_BYTES) + tenant.hex().encode() + b"*"
+        servers: list[Any] = self._link.servers()  # redis-py's own types don't agree with what its methods return
+        return sum(self._erase_from(server, pattern) for server in servers)
+
+    def _erase_from(self, server: Any, pattern: bytes) -> int:
+        cursor, num_erased = 0, 0
+        while True:
+            with ours("look for a tenant's blocks"):
+                cursor, keys = server.scan(cursor, match=pattern, count=_PAGE_KEYS)
+            batch = KeyCommands([(b"UNLINK", key) for key in keys])
+            self._run(keys, batch)
+            num_erased += sum(batch.answers)
+            if cursor == 0:
+                return num_erased
 
     def retain(self, blocks: Sequence[BlockHash], *, ttl_s: int) -> int:
         if ttl_s:
@@ -124,9 +141,19 @@ class RedisBlockStore:
     def _key(self, block: BlockHash) -> bytes:
         return self._prefix + block.hex().encode()
 
-    def _notes(self, blocks: Sequence[BlockHash]) -> list[bytes]:
-        """Keys that are there where a block was deleted."""
-        return [self._deleted_prefix + block.hex().encode() for block in blocks]
+    def _note(self, deleted: Sequence[bytes]) -> None:
+        """Names of blocks, and marks of tenants."""
+        keys = [self._note_key(name) for name in deleted]
+        self._run(keys, KeyCommands([(b"EVAL", _NOTE, b"1", key, b"%d" % DELETIONS_KNOWN_S) for key in keys]))
+
+    def _are_noted(self, names: Sequence[bytes]) -> dict[bytes, bool]:
+        keys = [self._note_key(name) for name in names]
+        batch = KeyCommands([(b"EXISTS", key) for key in keys])
+        self._run(keys, batch)
+        return {name: answer == 1 for name, answer in zip(names, batch.answers, strict=True)}
+
+    def _note_key(self, name: bytes) -> bytes:
+        return self._deleted_prefix + name.hex().encode()
 
     def _ask(self, blocks: Sequence[BlockHash], verb: bytes, *words: bytes) -> list[int]:
         keys = [self._key(block) for block in blocks]

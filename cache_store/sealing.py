@@ -92,6 +92,11 @@ class Keyring:
         for, not even by trying those that he thinks likely."""
         return _derived(self._names, b"names", fingerprint)
 
+    @property
+    def marks_from(self) -> bytes:
+        """What tenants' marks in names of blocks are made with. Stays, as names do, when master keys change."""
+        return _derived(self._names, b"marks", b"")
+
 
 class Sealer:
     """Seals and opens values of one purpose. Any thread may call."""

@@ -6,7 +6,7 @@ from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
 from cache_store.codecs import EXACT, RAW, CodecInfo
-from cache_store.ids import BlockHash
+from cache_store.ids import BlockHash, TenantMark
 
 
 class Fetched(Enum):
@@ -189,7 +189,12 @@ class BlockStore(Protocol):
         ...
 
     def deleted(self, blocks: Sequence[BlockHash]) -> list[bool]:
-        """Say which blocks were deleted, also where they were put again since (raises StoreUnavailable)."""
+        """Say which blocks were deleted or erased, also where they were put again since (raises StoreUnavailable)."""
+        ...
+
+    def erase(self, tenant: TenantMark) -> int:
+        """Forget a tenant's blocks, of every model and fidelity; say how many were there (raises StoreUnavailable:
+        then some may be left). What is put meanwhile may be. `deleted` says of all of them that they were."""
         ...
 
     def retain(self, blocks: Sequence[BlockHash], *, ttl_s: int) -> int:

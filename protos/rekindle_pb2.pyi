@@ -445,16 +445,18 @@ class DeleteSessionRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ...) -> None: ...
 
 class DeleteSessionResponse(_message.Message):
-    __slots__ = ("tokens", "device_blocks", "host_blocks", "redis_blocks")
+    __slots__ = ("tokens", "device_blocks", "host_blocks", "redis_blocks", "disk_blocks")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     REDIS_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DISK_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     tokens: int
     device_blocks: int
     host_blocks: int
     redis_blocks: int
-    def __init__(self, tokens: _Optional[int] = ..., device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., redis_blocks: _Optional[int] = ...) -> None: ...
+    disk_blocks: int
+    def __init__(self, tokens: _Optional[int] = ..., device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., redis_blocks: _Optional[int] = ..., disk_blocks: _Optional[int] = ...) -> None: ...
 
 class EraseTenantRequest(_message.Message):
     __slots__ = ("tenant",)
@@ -463,18 +465,20 @@ class EraseTenantRequest(_message.Message):
     def __init__(self, tenant: _Optional[str] = ...) -> None: ...
 
 class EraseTenantResponse(_message.Message):
-    __slots__ = ("sessions", "tokens", "device_blocks", "host_blocks", "redis_blocks")
+    __slots__ = ("sessions", "tokens", "device_blocks", "host_blocks", "redis_blocks", "disk_blocks")
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     REDIS_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DISK_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     sessions: int
     tokens: int
     device_blocks: int
     host_blocks: int
     redis_blocks: int
-    def __init__(self, sessions: _Optional[int] = ..., tokens: _Optional[int] = ..., device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., redis_blocks: _Optional[int] = ...) -> None: ...
+    disk_blocks: int
+    def __init__(self, sessions: _Optional[int] = ..., tokens: _Optional[int] = ..., device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., redis_blocks: _Optional[int] = ..., disk_blocks: _Optional[int] = ...) -> None: ...
 
 class GetCacheStatsRequest(_message.Message):
     __slots__ = ()

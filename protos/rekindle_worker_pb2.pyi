@@ -140,14 +140,24 @@ class DropRequest(_message.Message):
     def __init__(self, history: _Optional[_Union[History, _Mapping]] = ..., with_redis: _Optional[bool] = ...) -> None: ...
 
 class DropReply(_message.Message):
-    __slots__ = ("device_blocks", "host_blocks", "redis_blocks")
+    __slots__ = ("device_blocks", "host_blocks", "redis_blocks", "disk_blocks")
     DEVICE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     REDIS_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DISK_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     device_blocks: int
     host_blocks: int
     redis_blocks: int
-    def __init__(self, device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., redis_blocks: _Optional[int] = ...) -> None: ...
+    disk_blocks: int
+    def __init__(self, device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., redis_blocks: _Optional[int] = ..., disk_blocks: _Optional[int] = ...) -> None: ...
+
+class EraseRequest(_message.Message):
+    __slots__ = ("tenant", "with_redis")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    WITH_REDIS_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    with_redis: bool
+    def __init__(self, tenant: _Optional[str] = ..., with_redis: _Optional[bool] = ...) -> None: ...
 
 class RetainRequest(_message.Message):
     __slots__ = ("history", "block_ttl_s")

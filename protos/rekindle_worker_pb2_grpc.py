@@ -65,6 +65,11 @@ class WorkerStub:
                 request_serializer=protos_dot_rekindle__worker__pb2.DropRequest.SerializeToString,
                 response_deserializer=protos_dot_rekindle__worker__pb2.DropReply.FromString,
                 _registered_method=True)
+        self.Erase = channel.unary_unary(
+                '/rekindle.worker.v1.Worker/Erase',
+                request_serializer=protos_dot_rekindle__worker__pb2.EraseRequest.SerializeToString,
+                response_deserializer=protos_dot_rekindle__worker__pb2.DropReply.FromString,
+                _registered_method=True)
         self.Retain = channel.unary_unary(
                 '/rekindle.worker.v1.Worker/Retain',
                 request_serializer=protos_dot_rekindle__worker__pb2.RetainRequest.SerializeToString,
@@ -137,6 +142,14 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Erase(self, request, context):
+        """Ends a tenant's requests here, and drops all of its blocks, of whatever history, from this worker's device, host tier
+        and disk, and, if asked, those of every model from Redis.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Retain(self, request, context):
         """Sets how long Redis keeps the history's blocks.
         """
@@ -200,6 +213,11 @@ def add_WorkerServicer_to_server(servicer, server):
             'Drop': grpc.unary_unary_rpc_method_handler(
                     servicer.Drop,
                     request_deserializer=protos_dot_rekindle__worker__pb2.DropRequest.FromString,
+                    response_serializer=protos_dot_rekindle__worker__pb2.DropReply.SerializeToString,
+            ),
+            'Erase': grpc.unary_unary_rpc_method_handler(
+                    servicer.Erase,
+                    request_deserializer=protos_dot_rekindle__worker__pb2.EraseRequest.FromString,
                     response_serializer=protos_dot_rekindle__worker__pb2.DropReply.SerializeToString,
             ),
             'Retain': grpc.unary_unary_rpc_method_handler(
@@ -389,6 +407,33 @@ class Worker:
             target,
             '/rekindle.worker.v1.Worker/Drop',
             protos_dot_rekindle__worker__pb2.DropRequest.SerializeToString,
+            protos_dot_rekindle__worker__pb2.DropReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Erase(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rekindle.worker.v1.Worker/Erase',
+            protos_dot_rekindle__worker__pb2.EraseRequest.SerializeToString,
             protos_dot_rekindle__worker__pb2.DropReply.FromString,
             options,
             channel_credentials,

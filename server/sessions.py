@@ -189,8 +189,14 @@ class SessionKeeper:
             tokens=was.num_tokens,
             device_blocks=sum(reply.device_blocks for reply in dropped),
             host_blocks=sum(reply.host_blocks for reply in dropped),
+            disk_blocks=sum(reply.disk_blocks for reply in dropped),
             redis_blocks=sum(reply.redis_blocks for reply in dropped),
         )
+
+    async def erase_blocks(self, tenant: str) -> list[wpb.DropReply]:
+        """Drop all that workers and Redis have of a tenant, whatever session it was of. Raises NoWorker, and what
+        workers raise: then some may be left."""
+        return await self._forget(lambda worker, with_redis: worker.client.erase(tenant, with_redis=with_redis))
 
     async def aclose(self) -> None:
         """Stop what was begun behind the callers."""
@@ -205,11 +211,21 @@ class SessionKeeper:
         return warmed.restored_tokens
 
     async def _drop(self, record: SessionRecord) -> list[wpb.DropReply]:
-        living = self._living()
         history = history_of(record)
-        # Redis last: a worker that is still writing behind would put back what was deleted before it dropped its own.
-        others = await self._ask_all(living[1:], lambda worker: worker.client.drop(history, with_redis=False))
-        return [*(reply for _, reply in others), await living[0].client.drop(history, with_redis=True)]
+        return await self._forget(lambda worker, with_redis: worker.client.drop(history, with_redis=with_redis))
+
+    async def _forget(self, ask: Callable[[Worker, bool], Awaitable[wpb.DropReply]]) -> list[wpb.DropReply]:
+        """Have every worker drop blocks, and one of each model, which alone can name its blocks, drop them in Redis.
+
+        These are the last: a worker that is still writing behind would put back what was deleted before it dropped its
+        own.
+        """
+        living = self._living()
+        last = {worker.description.fingerprint: worker for worker in reversed(living)}.values()
+        others = await self._ask_all(
+            [worker for worker in living if worker not in last], lambda worker: ask(worker, False)
+        )
+        return [*(reply for _, reply in others), *await asyncio.gather(*(ask(worker, True) for worker in last))]
 
     async def _holders(self, record: SessionRecord) -> list[Worker]:
         """The last worker (blocks may be on their way from it), then others that hold blocks; at least one."""

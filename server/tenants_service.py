@@ -1,4 +1,7 @@
-"""Tenants over gRPC: all that one has is erased, session by session, for itself or for an operator."""
+"""Tenants over gRPC: all that one has is erased, for itself or for an operator: session by session, then the rest.
+
+The proof is in how it ends: with a look at all sessions, all workers and all of Redis that found nothing any more.
+"""
 
 import asyncio
 from typing import Any
@@ -8,6 +11,7 @@ import structlog
 
 from cache_store.errors import InvalidRequest, SessionBusy, SessionNotFound
 from protos import rekindle_pb2 as pb
+from protos import rekindle_worker_pb2 as wpb
 from protos.rekindle_pb2_grpc import TenantsServicer
 from server.errors import NotAllowed
 from server.identity import caller
@@ -37,13 +41,14 @@ class TenantsService(TenantsServicer):
         if not is_tenant_name(tenant):
             raise InvalidRequest("tenant", "must be 1 to 64 of A-Z a-z 0-9 . _ -")
         erased = await self._erase(tenant)
-        _log.warning("tenant erased", erased=tenant, by=who.tenant, sessions=erased.sessions, tokens=erased.tokens)
+        counts = {field.name: count for field, count in erased.ListFields()}
+        _log.warning("tenant erased", erased=tenant, by=who.tenant, **counts)
         return erased
 
     async def _erase(self, tenant: str) -> pb.EraseTenantResponse:
         erased = pb.EraseTenantResponse()
         while True:
-            if not await self._erase_listed(tenant, erased):
+            if not await self._erase_listed(tenant, erased) and not await self._erase_blocks(tenant, erased):
                 return erased
             await asyncio.sleep(_BUSY_S)  # some may have been in use, and others may be new
 
@@ -58,12 +63,15 @@ class TenantsService(TenantsServicer):
                 if reply is not None:
                     erased.sessions += 1
                     erased.tokens += reply.tokens
-                    erased.device_blocks += reply.device_blocks
-                    erased.host_blocks += reply.host_blocks
-                    erased.redis_blocks += reply.redis_blocks
+                    _add(reply, erased)
             page_token = page.next_token
             if not page_token:
                 return found
+
+    async def _erase_blocks(self, tenant: str, erased: pb.EraseTenantResponse) -> bool:
+        """Erase what no session names, and count it. False where there was nothing."""
+        found = [_add(reply, erased) for reply in await self._keeper.erase_blocks(tenant)]
+        return any(found)
 
     async def _delete(self, tenant: str, session_id: str) -> pb.DeleteSessionResponse | None:
         """None where it has gone meanwhile, or is in use."""
@@ -71,3 +79,12 @@ class TenantsService(TenantsServicer):
             return await self._keeper.delete(tenant, session_id)
         except (SessionNotFound, SessionBusy):
             return None
+
+
+def _add(dropped: pb.DeleteSessionResponse | wpb.DropReply, erased: pb.EraseTenantResponse) -> bool:
+    """Count the blocks that were dropped. False where there were none."""
+    erased.device_blocks += dropped.device_blocks
+    erased.host_blocks += dropped.host_blocks
+    erased.disk_blocks += dropped.disk_blocks
+    erased.redis_blocks += dropped.redis_blocks
+    return bool(dropped.device_blocks or dropped.host_blocks or dropped.disk_blocks or dropped.redis_blocks)

@@ -100,6 +100,11 @@ class WorkerClient:
         reply: wpb.DropReply = await self._ask(self._stub.Drop, request, _MOVE_S)
         return reply
 
+    async def erase(self, tenant: str, *, with_redis: bool) -> wpb.DropReply:
+        request = wpb.EraseRequest(tenant=tenant, with_redis=with_redis)
+        reply: wpb.DropReply = await self._ask(self._stub.Erase, request, _MOVE_S)
+        return reply
+
     async def retain(self, history: wpb.History, *, block_ttl_s: int) -> int:
         """Return how many blocks Redis has of the history."""
         request = wpb.RetainRequest(history=history, block_ttl_s=block_ttl_s)

@@ -81,7 +81,10 @@ class FakeEngine:
         return self._answer(Located(16, 32, 48), "locate", tenant, tokens, codec, with_redis)
 
     def drop(self, tenant: str, tokens: Sequence[int], *, codec: str, with_redis: bool) -> Future[DropReport]:
-        return self._answer(DropReport(1, 2, 3), "drop", tenant, tokens, codec, with_redis)
+        return self._answer(DropReport(1, 2, 4, 3), "drop", tenant, tokens, codec, with_redis)
+
+    def erase(self, tenant: str, *, with_redis: bool) -> Future[DropReport]:
+        return self._answer(DropReport(5, 6, 7, 8), "erase", tenant, with_redis)
 
     def retain(self, tenant: str, tokens: Sequence[int], *, codec: str, ttl_s: int) -> Future[int]:
         return self._answer(7, "retain", tenant, tokens, codec, ttl_s)

@@ -45,6 +45,8 @@ class FakeWorker(WorkerServicer):
         self.device: set[Tokens] = set()
         self.host: set[Tokens] = set()
         self.redis: set[Tokens] = redis if redis is not None else set()
+        self.left_over = wpb.DropReply()
+        """What the next erase finds."""
         self.accepting = True
         self.waiting = 0
         self.fingerprint = "f00d"
@@ -168,6 +170,11 @@ class FakeWorker(WorkerServicer):
         for tier in tiers:
             tier.discard(history)
         return wpb.DropReply(device_blocks=counts[0], host_blocks=counts[1], redis_blocks=sum(counts[2:]))
+
+    async def Erase(self, request: wpb.EraseRequest, context: Any) -> wpb.DropReply:
+        await self._maybe_refuse("erase+redis" if request.with_redis else "erase", context)
+        left, self.left_over = self.left_over, wpb.DropReply()
+        return left
 
     async def Retain(self, request: wpb.RetainRequest, context: Any) -> wpb.RetainReply:
         await self._asked("retain", request.history, context)

@@ -12,11 +12,12 @@ import redis
 import xxhash
 from redis.crc import key_slot
 
+from cache_store import redis_store
 from cache_store.codecs import INT4, INT8, K8V4, LADDER, LOSSLESS
 from cache_store.embedded_redis import RedisServer
 from cache_store.errors import InvalidRequest, StoreFull, StoreUnavailable
 from cache_store.frame import HEADER_BYTES
-from cache_store.ids import BlockHash, chain, root_hash
+from cache_store.ids import BlockHash, chain, root_hash, tenant_mark
 from cache_store.layout import KVLayout
 from cache_store.memory_store import MemoryBlockStore
 from cache_store.open_records import open_records
@@ -146,6 +147,25 @@ def test_blocks_come_back_bit_for_bit_and_absent_ones_are_told(store: BlockStore
     for number, asked in enumerate(fetches[:20]):
         assert asked.into == payload(number)
     assert all(set(asked.into.tobytes()) == {0xA5} for asked in fetches[20:])
+
+
+def test_a_tenants_blocks_of_every_model_and_fidelity_are_erased_and_no_others(
+    store: BlockStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_store, "_PAGE_KEYS", 2)  # many pages of few blocks
+    kinds = [(model, fidelity) for model in (b"model", b"another") for fidelity in ("", LADDER)]
+    mine, theirs = (
+        [chain(root_hash(model, tenant, fidelity), [number]) for model, fidelity in kinds for number in range(3)]
+        for tenant in ("acme", "other")
+    )
+    one = stored(0)[0]
+    store.put([replace(one, block=block) for block in (*mine, *theirs)])
+    assert store.erase(tenant_mark("acme")) == len(mine)
+    assert store.erase(tenant_mark("acme")) == store.erase(tenant_mark("nobody")) == 0
+    assert not any(store.which(mine))
+    assert all(store.which(theirs))
+    elsewhere = chain(mine[0], [7])  # what a machine that is down may have kept
+    assert store.deleted([mine[0], elsewhere, theirs[0]]) == [True, True, False]
 
 
 def test_nothing_asked_is_nothing_done(store: BlockStore) -> None:

@@ -27,7 +27,7 @@ FILE_BYTES = HEADER_BYTES + LAYOUT.block_bytes
 
 
 def name(number: int) -> BlockHash:
-    return BlockHash(number.to_bytes(16, "little"))
+    return BlockHash(number.to_bytes(24, "little"))
 
 
 def payload(number: int) -> memoryview:

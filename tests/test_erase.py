@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from cache_store.errors import StoreUnavailable
+from protos import rekindle_pb2 as pb
+from protos import rekindle_worker_pb2 as wpb
 from rekindle.client import Client
-from rekindle.errors import BadInput, Denied, NotFound, TimedOut
+from rekindle.errors import BadInput, Denied, NotFound, TimedOut, Unavailable
 from tests.fake_worker import FrontEnd, front_end
 from tests.test_api_keys import add_key
 
@@ -81,6 +84,37 @@ async def test_a_turn_in_progress_ends_first_and_its_session_goes_then(front: Fr
     erased = await clients["acme"].erase_tenant()
     assert (erased.sessions, erased.tokens) == (1, 6)
     assert await turn
+
+
+async def test_it_ends_only_after_a_look_at_all_workers_that_found_nothing(front: FrontEnd, clients: Clients) -> None:
+    first, second = front.workers.values()
+    first.left_over = wpb.DropReply(device_blocks=1, redis_blocks=2)
+    second.left_over = wpb.DropReply(host_blocks=4, disk_blocks=8)
+    erased = await clients["acme"].erase_tenant()
+    assert erased == pb.EraseTenantResponse(device_blocks=1, redis_blocks=2, host_blocks=4, disk_blocks=8)
+    assert first.calls == ["erase+redis"] * 2
+    assert second.calls == ["erase"] * 2
+
+
+async def test_what_could_not_be_erased_is_no_success(front: FrontEnd, clients: Clients) -> None:
+    front.workers["1"].refuse_with = StoreUnavailable("blocks are still on their way")
+    with pytest.raises(Unavailable, match="still on their way"):
+        await clients["acme"].erase_tenant()
+    for worker in front.workers.values():
+        await worker.kill()
+    with pytest.raises(Unavailable):
+        await clients["acme"].erase_tenant()
+
+
+async def test_a_session_leaves_redis_under_the_names_of_every_model_that_is_served(
+    front: FrontEnd, clients: Clients
+) -> None:
+    await clients["acme"].create_session("s")
+    await clients["acme"].generate("hello", session_id="s", max_new_tokens=3).read()
+    front.workers["1"].fingerprint = "cafe"
+    await front.app.directory._poll()
+    await clients["acme"].delete_session("s")
+    assert [worker.calls[-1] for worker in front.workers.values()] == ["drop+redis"] * 2
 
 
 async def test_a_tenant_is_erased_on_the_command_line(front: FrontEnd, clients: Clients, keys: dict[str, str]) -> None:

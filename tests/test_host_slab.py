@@ -29,7 +29,7 @@ RECORD_BYTES = 64
 
 
 def name(number: int) -> BlockHash:
-    return BlockHash(number.to_bytes(16, "little"))
+    return BlockHash(number.to_bytes(24, "little"))
 
 
 def payload(number: int) -> bytes:
@@ -163,7 +163,7 @@ def _flipped(record: bytes, bit: int) -> bytes:
     return bytes([record[bit // 8] ^ 1 << bit % 8])
 
 
-@pytest.mark.parametrize("written", [0, 1, 16, 32, 40, 47])
+@pytest.mark.parametrize("written", [0, 1, 24, 40, 48, 55])
 def test_a_record_that_was_not_written_to_its_end_is_not_believed(tmp_path: Path, written: int) -> None:
     assert _found_after(tmp_path, lambda record: record[:written].ljust(RECORD_BYTES, b"\0")) == 0
     assert _found_after(tmp_path, lambda record: record) == 1
@@ -180,7 +180,7 @@ def _found_after(folder: Path, change: Callable[[bytes], bytes]) -> int:
     close(tier)
     content = bytearray(path.read_bytes())
     [at] = [
-        at for at in range(mmap.PAGESIZE, 2 * mmap.PAGESIZE, RECORD_BYTES) if bytes(content[at : at + 16]) == name(1)
+        at for at in range(mmap.PAGESIZE, 2 * mmap.PAGESIZE, RECORD_BYTES) if bytes(content[at : at + 24]) == name(1)
     ]
     content[at : at + RECORD_BYTES] = change(bytes(content[at : at + RECORD_BYTES]))
     path.write_bytes(content)

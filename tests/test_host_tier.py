@@ -19,7 +19,7 @@ WHOLE = Encoding(RAW, BLOCK_BYTES)
 
 
 def name(number: int) -> BlockHash:
-    return BlockHash(number.to_bytes(16, "little"))
+    return BlockHash(number.to_bytes(24, "little"))
 
 
 def tier_of(slots: int, evicted: list[BlockHash] | None = None) -> HostTier:

@@ -11,7 +11,7 @@ from worker.ids import BlockId
 
 
 def name(number: int) -> BlockHash:
-    return BlockHash(number.to_bytes(16, "little"))
+    return BlockHash(number.to_bytes(24, "little"))
 
 
 def test_taking_is_all_or_nothing() -> None:

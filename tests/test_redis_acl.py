@@ -12,6 +12,7 @@ import redis
 from cache_store.codecs import INT8
 from cache_store.embedded_redis import RedisServer
 from cache_store.errors import StoreError
+from cache_store.ids import mark_of
 from cache_store.open_records import open_records
 from cache_store.redis_link import link_to
 from cache_store.store import Fetched, Payload
@@ -133,6 +134,8 @@ def use_blocks(url: str) -> None:
     time.sleep(0.2)  # what was used is prolonged behind
     assert store.delete([name(1)]) == 1
     assert store.deleted([name(1)]) == [True]
+    store.put(stored(3))
+    assert store.erase(mark_of(name(3))) == 1
     store.close()
 
 

@@ -15,11 +15,12 @@ import redis
 from cache_store.codecs import LADDER
 from cache_store.embedded_redis import RedisServer
 from cache_store.frame import HEADER_BYTES
+from cache_store.ids import BlockHash, mark_of, root_hash, tenant_mark
 from protos import rekindle_pb2 as pb
 from rekindle.cli import make_app
 from rekindle.errors import RekindleError
 from tests.engines import TENANT, EngineFactory, generate
-from tests.keyrings import entries
+from tests.keyrings import entries, keyring
 from tests.systems import System, Truth, WorkerProcess, chat, running_system
 from tests.test_ageing import eventually as soon
 from tests.test_ageing import make_idle
@@ -97,6 +98,29 @@ async def test_a_conversation_goes_on_under_either_key_and_shows_nothing_in_redi
         value = client.get(key)
         assert isinstance(value, bytes)
         assert len(zlib.compress(value[HEADER_BYTES:])) > 0.99 * len(value), "KV as it is would get smaller"
+
+
+async def test_a_tenant_is_erased_without_a_trace_and_its_mark_tells_nobody_whose_it_is(
+    redis_url: str, client: redis.Redis, sealed_workers: list[WorkerProcess], keys: dict[str, str]
+) -> None:
+    async with running_system(redis_url, sealed_workers, master_keys=keys["adding"]) as system:
+        await parked(system, "erased")
+        await system.say(chat(f"{SAID} In no session."))
+        blocks = list(client.scan_iter("rekindle:b:*"))
+        ours = keyring("1", "2").marks_from
+        assert (
+            {mark_of(BlockHash(bytes.fromhex(key[11:].decode()))) for key in blocks}
+            == {tenant_mark("default", ours)}
+            != {tenant_mark("default")}
+        )
+        client.set(f"rekindle:b:{root_hash(b'model', 'default').hex()}", "from before there were keys")
+        erased = await system.client.erase_tenant()
+        assert erased.sessions == 1
+        assert erased.redis_blocks > len(blocks)
+        assert min(erased.device_blocks, erased.host_blocks) > 0
+        assert not list(client.scan_iter("rekindle:b:*"))
+        assert await system.client.erase_tenant() == pb.EraseTenantResponse()
+        assert (await system.say(chat(f"{SAID} In no session."))).receipt.computed_tokens > len(SAID)
 
 
 async def test_two_blocks_swapped_in_redis_are_computed_and_the_reply_is_right(

@@ -1,17 +1,20 @@
 """Two tenants on one system: neither sees, meets or measures anything of the other."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 import redis
 
+from cache_store import redis_records
+from cache_store.ids import tenant_mark
 from protos import rekindle_pb2 as pb
 from rekindle.client import Client
 from rekindle.errors import NotFound
 from server.metrics import OTHER_TENANTS, FrontMetrics
-from tests.systems import System, WorkerProcess, chat, running_system, scrape
+from tests.systems import BLOCK_TOKENS, System, WorkerProcess, chat, eventually, running_system, scrape
 from tests.test_api_keys import add_key
 
 LONG = "A prompt of many blocks, so that there is something to share. " * 4
@@ -124,33 +127,64 @@ async def test_stats_of_a_tenant_are_its_own_and_an_operators_are_the_clusters(t
 
 
 async def test_all_that_a_tenant_has_is_erased_from_every_tier_and_nothing_of_another(
-    tenants: Tenants, redis_url: str
+    tenants: Tenants, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(redis_records, "_CREATING_MS", 500)  # so that the session that expires counts as one that was
     for client in (tenants.acme, tenants.other):
         for session_id in ("a", "b"):
             await client.create_session(session_id)
             await say(client, f"Erase me. {LONG} {session_id}", session_id)
+        await say(client, f"Of no session. {LONG}")
+        await client.create_session("brief", ttl_s=1)
+        await say(client, f"Gone before. {LONG}", "brief")
+        async with client.generate(f"Never mind. {LONG}", session_id="b", max_new_tokens=2000) as interrupted:
+            await anext(aiter(interrupted))
     await tenants.acme.fork_session("a", new_session_id="fork")
-    for session_id in ("a", "b"):
-        await tenants.acme.park_session(session_id)
-        await tenants.acme.warm_session(session_id)
-    sessions = [await tenants.acme.get_session(name, with_residency=True) for name in ("a", "b", "fork")]
-    tiers = {lies.tier for session in sessions for lies in session.residency}
-    assert tiers == {pb.TIER_DEVICE, pb.TIER_HOST, pb.TIER_REDIS}
+    for client in (tenants.acme, tenants.other):
+        await eventually(partial(is_gone, client, "brief"))
+        for session_id in ("a", "b"):
+            await client.park_session(session_id)
+            await client.warm_session(session_id)
+    sessions = [await tenants.acme.get_session(name) for name in ("a", "b", "fork")]
+    await eventually(lambda: is_idle(tenants.operator))
     with redis.Redis.from_url(redis_url) as server:
-        await tenants.other.park_session("a")
-        await tenants.other.park_session("b")
-        blocks = len(server.keys("rekindle:b:*"))
+        mine, theirs = (blocks_of(server, name) for name in ("acme", "other"))
         erased = await tenants.acme.erase_tenant()
         assert (erased.sessions, erased.tokens) == (3, sum(session.num_tokens for session in sessions))
+        assert erased.redis_blocks >= mine > blocks_in(sessions), "what no session names, too"
         assert min(erased.device_blocks, erased.host_blocks) > 0
-        assert len(server.keys("rekindle:b:*")) == blocks - erased.redis_blocks == blocks // 2
+        assert (blocks_of(server, "acme"), blocks_of(server, "other")) == (0, theirs)
+        assert await tenants.acme.erase_tenant() == pb.EraseTenantResponse()
         left = [key for key in server.keys("rekindle:*") if b"acme" in key]
         assert all(key.endswith(b":gone") and server.ttl(key) <= 300 for key in left)  # ids of calls, for minutes
     await tenants.acme.create_session("a")
-    assert from_tiers(await say(tenants.acme, f"Erase me. {LONG} a", "a")) == 0  # no worker has kept any of it
+    for text, session_id in ((f"Erase me. {LONG} a", "a"), (f"Of no session. {LONG}", "")):
+        assert from_tiers(await say(tenants.acme, text, session_id)) == 0  # no worker has kept any of it
     assert [session.session_id async for session in tenants.other.list_sessions()] == ["b", "a"]
-    assert from_tiers(await say(tenants.other, "Still there?", "a")) > 0
+    before = await tenants.other.get_session("a")
+    assert from_tiers(await say(tenants.other, "Still there?", "a")) == before.num_tokens - 1
+
+
+async def is_idle(operator: Client) -> bool:
+    return not any(worker.running or worker.waiting for worker in (await operator.stats()).workers)
+
+
+async def is_gone(client: Client, session_id: str) -> bool:
+    try:
+        await client.get_session(session_id)
+    except NotFound:
+        return True
+    return False
+
+
+def blocks_of(server: redis.Redis, tenant: str) -> int:
+    """How many blocks of a tenant's Redis has."""
+    return sum(tenant_mark(tenant).hex().encode() in key for key in server.scan_iter("rekindle:b:*"))
+
+
+def blocks_in(sessions: Iterable[pb.Session]) -> int:
+    """At most so many blocks the sessions name."""
+    return sum(-(-session.num_tokens // BLOCK_TOKENS) for session in sessions)
 
 
 def test_however_many_tenants_there_are_the_metrics_name_a_few() -> None:

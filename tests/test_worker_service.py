@@ -404,7 +404,10 @@ async def test_questions_about_a_history_reach_the_engine_and_its_answers_come_b
         device_tokens=16, host_tokens=32, redis_tokens=48
     )
     assert await stub.Drop(wpb.DropRequest(history=history)) == wpb.DropReply(
-        device_blocks=1, host_blocks=2, redis_blocks=3
+        device_blocks=1, host_blocks=2, disk_blocks=4, redis_blocks=3
+    )
+    assert await stub.Erase(wpb.EraseRequest(tenant="t", with_redis=True)) == wpb.DropReply(
+        device_blocks=5, host_blocks=6, disk_blocks=7, redis_blocks=8
     )
     assert await stub.Retain(wpb.RetainRequest(history=history, block_ttl_s=3)) == wpb.RetainReply(blocks=7)
     assert engine.asked == [
@@ -413,6 +416,7 @@ async def test_questions_about_a_history_reach_the_engine_and_its_answers_come_b
         ("flush", "t", (5, 6), "int4"),
         ("locate", "t", (5, 6), "int4", True),
         ("drop", "t", (5, 6), "int4", False),
+        ("erase", "t", True),
         ("retain", "t", (5, 6), "int4", 3),
     ]
 

@@ -222,6 +222,7 @@ class Located:
 class DropReport:
     device_blocks: int
     host_blocks: int
+    disk_blocks: int
     redis_blocks: int
 
 

@@ -26,6 +26,10 @@ class Draining(ServingError):
     """The worker is leaving and takes no new work. Another one does."""
 
 
+class TenantErased(ServingError):
+    """All that the request's tenant has is being erased, its running turns too."""
+
+
 class DeadlinePassed(ServingError):
     """The request's deadline passed before it was finished."""
 

@@ -118,4 +118,4 @@ def _event(
 
 
 def _packed(names: Sequence[bytes]) -> bytes:
-    return b"".join(name[:DIGEST_BYTES] for name in names)  # what marks a ladder's blocks says nothing more
+    return b"".join(name[:DIGEST_BYTES] for name in names)  # the marks behind it say nothing more

@@ -190,9 +190,12 @@ class WorkerService(WorkerServicer):
 
     async def Drop(self, request: wpb.DropRequest, context: Context) -> wpb.DropReply:
         report = await self._ask(context, request, partial(self._engine.drop, with_redis=request.with_redis))
-        return wpb.DropReply(
-            device_blocks=report.device_blocks, host_blocks=report.host_blocks, redis_blocks=report.redis_blocks
-        )
+        return translate.drop_message(report)
+
+    async def Erase(self, request: wpb.EraseRequest, context: Context) -> wpb.DropReply:
+        async with self._statuses(context, "Erase"):
+            answer = self._engine.erase(request.tenant, with_redis=request.with_redis)
+            return translate.drop_message(await asyncio.shield(asyncio.wrap_future(answer)))
 
     async def Retain(self, request: wpb.RetainRequest, context: Context) -> wpb.RetainReply:
         blocks = await self._ask(context, request, partial(self._engine.retain, ttl_s=request.block_ttl_s))

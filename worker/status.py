@@ -19,6 +19,7 @@ MEANINGS: Final[dict[type[BaseException], Meaning]] = {
     errors.ContextTooLong: Meaning(_Code.OUT_OF_RANGE, "CONTEXT_TOO_LONG"),
     errors.Overloaded: Meaning(_Code.RESOURCE_EXHAUSTED, "OVERLOADED"),
     errors.Draining: Meaning(_Code.UNAVAILABLE, "DRAINING", retry_after_s=1.0),
+    errors.TenantErased: Meaning(_Code.ABORTED, "TENANT_ERASED"),
     errors.DeadlinePassed: Meaning(_Code.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
     errors.DeadlineUnmeetable: Meaning(_Code.DEADLINE_EXCEEDED, "DEADLINE_UNMEETABLE"),
 }

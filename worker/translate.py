@@ -9,6 +9,7 @@ from cache_store.errors import InvalidRequest
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from worker.calls import (
+    DropReport,
     EngineStats,
     Finished,
     FinishReason,
@@ -179,6 +180,15 @@ def _plan(plan: RestorePlan | None) -> pb.RestorePlan | None:
         predicted_ms=plan.predicted_ms,
         actual_ms=plan.actual_ms,
         computed_instead_tokens=plan.computed_instead_tokens,
+    )
+
+
+def drop_message(report: DropReport) -> wpb.DropReply:
+    return wpb.DropReply(
+        device_blocks=report.device_blocks,
+        host_blocks=report.host_blocks,
+        disk_blocks=report.disk_blocks,
+        redis_blocks=report.redis_blocks,
     )
 
 

@@ -231,6 +231,14 @@ class Auditor:
         self._end(audit, "skipped")
         return True
 
+    def evict(self, tenant: str) -> None:
+        """Drop a tenant's audits, and tell turns that wait for one that they are over."""
+        if self._current is not None and self._current.request.tenant == tenant:
+            self.give_way()
+        for audit in [audit for audit in self._queue if audit.request.tenant == tenant]:
+            self._queue.remove(audit)
+            self._end(audit, "skipped")
+
     def drop_all(self) -> None:
         """Drop every audit, and tell turns that wait for one that they are over."""
         self.give_way()

@@ -41,7 +41,7 @@ def _build(config: WorkerConfig) -> Engine:
     keyring = load_keyring(config.master_keys)
     loaded = load_model(config)
     if keyring is not None:
-        loaded = replace(loaded, names_from=keyring.blinded(loaded.fingerprint))
+        loaded = replace(loaded, names_from=keyring.blinded(loaded.fingerprint), marks_from=keyring.marks_from)
     if loaded.device.type == "cpu":
         keep_freed_memory()
     return _wire(config, loaded, open_tiers(config, loaded, keyring))
@@ -107,6 +107,7 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         tiers.restorer,
         block_tokens=block_tokens,
         names_from=loaded.names_from,
+        marks_from=loaded.marks_from,
         restore_timeout_s=config.restore_timeout_s,
         post=inbox.post,
     )

@@ -80,6 +80,7 @@ class Engine:
         self.max_context_tokens = loaded.max_context_tokens
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size = loaded.vocab_size
+        self._marks_from = loaded.marks_from
         self._config = config
         self._tiers = tiers
         self._inbox = inbox
@@ -118,7 +119,7 @@ class Engine:
             request = Request(
                 call,
                 listener,
-                root=root_hash(self.names_from, call.tenant, fidelity_of(call.codec)),
+                root=root_hash(self.names_from, call.tenant, fidelity_of(call.codec), self._marks_from),
                 block_tokens=self.layout.block_tokens,
                 max_new_tokens=max_new_tokens,
                 row=self._sampler.start(call.sampling, [*call.history, *call.input], call.begun),
@@ -165,6 +166,9 @@ class Engine:
         self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, with_redis: bool
     ) -> Future[DropReport]:
         return self._inbox.ask(lambda future: self._histories.drop(tenant, tokens, codec, with_redis, future))
+
+    def erase(self, tenant: str, *, with_redis: bool) -> Future[DropReport]:
+        return self._inbox.ask(lambda future: self._histories.erase(tenant, with_redis, future))
 
     def retain(self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, ttl_s: int) -> Future[int]:
         return self._inbox.ask(lambda future: self._histories.retain(tenant, tokens, codec, ttl_s, future))

@@ -1,18 +1,18 @@
-"""What is asked of a conversation between its turns: park, warm, flush, locate, drop, retain.
+"""What is asked of a conversation between its turns: park, warm, flush, locate, drop, retain; and of all of a tenant's.
 
 `codec` is the session's: what is kept in another fidelity has other names. Every call comes in on the engine's thread,
 leaves the waiting to a thread of its own, and answers through a future.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
 from cache_store.codecs import fidelity_of
 from cache_store.errors import StoreUnavailable
-from cache_store.ids import BlockHash, root_hash
+from cache_store.ids import BlockHash, TenantMark, mark_of, root_hash, tenant_mark
 from cache_store.store import BlockStore
 from worker.calls import DropReport, Located, MissReason, ParkReport, WarmReport
 from worker.engine.block_tables import BlockTables
@@ -44,6 +44,7 @@ class Histories:
         *,
         block_tokens: int,
         names_from: bytes,
+        marks_from: bytes,
         restore_timeout_s: float,
         post: Callable[[Callable[[], None]], None],
     ) -> None:
@@ -54,6 +55,7 @@ class Histories:
         self._restorer = restorer
         self._block_tokens = block_tokens
         self._names_from = names_from
+        self._marks_from = marks_from
         self._restore_timeout_s = restore_timeout_s
         self._post = post
         self._warming: list[set[BlockHash]] = []
@@ -162,19 +164,59 @@ class Histories:
         """Forget a history here. What is on its way to the store arrives first, or it would come back later."""
         names = self._names(tenant, tokens, codec)
 
-        def delete() -> tuple[int, int]:
-            self._write_behind.flush(names, timeout_s=_FLUSH_S)
-            host = self._write_behind.forget(names)
-            if not with_redis or self._write_behind.store is None:
-                return host, 0
-            deleted = self._store().delete(names)
-            return host + self._write_behind.forget(names), deleted  # what came up from there meanwhile
-
-        def gone(counts: tuple[int, int]) -> None:
+        def gone(counts: tuple[int, int, int]) -> None:
             future.set_result(DropReport(device + self._drop_here(names), *counts))
 
         device = self._drop_here(names)
-        self._later(delete, future, gone)
+        store = self._write_behind.store if with_redis else None
+        delete = partial(store.delete, names) if store is not None else lambda: 0
+        self._later(lambda: self._delete_below(lambda: names, delete), future, gone)
+
+    def erase(self, tenant: str, with_redis: bool, future: Future[DropReport]) -> None:
+        """Forget all that a tenant has here, of any history, and end its requests. Raises StoreUnavailable.
+
+        What comes while this runs may stay: asked again until nothing was there any more, nothing is.
+        """
+        mark = tenant_mark(tenant, self._marks_from)
+
+        def gone(counts: tuple[int, int, int]) -> None:
+            self._tables.trust(names)
+            future.set_result(DropReport(len(names) + len(self._drop_tenant(mark)), *counts))
+
+        self._scheduler.evict(tenant)
+        names = self._drop_tenant(mark)
+        self._tables.distrust(names)  # nothing of it is restored or offloaded meanwhile
+        store = self._write_behind.store if with_redis else None
+        marks = {mark, tenant_mark(tenant)}  # also what was written before blocks were sealed
+        delete = partial(_erase, store, marks) if store is not None else lambda: 0
+        self._later(
+            lambda: self._delete_below(lambda: [*self._write_behind.of_tenant(mark)], delete),
+            future,
+            gone,
+            lambda: self._tables.trust(names),
+        )
+
+    def _drop_tenant(self, mark: TenantMark) -> list[BlockHash]:
+        """Forget a tenant's contents on the device, and those that a warm is bringing there. Returns the former."""
+        names = [name for name in self._pool.names() if mark_of(name) == mark]
+        coming = [name for wanted_still in self._warming for name in wanted_still if mark_of(name) == mark]
+        self._drop_here([*names, *coming])
+        return names
+
+    def _delete_below(
+        self, names: Callable[[], Sequence[BlockHash]], delete: Callable[[], int]
+    ) -> tuple[int, int, int]:
+        """Forget blocks in host memory, on disk, and with `delete` in the store; say how many were in each.
+
+        Blocks its caller. Raises StoreUnavailable where some are still on their way to the store: they would be there
+        again.
+        """
+        if not self._write_behind.flush(names(), timeout_s=_FLUSH_S):
+            raise StoreUnavailable("blocks are still on their way to the shared tier")
+        before = self._write_behind.forget(names())
+        num_deleted = delete()
+        after = self._write_behind.forget(names())  # what came up from there meanwhile
+        return before.host + after.host, before.disk + after.disk, num_deleted
 
     def _drop_here(self, names: Sequence[BlockHash]) -> int:
         """Forget contents on the device, and those that a warm is bringing there."""
@@ -220,7 +262,7 @@ class Histories:
         self._threads.shutdown(wait=True)
 
     def _root(self, tenant: str, codec: str) -> BlockHash:
-        return root_hash(self._names_from, tenant, fidelity_of(codec))
+        return root_hash(self._names_from, tenant, fidelity_of(codec), self._marks_from)
 
     def _wanted(self, tenant: str, tokens: Sequence[int], codec: str) -> list[Wanted]:
         return wanted_by_history(self._root(tenant, codec), tokens, self._block_tokens)
@@ -268,6 +310,10 @@ class Histories:
             self._threads.submit(run)
         except RuntimeError:  # its way to say that it is closed
             fail(Draining("this worker is gone"))
+
+
+def _erase(store: BlockStore, tenants: Iterable[TenantMark]) -> int:
+    return sum(store.erase(tenant) for tenant in tenants)
 
 
 def _tokens(wanted: Sequence[Wanted], there: Sequence[bool]) -> int:

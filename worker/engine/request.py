@@ -70,6 +70,8 @@ class Request:
         self.distrusted = False
         """A block that is being restored for it was found wrong meanwhile."""
         self.cancelled = False
+        self.evicted = False
+        """Its tenant was erased: nothing that is restored for it is to be found."""
         self.expected_tokens = self.num_target
         """Of its tokens, what is computed even if every tier has all that it may have."""
         self.on_over: Callable[[], None] = lambda: None

@@ -24,7 +24,7 @@ from worker.engine.plan import Span
 from worker.engine.planner import Planner
 from worker.engine.request import Phase, Request
 from worker.engine.restoring import Lookup, Restoring
-from worker.errors import DeadlinePassed, DeadlineUnmeetable
+from worker.errors import DeadlinePassed, DeadlineUnmeetable, TenantErased
 
 _PREFETCH_AHEAD = 8
 """Requests at the queue's front."""
@@ -138,7 +138,8 @@ class Scheduler:
             self._start_again(request)
             return
         restoring.settle()
-        self._tables.publish_restored(request, restoring.lookup)
+        if not request.evicted:
+            self._tables.publish_restored(request, restoring.lookup)
         if request.cancelled:
             self._leave(request)
             return
@@ -293,6 +294,15 @@ class Scheduler:
                 self._preempt(request)
         self._tables.distrust(wrong)
         return wrong
+
+    def evict(self, tenant: str) -> None:
+        """End a tenant's requests, and make nothing findable of what is being restored for them."""
+        error = TenantErased("all that this tenant has is being erased")
+        for request in [*self.waiting, *self.running]:
+            if request.tenant == tenant:
+                request.evicted = True
+                self.fail(request, error)
+        self._auditor.evict(tenant)
 
     def check(self) -> None:
         """No request has a block twice."""

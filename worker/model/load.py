@@ -45,6 +45,8 @@ class LoadedModel:
     names_from: bytes
     """What the names of its blocks begin with: the fingerprint, or what a keyring makes of it."""
     weight_bytes: int
+    marks_from: bytes = b""
+    """What tenants' marks in those names are made with: a keyring's secret, or nothing."""
 
     def num_device_blocks(self, cache_bytes: int) -> int:
         """How many blocks `cache_bytes` hold, one at the least; 0 bytes: as much as the device has to spare."""

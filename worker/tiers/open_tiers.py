@@ -161,7 +161,7 @@ def _open_adopted(
     host: HostTier, disk: DiskTier | None, store: BlockStore | None, write_behind: WriteBehind
 ) -> Adopted | None:
     found = list({*host.blocks(), *(disk.blocks() if disk is not None else [])})
-    return Adopted(found, store, write_behind.forget) if found and store is not None else None
+    return Adopted(found, store, lambda gone: sum(write_behind.forget(gone))) if found and store is not None else None
 
 
 def _open_ager(store: BlockStore | None, ladder: Ladder, loaded: LoadedModel) -> Ager | None:

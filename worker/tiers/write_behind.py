@@ -14,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import structlog
 
 from cache_store.disk_tier import DiskTier
 from cache_store.errors import StoreError
 from cache_store.host_tier import HostTier, Slot
-from cache_store.ids import BlockHash
+from cache_store.ids import BlockHash, TenantMark, mark_of
 from cache_store.store import BlockStore, Store
 from worker.ids import BlockId
 from worker.tiers.coder import BlockCoder
@@ -39,6 +40,13 @@ class Offload:
     to_store: bool
     done: Callable[[], None]
     """Called on another thread, whatever came of it."""
+
+
+class Forgotten(NamedTuple):
+    """How many blocks were dropped from each tier of this machine."""
+
+    host: int
+    disk: int
 
 
 class WriteBehind:
@@ -115,11 +123,17 @@ class WriteBehind:
         if self.disk is not None and slot is not None:
             self.disk.offer(_stored(slot, content, 0), partial(self.host.unpin, slot))
 
-    def forget(self, names: Collection[BlockHash]) -> int:
-        """Drop blocks from host memory and disk; say how many were in host memory."""
-        if self.disk is not None:
-            self.disk.drop(names)
-        return self.host.drop(names)
+    def forget(self, names: Collection[BlockHash]) -> Forgotten:
+        """Drop blocks from host memory and disk; say how many were there."""
+        on_disk = self.disk.drop(names) if self.disk is not None else 0  # first: from there a block may come up
+        return Forgotten(self.host.drop(names), on_disk)
+
+    def of_tenant(self, tenant: TenantMark) -> set[BlockHash]:
+        """Its blocks that are in host memory or on disk, and those on their way down."""
+        with self._changed:
+            names = {name for name in self._pending if mark_of(name) == tenant}
+        names.update(self.host.of_tenant(tenant))
+        return names.union(self.disk.of_tenant(tenant)) if self.disk is not None else names
 
     def _note_tail(self, job: Offload) -> None:
         with self._changed:
