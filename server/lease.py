@@ -99,8 +99,11 @@ class Lease:
             raise self._lost
 
     async def commit(self, new_tokens: list[int], turn: TurnRecord, *, model: str, worker_id: str) -> None:
-        """Append the turn and unlock. Tries again while Redis is away for a moment: a commit may be repeated."""
-        await self._stop_renewing()
+        """Append the turn and unlock. Tries again while Redis is away for a moment: a commit may be repeated.
+
+        The lease is renewed meanwhile: where Redis is slow, the tries take longer than it. After the last one there is
+        nothing to renew, and nobody minds.
+        """
         for pause_s in (*_COMMIT_PAUSES_S, None):
             try:
                 await self._records.commit(
