@@ -14,6 +14,10 @@ class WorkerLost(ServingError):
     """The connection to a worker broke, or it could not be reached."""
 
 
+class WorkersLost(WorkerLost):
+    """So many over one turn that it may be the turn: not to be tried again without a look."""
+
+
 class WorkerRefused(ServingError):
     """A worker answered with an error of its own, which is the client's too."""
 

@@ -20,7 +20,7 @@ from cache_store.records import SessionRecord
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from server.directory import Worker, WorkerDirectory
-from server.errors import NoWorker, WorkerLost, WorkerRefused
+from server.errors import NoWorker, WorkerLost, WorkerRefused, WorkersLost
 from server.holdings import Holdings, Prompt
 from server.lease import Lease
 from server.metrics import FrontMetrics
@@ -132,6 +132,8 @@ class Relay:
                 turn.lost_s = turn.lost_s or time.monotonic()
                 refused, last = refused | {worker.worker_id}, error
             if turn.num_lost >= _MOST_LOST:
+                if isinstance(last, WorkerLost):
+                    raise WorkersLost(f"{turn.num_lost} workers were lost over this turn") from last
                 raise last
             if turn.is_begun:
                 self._metrics.turn_failed_over()

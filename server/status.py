@@ -24,6 +24,7 @@ MEANINGS: Final[dict[type[BaseException], Meaning]] = {
     store.StoreError: Meaning(_Code.INTERNAL, "STORE_FAILED"),
     errors.NoWorker: Meaning(_Code.UNAVAILABLE, "NO_WORKER", retry_after_s=1.0),
     errors.WorkerLost: Meaning(_Code.UNAVAILABLE, "WORKER_LOST", retry_after_s=0.5),
+    errors.WorkersLost: Meaning(_Code.INTERNAL, "WORKERS_LOST"),
     errors.WorkerFault: Meaning(_Code.INTERNAL, "WORKER_FAULT"),
     errors.Unauthenticated: Meaning(_Code.UNAUTHENTICATED, "UNAUTHENTICATED"),
     errors.NotAllowed: Meaning(_Code.PERMISSION_DENIED, "NOT_ALLOWED"),

@@ -132,13 +132,14 @@ async def test_so_it_does_when_a_stream_ends_too_early_or_in_an_error(front: Fro
     assert [len(worker.generated) for worker in front.workers.values()] == [1, 1]
 
 
-async def test_what_kills_every_worker_is_not_given_to_all_of_them() -> None:
+@pytest.mark.parametrize("way", ["fail_after", "stop_after"])
+async def test_what_kills_every_worker_is_not_given_to_all_of_them(way: str) -> None:
     async with front_end(5) as front:
         for worker in front.workers.values():
-            worker.fail_after = 1
+            setattr(worker, way, 1)
         with pytest.raises(AioRpcError) as caught:
             await front.turn("x", max_new_tokens=9)
-        assert caught.value.code() == grpc.StatusCode.INTERNAL
+        assert caught.value.code() == grpc.StatusCode.INTERNAL, "a client tries again what is UNAVAILABLE"
         assert sum(len(worker.generated) for worker in front.workers.values()) == 3
 
 
