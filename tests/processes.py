@@ -60,9 +60,9 @@ def processes_of(tmp_path: Path) -> list[int]:
     return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def running_ray() -> Iterator[str]:
-    """Address of a Ray that outlives its drivers."""
+    """Address of a Ray that outlives its drivers, for the tests of a file: each takes its workers away again."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
