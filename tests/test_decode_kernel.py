@@ -21,11 +21,17 @@ LONGEST = 2000
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> DecodeKernel:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the kernel of these tests is built."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def kernel(cache: Path) -> DecodeKernel:
     if shutil.which("cc") is None and shutil.which("gcc") is None:
         pytest.skip("no C compiler to build the decode kernel with")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(cache))
         loaded = load_decode_kernel()
     assert loaded is not None
     return loaded
@@ -178,12 +184,11 @@ def test_what_the_kernel_cannot_serve_is_left_to_flash(kernel: DecodeKernel, dty
 
 
 def test_it_is_built_once_and_leaves_nothing_else_in_the_cache(
-    kernel: DecodeKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: DecodeKernel, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert load_decode_kernel() is not None
-    (library,) = (tmp_path / "rekindle").iterdir()
+    (library,) = (cache / "rekindle").iterdir()
     built_at = library.stat().st_mtime_ns
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("PATH", "")  # no compiler is needed any more
     assert load_decode_kernel() is not None
     assert library.stat().st_mtime_ns == built_at
@@ -213,15 +218,15 @@ def test_a_compiler_that_fails_means_no_kernel(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_wrong_library_in_the_cache_is_refused(
-    kernel: DecodeKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: DecodeKernel, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a process of its own: here the right one may be loaded under the same name already."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert load_decode_kernel() is not None
-    (library,) = (tmp_path / "rekindle").iterdir()
+    (right,) = (cache / "rekindle").iterdir()
+    library = tmp_path / "rekindle" / right.name
+    library.parent.mkdir()
     source = tmp_path / "wrong.c"
     source.write_text("void decode_attention(void) {}\n")
-    library.unlink()
     subprocess.run([shutil.which("cc") or "gcc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     asks = (
         "from worker.attention.decode_kernel import load_decode_kernel\n"

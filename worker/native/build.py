@@ -9,7 +9,9 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -75,16 +77,17 @@ def _library(openmp: Path, flags: Sequence[str]) -> Path:
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         compiled = [Path(folder) / f"{source.stem}.o" for source in _SOURCES]
-        for source, target in zip(_SOURCES, compiled, strict=True):
-            _run(compiler, *flags, "-c", source, "-o", target)
+        commands = [(compiler, *flags, "-c", source, "-o", at) for source, at in zip(_SOURCES, compiled, strict=True)]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            deque(threads.map(_run, commands), maxlen=0)
         # Without -fopenmp, which would bring the compiler's own runtime instead of torch's.
         linked = Path(folder) / "kernels.so"
-        _run(compiler, "-shared", "-Wl,-z,defs", *compiled, openmp, "-lm", "-o", linked)
+        _run((compiler, "-shared", "-Wl,-z,defs", *compiled, openmp, "-lm", "-o", linked))
         linked.replace(library)
     return library
 
 
-def _run(*command: str | Path) -> None:
+def _run(command: Sequence[str | Path]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
     if done.returncode:
         raise NativeUnavailable(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
