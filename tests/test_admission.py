@@ -1,5 +1,9 @@
 """The queue's bounds: who is refused, before any work, and whether the time to come again is an honest one."""
 
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+
 import pytest
 
 from worker.engine.admission import Admission, Ticket
@@ -15,7 +19,7 @@ class Clock:
 
 
 def admission(clock: Clock, *, requests: int = 4, tokens: int = 1000) -> Admission:
-    return Admission(max_requests=requests, max_waiting_tokens=tokens, now=clock)
+    return Admission(max_requests=requests, max_waiting_tokens=tokens, weights={"heavy": 4.0}, now=clock)
 
 
 def refusal(admission: Admission, tokens: int) -> Overloaded:
@@ -53,6 +57,55 @@ def test_a_single_prompt_may_be_longer_than_the_bound() -> None:
     door.leave(long)  # cancelled while it waited
     assert door.waiting_tokens == 0
     door.enter(1)
+
+
+def come(door: Admission, tenants: Sequence[str], gone: list[str]) -> None:
+    """Let in as many turns as there is room for. Whose give way is told in `gone`, now and later."""
+    for tenant in tenants:
+        with suppress(Overloaded):
+            door.enter(10, tenant=tenant, on_displaced=partial(gone.append, tenant))
+
+
+def test_who_fills_the_queue_gives_way_to_a_tenant_that_has_less_waiting_until_they_have_the_same() -> None:
+    door, gone = admission(Clock(), requests=6), list[str]()
+    come(door, ["flood"] * 8 + ["late"] * 8, gone)
+    assert gone == ["flood"] * 3
+    come(door, ["flood", "late"] * 4, gone)
+    assert gone == ["flood"] * 3, "nobody has more than another"
+    come(door, ["third"] * 3, gone)
+    assert gone == ["flood"] * 4 + ["late"], "whoever has most"
+
+
+def test_a_tenant_of_more_weight_may_fill_more() -> None:
+    door, gone = admission(Clock(), requests=10), list[str]()
+    come(door, ["light"] * 10 + ["heavy"] * 20, gone)
+    assert gone == ["light"] * 8
+
+
+def test_those_who_run_give_way_to_nobody() -> None:
+    door = admission(Clock(), requests=3)
+    for _ in range(3):
+        door.begin(door.enter(10, tenant="flood"))
+    gone: list[str] = []
+    come(door, ["late"], gone)
+    assert not gone
+    assert door.refused == {"requests": 1, "tokens": 0}
+
+
+def test_as_many_give_way_as_a_long_prompt_needs_or_nobody() -> None:
+    door = admission(Clock(), requests=100, tokens=1000)
+    flood = [door.enter(100, tenant="flood") for _ in range(10)]
+    with pytest.raises(Overloaded):
+        door.enter(600, tenant="late")
+    door.enter(350, tenant="late")
+    assert [ticket.displaced is not None for ticket in flood] == [False] * 6 + [True] * 4
+    assert all(ticket.displaced.retry_after_s > 0 for ticket in flood if ticket.displaced is not None)
+    assert door.waiting_tokens == 950
+    for ticket in flood:
+        door.begin(ticket)
+        door.leave(ticket)
+    assert door.waiting_tokens == 350
+    assert door.refused == {"requests": 0, "tokens": 5}
 
 
 def serve(door: Admission, clock: Clock, waiting: list[Ticket], *, seconds: float, tokens: int) -> None:

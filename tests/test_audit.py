@@ -679,7 +679,9 @@ def a_turn(
     )
     row = RowState(call.sampling, seen=None, counts=None, position=0)
     root = root_hash(b"model", TENANT)
-    return Request(call, listener, root=root, block_tokens=BLOCK, max_new_tokens=2, row=row, ticket=Ticket(40))
+    return Request(
+        call, listener, root=root, block_tokens=BLOCK, max_new_tokens=2, row=row, ticket=Ticket("", 40, lambda: None)
+    )
 
 
 def finish(auditor: Auditor, request: Request) -> None:

@@ -79,6 +79,26 @@ def test_a_queue_of_long_prompts_is_full_by_its_tokens(build_engine: EngineFacto
     generate(engine, (), PROMPT)
 
 
+def test_a_tenant_that_has_filled_the_queue_keeps_no_other_out(build_engine: EngineFactory) -> None:
+    engine = build_engine(max_running=1, max_waiting=4)
+    running = occupy(engine)
+    flood = [start(engine, (), PROMPT, tenant="flood") for _ in range(4)]
+    late = [start(engine, (), PROMPT, tenant="late") for _ in range(2)]
+    with pytest.raises(Overloaded, match="5 requests wait or run, 5 may"):
+        start(engine, (), PROMPT, tenant="flood")
+    for stream in flood[2:]:
+        with pytest.raises(Overloaded) as refused:
+            stream.result()
+        assert 0 < refused.value.retry_after_s <= 60
+    engine.cancel(running.request_id)
+    for stream in (*flood[:2], *late):
+        assert isinstance(stream.result().finished, Finished)
+    assert engine.stats().turned_away["overload_requests"] == 3
+    assert engine.stats().waiting_tokens == 0
+    for _ in range(4):
+        generate(engine, (), PROMPT)
+
+
 def test_a_deadline_that_the_prompt_alone_would_miss_is_refused_at_once(build_engine: EngineFactory) -> None:
     engine = build_engine()
     engine._scheduler._cost_model = Slow(token_s=5.0)

@@ -1,11 +1,13 @@
 """Whether one more turn may queue: bounds by requests and by tokens, and when who is refused should come again.
 
+A full queue is shared too: where a tenant's waiting turns have more than their share of it, the latest of them give way
+to a tenant that has less. Else who comes again at once when it is refused would keep all others out.
 Any thread asks to enter, the engine's says what became of whom. Knows no request and no queue.
 """
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from worker.errors import Overloaded
@@ -54,26 +56,38 @@ class Pace:
 class Ticket:
     """One turn's place."""
 
+    tenant: str
     waiting_tokens: int
     """Of its prompt, while it waits."""
+    on_displaced: Callable[[], None]
+    displaced: Overloaded | None = None
+    """Why it has to go, and when to come again: another tenant's turn has its place. There is nothing to leave."""
 
 
 class Admission:
     """`enter`, then `begin` when it waits no longer (or never), then `leave`."""
 
     def __init__(
-        self, *, max_requests: int, max_waiting_tokens: int, now: Callable[[], float] = time.monotonic
+        self,
+        *,
+        max_requests: int,
+        max_waiting_tokens: int,
+        weights: Mapping[str, float],
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         """`max_requests` may wait or run. The prompts of those that wait may have `max_waiting_tokens` together; a
-        single one may have more."""
+        single one may have more. A tenant of weight 2 has twice the share of one of weight 1, which is what all others
+        have."""
         self.refused = {"requests": 0, "tokens": 0}
-        """By the bound that was met."""
+        """By the bound that was met, also who was displaced."""
         self._max_requests = max_requests
         self._max_waiting_tokens = max_waiting_tokens
+        self._weights = weights
         self._now = now
         self._lock = threading.Lock()
         self._requests = 0
-        self._waiting = 0
+        self._waiting: dict[Ticket, None] = {}
+        """In the order in which they came."""
         self._waiting_tokens = 0
         self._requests_pace = Pace(seconds=1.0)
         self._tokens_pace = Pace(seconds=1e-3)
@@ -87,27 +101,26 @@ class Admission:
         """Seconds from the end of one request to the end of the next, while others wait; 0 until that is measured."""
         return self._requests_pace.seconds if self._requests_pace.is_measured else 0.0
 
-    def enter(self, prompt_tokens: int) -> Ticket:
-        """Raises Overloaded, with an honest time to come again: then there is nothing to leave."""
+    def enter(self, prompt_tokens: int, *, tenant: str = "", on_displaced: Callable[[], None] = lambda: None) -> Ticket:
+        """Raises Overloaded, with an honest time to come again: then there is nothing to leave.
+
+        `on_displaced` is called on the thread of whoever takes the place, if anybody does.
+        """
         with self._lock:
-            if self._requests >= self._max_requests:
-                self.refused["requests"] += 1
-                raise Overloaded(
-                    f"{self._requests} requests wait or run, {self._max_requests} may",
-                    self._requests_pace.retry_after_s(1, self._now()),
-                )
-            tokens = self._waiting_tokens + prompt_tokens
-            if self._waiting and tokens > self._max_waiting_tokens:
-                self.refused["tokens"] += 1
-                raise Overloaded(
-                    f"{self._waiting_tokens} tokens of prompts are waiting and {prompt_tokens} came, "
-                    f"{self._max_waiting_tokens} may",
-                    self._tokens_pace.retry_after_s(tokens - self._max_waiting_tokens, self._now()),
-                )
+            displaced = self._who_gives_way(prompt_tokens, tenant)
+            if displaced is None:
+                raise self._refusal(prompt_tokens)
+            for ticket in displaced:
+                ticket.displaced = self._refusal(prompt_tokens)
+                self._requests -= 1
+                self._stop_waiting(ticket)
+            entered = Ticket(tenant, prompt_tokens, on_displaced)
             self._requests += 1
-            self._waiting += 1
-            self._waiting_tokens = tokens
-            return Ticket(prompt_tokens)
+            self._waiting[entered] = None
+            self._waiting_tokens += prompt_tokens
+        for ticket in displaced:
+            ticket.on_displaced()
+        return entered
 
     def begin(self, ticket: Ticket) -> None:
         """Harmless when it has begun before."""
@@ -117,6 +130,8 @@ class Admission:
 
     def leave(self, ticket: Ticket) -> None:
         with self._lock:
+            if ticket.displaced is not None:
+                return
             self._requests -= 1
             if not self._stop_waiting(ticket):
                 self._requests_pace.freed(1, self._now(), is_awaited=bool(self._waiting))
@@ -124,9 +139,53 @@ class Admission:
                 self._requests_pace.pause()
                 self._tokens_pace.pause()
 
+    def _who_gives_way(self, prompt_tokens: int, tenant: str) -> list[Ticket] | None:
+        """The latest turns of those tenants that have most waiting, by their weights, as long as each keeps no less
+        than this one would have. None where that makes no room; nobody where there is room."""
+        going: list[Ticket] = []
+        if not self._bound(prompt_tokens, going):
+            return going
+        queues: dict[str, list[Ticket]] = {}
+        for ticket in self._waiting:
+            queues.setdefault(ticket.tenant, []).append(ticket)
+        shares = {other: self._share(other, queue) for other, queue in queues.items()}
+        would_have = shares.get(tenant, 0.0) + prompt_tokens / self._weights.get(tenant, 1.0)
+        while shares and self._bound(prompt_tokens, going):
+            most = max(shares, key=lambda other: shares[other])
+            going.append(queues[most].pop())
+            shares[most] = self._share(most, queues[most])
+            if most == tenant or shares[most] < would_have:
+                return None
+        return going if shares else None
+
+    def _share(self, tenant: str, waiting: list[Ticket]) -> float:
+        return sum(ticket.waiting_tokens for ticket in waiting) / self._weights.get(tenant, 1.0)
+
+    def _bound(self, prompt_tokens: int, going: Sequence[Ticket] = ()) -> str:
+        """Which one is in the way once these have gone; empty if none is."""
+        if self._requests - len(going) >= self._max_requests:
+            return "requests"
+        tokens = self._waiting_tokens - sum(ticket.waiting_tokens for ticket in going) + prompt_tokens
+        return "tokens" if len(self._waiting) > len(going) and tokens > self._max_waiting_tokens else ""
+
+    def _refusal(self, prompt_tokens: int) -> Overloaded:
+        bound = self._bound(prompt_tokens)
+        self.refused[bound] += 1
+        if bound == "requests":
+            return Overloaded(
+                f"{self._requests} requests wait or run, {self._max_requests} may",
+                self._requests_pace.retry_after_s(1, self._now()),
+            )
+        too_many = self._waiting_tokens + prompt_tokens - self._max_waiting_tokens
+        return Overloaded(
+            f"{self._waiting_tokens} tokens of prompts are waiting and {prompt_tokens} came, "
+            f"{self._max_waiting_tokens} may",
+            self._tokens_pace.retry_after_s(too_many, self._now()),
+        )
+
     def _stop_waiting(self, ticket: Ticket) -> int:
         """The tokens that wait no longer."""
         tokens, ticket.waiting_tokens = ticket.waiting_tokens, 0
-        self._waiting -= bool(tokens)
+        self._waiting.pop(ticket, None)
         self._waiting_tokens -= tokens
         return tokens

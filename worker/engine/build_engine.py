@@ -74,8 +74,11 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
     )
     cost_model = CostModel(max_prefill_tokens=config.max_prefill_tokens)
     planner = _planner(config.restore_plan, cost_model, tiers)
+    weights = parse_weights(config.tenant_weights)
     admission = Admission(
-        max_requests=config.max_waiting + config.max_running, max_waiting_tokens=config.max_waiting_tokens
+        max_requests=config.max_waiting + config.max_running,
+        max_waiting_tokens=config.max_waiting_tokens,
+        weights=weights,
     )
     scheduler = Scheduler(
         tables,
@@ -85,7 +88,7 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         admission,
         block_tokens=block_tokens,
         max_running=config.max_running,
-        weights=parse_weights(config.tenant_weights),
+        weights=weights,
     )
     runner = ModelRunner(loaded, tiers.device)
     if config.restore_plan == "auto" and config.self_measure_s:

@@ -109,12 +109,17 @@ class Engine:
     def submit(self, call: GenerateCall, listener: Callable[[Event], None]) -> None:
         """Queue a turn. `listener` hears its tokens and its end, on the engine's thread, and must return at once.
 
-        Raises ContextTooLong, Overloaded, Draining: then nothing was queued.
+        Raises ContextTooLong, Overloaded, Draining: then nothing was queued. One that waits may hear of Overloaded
+        later, when the queue is full and a tenant comes that has less in it.
         """
         max_new_tokens = self._max_new_tokens(call)
         if self._draining:
             raise Draining("this worker is leaving")
-        ticket = self._admission.enter(len(call.history) + len(call.input) + len(call.begun))
+        ticket = self._admission.enter(
+            len(call.history) + len(call.input) + len(call.begun),
+            tenant=call.tenant,
+            on_displaced=lambda: self._inbox.post(lambda: self._with_request(call.request_id, self._displace)),
+        )
         try:
             request = Request(
                 call,
@@ -317,6 +322,12 @@ class Engine:
         self._requests[request.call.request_id] = request
         request.on_over = lambda: self._forget(request)
         self._scheduler.add(request)
+        self._displace(request)
+
+    def _displace(self, request: Request) -> None:
+        """Refuse it after all if another tenant's has its place in the queue."""
+        if request.ticket.displaced is not None:
+            self._scheduler.fail(request, request.ticket.displaced)
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.call.request_id]
