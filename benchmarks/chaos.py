@@ -31,7 +31,13 @@ class Aftermath(NamedTuple):
 
 
 def run(
-    *, minutes: float = 10.0, seed: int = 1, conversations: int = 24, ray: bool = False, as_json: bool = False
+    *,
+    minutes: float = 10.0,
+    seed: int = 1,
+    conversations: int = 24,
+    ray: bool = False,
+    sealed: bool = False,
+    as_json: bool = False,
 ) -> int:
     """Break two workers, two front ends and their Redis again and again, while users hold conversations with them.
 
@@ -42,11 +48,12 @@ def run(
         seed: Of faults, dialogues and users.
         conversations: Different dialogues; users take them in turn.
         ray: Workers are Ray actors, which Ray starts again; else processes.
+        sealed: Records and blocks are encrypted.
         as_json: Print one JSON object.
     """
     wanted = scripts(conversations, seed=seed)
     tally = Tally()
-    with deployment(seed=seed, on_ray=ray) as system:
+    with deployment(seed=seed, on_ray=ray, sealed=sealed) as system:
         recoveries, aftermath = asyncio.run(_endure(system, wanted, tally, minutes * 60, seed))
     return finish("chaos", _figures(tally, recoveries, aftermath), _bars(tally, recoveries, aftermath), as_json=as_json)
 

@@ -5,6 +5,7 @@ Knows settings, ports and files. Knows neither conversations nor which fault com
 
 import asyncio
 import json
+import secrets
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -64,18 +65,19 @@ class Deployment:
 
 @contextmanager
 def deployment(
-    *, seed: int, on_ray: bool = False, worker_settings: Mapping[str, object] = WORKER
+    *, seed: int, on_ray: bool = False, sealed: bool = False, worker_settings: Mapping[str, object] = WORKER
 ) -> Iterator[Deployment]:
-    """Start everything; nothing is up yet when this yields. `on_ray`: workers are actors, started again by Ray."""
+    """Start everything; nothing is up yet when this yields. `on_ray`: workers are actors, started again by Ray.
+    `sealed`: all that Redis has is encrypted."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rekindle-chaos-")))
         slabs = stack.enter_context(tempfile.TemporaryDirectory(prefix="rekindle-chaos-", dir="/dev/shm"))
         redis = stack.enter_context(RedisServer(append_only=True))
         proxy = stack.enter_context(FaultProxy(redis.port, seed=seed))
-        redis_url = f"redis://127.0.0.1:{proxy.port}"
+        shared = {"redis_url": f"redis://127.0.0.1:{proxy.port}", "master_keys": _new_keys(folder) if sealed else ""}
         plans = {"0": "load", "1": "auto"}  # one worker that waits for Redis, and one that weighs it
         configs = {
-            number: {**worker_settings, "redis_url": redis_url, "restore_plan": plan, "host_cache_dir": slabs}
+            number: {**worker_settings, **shared, "restore_plan": plan, "host_cache_dir": slabs}
             for number, plan in plans.items()
         }
         places = folder / "places"
@@ -88,7 +90,7 @@ def deployment(
             workers = [RayWorker(number, ray, places) for number in configs]
         else:
             workers = _processes(configs, places, folder)
-        fronts = [_front(number, redis_url, places, folder) for number in ("0", "1")]
+        fronts = [_front(number, shared, places, folder) for number in ("0", "1")]
         for part in (*workers, *fronts):
             stack.callback(part.stop)
             part.start()
@@ -108,8 +110,15 @@ def _processes(configs: Mapping[str, Mapping[str, object]], places: Path, folder
     return workers
 
 
-def _front(number: str, redis_url: str, places: Path, folder: Path) -> Part:
+def _new_keys(folder: Path) -> str:
+    path = folder / "keys"
+    path.touch(mode=0o600)
+    path.write_text("\n".join(f"{name}:{secrets.token_hex(32)}" for name in ("1", "names")))
+    return f"file:{path}"
+
+
+def _front(number: str, shared: Mapping[str, object], places: Path, folder: Path) -> Part:
     port = free_port()
-    config = _FRONT | {"redis_url": redis_url, "port": port, "metrics_port": 0}
+    config = {**_FRONT, **shared, "port": port, "metrics_port": 0}
     command = ["benchmarks.chaos_front", json.dumps(config), str(places)]
     return Part(f"front end {number}", command, folder / f"front-{number}", port=port)
