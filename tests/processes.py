@@ -60,6 +60,16 @@ def processes_of(tmp_path: Path) -> list[int]:
     return found
 
 
+def workers_of(tmp_path: Path) -> set[int]:
+    """Those of them that Ray runs this test's workers in."""
+    found = set()
+    for pid in processes_of(tmp_path):
+        with suppress(OSError):  # it has ended meanwhile
+            if b"WorkerActor" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(pid)
+    return found
+
+
 @pytest.fixture(scope="module")
 def running_ray() -> Iterator[str]:
     """Address of a Ray that outlives its drivers, for the tests of a file: each takes its workers away again."""
@@ -89,7 +99,8 @@ def running_ray() -> Iterator[str]:
     yield f"127.0.0.1:{port}"
     process.terminate()
     try:
-        process.wait(20)
+        process.wait(60)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

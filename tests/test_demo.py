@@ -2,7 +2,7 @@
 
 import json
 import signal
-import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import redis
 
 from cache_store.embedded_redis import RedisServer
 from rekindle.sync_client import Client
-from tests.processes import command
+from tests.processes import command, workers_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -32,8 +32,11 @@ def test_the_demo_resumes_from_redis_on_the_other_worker_and_leaves_nothing_behi
 
 def test_a_demo_that_is_stopped_leaves_nothing_behind(tmp_path: Path) -> None:
     with command(tmp_path, "demo") as process:
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(8)  # by then Ray is up and the workers load
+        give_up = time.monotonic() + 60
+        while len(workers_of(tmp_path)) < 2:  # until Ray is up and the workers load
+            assert process.poll() is None, (tmp_path / "stderr").read_text()
+            assert time.monotonic() < give_up
+            time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130, (tmp_path / "stderr").read_text()
 

@@ -16,10 +16,10 @@ from ray.util import list_named_actors
 
 from cache_store.embedded_redis import RedisServer
 from rekindle.sync_client import Client
-from tests.processes import command, processes_of
+from tests.processes import command, workers_of
 from tests.systems import BLOCK_TOKENS, block_keys, session_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
 
 _SERVE = (
     *("serve", "--num-workers", "2", "--port", "0", "--metrics-port", "0", "--block-tokens", str(BLOCK_TOKENS)),
@@ -49,11 +49,6 @@ def eventually(check: Callable[[], bool], *, within_s: float) -> None:
     while not check():
         assert time.monotonic() < give_up, f"did not happen within {within_s:g} s"
         time.sleep(0.1)
-
-
-def workers_of(tmp_path: Path) -> set[int]:
-    """Ids of the processes that Ray runs the workers in."""
-    return {pid for pid in processes_of(tmp_path) if b"WorkerActor" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
 
 def test_a_killed_worker_is_restarted_and_served_on_and_sigterm_ends_it_all(tmp_path: Path) -> None:

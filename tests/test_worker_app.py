@@ -20,7 +20,13 @@ from worker.actor import WorkerActor
 from worker.config import WorkerConfig
 from worker.logs import set_up_logs
 
-SMALL = {"redis_url": "memory://", "block_tokens": 16, "device_cache_bytes": 32 << 20, "host_cache_bytes": 32 << 20}
+SMALL = {
+    "redis_url": "memory://",
+    "block_tokens": 16,
+    "device_cache_bytes": 32 << 20,
+    "host_cache_bytes": 32 << 20,
+    "self_measure_s": 0,
+}
 
 
 async def test_a_worker_process_serves_counts_and_stops_cleanly_on_sigterm() -> None:
@@ -69,7 +75,7 @@ main()
 
 
 async def test_a_worker_whose_accelerator_is_lost_takes_no_turns_and_ends() -> None:
-    config = json.dumps(SMALL | {"self_measure_s": 0})
+    config = json.dumps(SMALL)
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", _BREAKS, config, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
