@@ -212,9 +212,10 @@ class Client:
         return await self._call(self._cache.GetCacheStats, pb.GetCacheStatsRequest(), timeout_s)
 
     async def erase_tenant(self, tenant: str = "", *, timeout_s: float | None = None) -> pb.EraseTenantResponse:
-        """Delete every session of a tenant from every tier; without one, of the caller's own. Raises Denied.
+        """Delete all that a tenant has from every tier; without one, the caller's own. Raises Denied.
 
-        Waits for turns in progress. If time is over before, what is erased stays so: call again.
+        Waits for turns in progress, but not for long. Raises Busy where the tenant goes on, or TimedOut: what is erased
+        stays so, call again.
         """
         request = pb.EraseTenantRequest(tenant=tenant)
         return await self._call(self._tenants.EraseTenant, request, timeout_s or self._turn_timeout_s)

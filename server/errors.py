@@ -49,6 +49,10 @@ class NotAllowed(ServingError):
     """The caller is known, and may not do this."""
 
 
+class TenantActive(ServingError):
+    """A tenant that is to be erased says more all the while, or has a turn that takes long."""
+
+
 class TooManyStreams(ServingError):
     """This front end has as many open streams as it may. Another one may take it, or this one in a moment."""
 

@@ -28,6 +28,7 @@ MEANINGS: Final[dict[type[BaseException], Meaning]] = {
     errors.WorkerFault: Meaning(_Code.INTERNAL, "WORKER_FAULT"),
     errors.Unauthenticated: Meaning(_Code.UNAUTHENTICATED, "UNAUTHENTICATED"),
     errors.NotAllowed: Meaning(_Code.PERMISSION_DENIED, "NOT_ALLOWED"),
+    errors.TenantActive: Meaning(_Code.ABORTED, "TENANT_ACTIVE", retry_after_s=1.0),
     errors.TooManyStreams: Meaning(_Code.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS", retry_after_s=1.0),
     errors.ShuttingDown: Meaning(_Code.UNAVAILABLE, "SHUTTING_DOWN", retry_after_s=1.0),
 }

@@ -4,6 +4,7 @@ The proof is in how it ends: with a look at all sessions, all workers and all of
 """
 
 import asyncio
+import time
 from typing import Any
 
 import grpc.aio
@@ -13,7 +14,7 @@ from cache_store.errors import InvalidRequest, SessionBusy, SessionNotFound
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from protos.rekindle_pb2_grpc import TenantsServicer
-from server.errors import NotAllowed
+from server.errors import NotAllowed, TenantActive
 from server.identity import caller
 from server.sessions import SessionKeeper
 from server.tenants import is_tenant_name
@@ -21,6 +22,8 @@ from server.tenants import is_tenant_name
 _AT_ONCE = 16
 _BUSY_S = 0.2
 """Between looks at sessions whose turns must end first."""
+_PATIENCE_S = 15.0
+"""A tenant that goes on meanwhile would keep an erase busy for ever."""
 
 _log = structlog.get_logger(__name__)
 
@@ -46,10 +49,12 @@ class TenantsService(TenantsServicer):
         return erased
 
     async def _erase(self, tenant: str) -> pb.EraseTenantResponse:
-        erased = pb.EraseTenantResponse()
+        erased, give_up_s = pb.EraseTenantResponse(), time.monotonic() + _PATIENCE_S
         while True:
             if not await self._erase_listed(tenant, erased) and not await self._erase_blocks(tenant, erased):
                 return erased
+            if time.monotonic() > give_up_s:
+                raise TenantActive(f"tenant {tenant} goes on; {erased.sessions} sessions were erased: do it again")
             await asyncio.sleep(_BUSY_S)  # some may have been in use, and others may be new
 
     async def _erase_listed(self, tenant: str, erased: pb.EraseTenantResponse) -> bool:

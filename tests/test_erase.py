@@ -14,7 +14,8 @@ from cache_store.errors import StoreUnavailable
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from rekindle.client import Client
-from rekindle.errors import BadInput, Denied, NotFound, TimedOut, Unavailable
+from rekindle.errors import BadInput, Busy, Denied, NotFound, TimedOut, Unavailable
+from server import tenants_service
 from tests.fake_worker import FrontEnd, front_end
 from tests.test_api_keys import add_key
 
@@ -84,6 +85,20 @@ async def test_a_turn_in_progress_ends_first_and_its_session_goes_then(front: Fr
     erased = await clients["acme"].erase_tenant()
     assert (erased.sessions, erased.tokens) == (1, 6)
     assert await turn
+
+
+async def test_a_tenant_that_goes_on_meanwhile_does_not_keep_it_for_ever(
+    front: FrontEnd, clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenants_service, "_PATIENCE_S", 0.3)
+    records = front.app._records
+    for session_id in ("held", "free"):
+        await clients["acme"].create_session(session_id)
+    await records.begin("acme", "held", holder="somebody", lease_s=60)
+    with pytest.raises(Busy, match="tenant acme goes on; 1 sessions were erased"):
+        await clients["acme"].erase_tenant()
+    await records.release("acme", "held", holder="somebody")
+    assert (await clients["acme"].erase_tenant()).sessions == 1
 
 
 async def test_it_ends_only_after_a_look_at_all_workers_that_found_nothing(front: FrontEnd, clients: Clients) -> None:
