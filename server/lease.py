@@ -7,7 +7,6 @@ front end's, and each front end says again and again that it lives.
 import asyncio
 import uuid
 from collections.abc import Awaitable
-from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -56,8 +55,10 @@ class Leases:
             await asyncio.sleep(_ALIVE_S / 3)
 
     async def _say(self, for_s: float) -> None:
-        with suppress(StoreError):  # nobody can lock anything now either
+        try:
             await self._records.keep_alive(self._front, for_s)
+        except StoreError as error:  # mostly nobody can lock anything then either
+            _log.warning("this front end can't say that it lives", error=str(error))
 
 
 class Lease:
@@ -131,18 +132,19 @@ class Lease:
 
     async def _begin(self) -> SessionRecord:
         dead = ""
-        for pause_s in (*_BUSY_PAUSES_S, None):
+        for pause_s in _BUSY_PAUSES_S:
             try:
-                return await self._records.begin(
-                    self._tenant, self._session_id, holder=self._holder, lease_s=self._lease_s, instead_of=dead
-                )
+                return await self._try_to_begin(dead)
             except SessionBusy as error:
-                if pause_s is None:
-                    raise
                 dead = await self._if_dead(error.holder)
             if not dead:
                 await asyncio.sleep(pause_s)
-        raise AssertionError("the last try returns or raises")
+        return await self._try_to_begin(dead)
+
+    async def _try_to_begin(self, dead: str) -> SessionRecord:
+        return await self._records.begin(
+            self._tenant, self._session_id, holder=self._holder, lease_s=self._lease_s, instead_of=dead
+        )
 
     async def _if_dead(self, holder: str) -> str:
         """The holder, if its front end is dead; "" if it lives, or who that is can't be told."""
