@@ -4,7 +4,6 @@ CONFIG is ServerConfig as a JSON object; PLACES a JSON file with each worker's a
 """
 
 import asyncio
-import gc
 import json
 import signal
 import sys
@@ -15,6 +14,7 @@ import structlog
 
 from server.app import Application
 from server.config import ServerConfig
+from worker.collector import look_past_what_is_there
 
 
 class _Places:
@@ -33,8 +33,7 @@ async def _serve(config: ServerConfig, places: Path) -> None:
     front_end = Application.build(config, _Places(places))
     try:
         await front_end.start()
-        gc.collect()
-        gc.freeze()  # as `rekindle serve` does
+        look_past_what_is_there()  # as `rekindle serve` does
         print(json.dumps({"address": front_end.address, "metrics_address": front_end.metrics_address}), flush=True)
         await stopped.wait()
         await front_end.drain()
