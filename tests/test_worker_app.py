@@ -5,6 +5,8 @@ import io
 import json
 import signal
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -29,14 +31,24 @@ SMALL = {
 }
 
 
-async def test_a_worker_process_serves_counts_and_stops_cleanly_on_sigterm() -> None:
+@asynccontextmanager
+async def started(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, dict[str, str]]]:
+    """A Python process that serves as a worker, and the addresses that it says; dead at the end."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "worker", "--worker-id", "w-9", "--config", json.dumps(SMALL),
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+        sys.executable, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
     try:
         assert process.stdout is not None
-        addresses = json.loads(await process.stdout.readline())
+        yield process, json.loads(await process.stdout.readline())
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def test_a_worker_process_serves_counts_and_stops_cleanly_on_sigterm() -> None:
+    arguments = ("-m", "worker", "--worker-id", "w-9", "--config", json.dumps(SMALL))
+    async with started(*arguments) as (process, addresses):
         async with grpc.aio.insecure_channel(addresses["address"]) as channel:
             stub: Any = WorkerStub(channel)  # type: ignore[no-untyped-call]
             first = await hear(stub, asking("hello " * 20, max_new_tokens=20, ignore_eos=True))
@@ -45,10 +57,6 @@ async def test_a_worker_process_serves_counts_and_stops_cleanly_on_sigterm() -> 
         found = await asyncio.to_thread(scrape, addresses["metrics_address"])
         process.send_signal(signal.SIGTERM)
         _, errors = await asyncio.wait_for(process.communicate(), timeout=30)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
     assert process.returncode == 0, errors.decode()
     assert (description.worker_id, description.metrics_address) == ("w-9", addresses["metrics_address"])
     assert len(first.token_ids) == 20
@@ -75,13 +83,7 @@ main()
 
 
 async def test_a_worker_whose_accelerator_is_lost_takes_no_turns_and_ends() -> None:
-    config = json.dumps(SMALL)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", _BREAKS, config, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        assert process.stdout is not None
-        addresses = json.loads(await process.stdout.readline())
+    async with started("-c", _BREAKS, json.dumps(SMALL)) as (process, addresses):
         async with grpc.aio.insecure_channel(addresses["address"]) as channel:
             stub: Any = WorkerStub(channel)  # type: ignore[no-untyped-call]
             assert (await stub.Describe(wpb.DescribeRequest())).accepting
@@ -90,10 +92,6 @@ async def test_a_worker_whose_accelerator_is_lost_takes_no_turns_and_ends() -> N
                     await hear(stub, asking("hello"))
                 assert caught.value.code() == grpc.StatusCode.INTERNAL
         _, errors = await asyncio.wait_for(process.communicate(), timeout=30)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
     assert process.returncode == 70, errors.decode()
     assert "the engine is broken" in errors.decode()
 
