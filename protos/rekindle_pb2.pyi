@@ -20,6 +20,13 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_INTERRUPTED: _ClassVar[FinishReason]
 
+class ContextPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CONTEXT_POLICY_UNSPECIFIED: _ClassVar[ContextPolicy]
+    CONTEXT_POLICY_ERROR: _ClassVar[ContextPolicy]
+    CONTEXT_POLICY_WINDOW: _ClassVar[ContextPolicy]
+    CONTEXT_POLICY_RECALL: _ClassVar[ContextPolicy]
+
 class PlanKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     PLAN_KIND_UNSPECIFIED: _ClassVar[PlanKind]
@@ -40,6 +47,13 @@ class MissReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MISS_REASON_TAIL: _ClassVar[MissReason]
     MISS_REASON_FASTER: _ClassVar[MissReason]
 
+class BankAccess(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BANK_ACCESS_UNSPECIFIED: _ClassVar[BankAccess]
+    BANK_ACCESS_READ: _ClassVar[BankAccess]
+    BANK_ACCESS_WRITE: _ClassVar[BankAccess]
+    BANK_ACCESS_READ_WRITE: _ClassVar[BankAccess]
+
 class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     TIER_UNSPECIFIED: _ClassVar[Tier]
@@ -54,6 +68,10 @@ FINISH_REASON_EOS: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_INTERRUPTED: FinishReason
+CONTEXT_POLICY_UNSPECIFIED: ContextPolicy
+CONTEXT_POLICY_ERROR: ContextPolicy
+CONTEXT_POLICY_WINDOW: ContextPolicy
+CONTEXT_POLICY_RECALL: ContextPolicy
 PLAN_KIND_UNSPECIFIED: PlanKind
 PLAN_KIND_LOAD: PlanKind
 PLAN_KIND_COMPUTE: PlanKind
@@ -68,6 +86,10 @@ MISS_REASON_UNAVAILABLE: MissReason
 MISS_REASON_NO_ROOM: MissReason
 MISS_REASON_TAIL: MissReason
 MISS_REASON_FASTER: MissReason
+BANK_ACCESS_UNSPECIFIED: BankAccess
+BANK_ACCESS_READ: BankAccess
+BANK_ACCESS_WRITE: BankAccess
+BANK_ACCESS_READ_WRITE: BankAccess
 TIER_UNSPECIFIED: Tier
 TIER_DEVICE: Tier
 TIER_HOST: Tier
@@ -209,7 +231,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., input_tokens: _Optional[int] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("device_tokens", "host_tokens", "redis_tokens", "computed_tokens", "misses", "restored_bytes", "queue_ms", "restore_ms", "prefill_ms", "decode_ms", "ttft_ms", "worker_id", "audit", "plan", "disk_tokens")
+    __slots__ = ("device_tokens", "host_tokens", "redis_tokens", "computed_tokens", "misses", "restored_bytes", "queue_ms", "restore_ms", "prefill_ms", "decode_ms", "ttft_ms", "worker_id", "audit", "plan", "disk_tokens", "context", "memories")
     DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REDIS_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -225,6 +247,8 @@ class Receipt(_message.Message):
     AUDIT_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     DISK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    MEMORIES_FIELD_NUMBER: _ClassVar[int]
     device_tokens: int
     host_tokens: int
     redis_tokens: int
@@ -240,7 +264,41 @@ class Receipt(_message.Message):
     audit: Audit
     plan: RestorePlan
     disk_tokens: int
-    def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., misses: _Optional[_Iterable[_Union[Miss, _Mapping]]] = ..., restored_bytes: _Optional[int] = ..., queue_ms: _Optional[float] = ..., restore_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., worker_id: _Optional[str] = ..., audit: _Optional[_Union[Audit, _Mapping]] = ..., plan: _Optional[_Union[RestorePlan, _Mapping]] = ..., disk_tokens: _Optional[int] = ...) -> None: ...
+    context: ContextReceipt
+    memories: _containers.RepeatedCompositeFieldContainer[MemorySource]
+    def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., misses: _Optional[_Iterable[_Union[Miss, _Mapping]]] = ..., restored_bytes: _Optional[int] = ..., queue_ms: _Optional[float] = ..., restore_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., worker_id: _Optional[str] = ..., audit: _Optional[_Union[Audit, _Mapping]] = ..., plan: _Optional[_Union[RestorePlan, _Mapping]] = ..., disk_tokens: _Optional[int] = ..., context: _Optional[_Union[ContextReceipt, _Mapping]] = ..., memories: _Optional[_Iterable[_Union[MemorySource, _Mapping]]] = ...) -> None: ...
+
+class ContextReceipt(_message.Message):
+    __slots__ = ("policy", "window_tokens", "left_tokens", "recalled_tokens", "choices", "recalled_starts", "unit_tokens")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LEFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RECALLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    RECALLED_STARTS_FIELD_NUMBER: _ClassVar[int]
+    UNIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    policy: ContextPolicy
+    window_tokens: int
+    left_tokens: int
+    recalled_tokens: int
+    choices: int
+    recalled_starts: _containers.RepeatedScalarFieldContainer[int]
+    unit_tokens: int
+    def __init__(self, policy: _Optional[_Union[ContextPolicy, str]] = ..., window_tokens: _Optional[int] = ..., left_tokens: _Optional[int] = ..., recalled_tokens: _Optional[int] = ..., choices: _Optional[int] = ..., recalled_starts: _Optional[_Iterable[int]] = ..., unit_tokens: _Optional[int] = ...) -> None: ...
+
+class MemorySource(_message.Message):
+    __slots__ = ("bank", "entry_id", "score", "document_id", "tokens")
+    BANK_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_ID_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    bank: str
+    entry_id: str
+    score: float
+    document_id: str
+    tokens: int
+    def __init__(self, bank: _Optional[str] = ..., entry_id: _Optional[str] = ..., score: _Optional[float] = ..., document_id: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class RestorePlan(_message.Message):
     __slots__ = ("kind", "predicted_ms", "actual_ms", "computed_instead_tokens")
@@ -279,7 +337,7 @@ class Miss(_message.Message):
     def __init__(self, reason: _Optional[_Union[MissReason, str]] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "model", "num_tokens", "turns", "token_ids", "created_ms", "last_used_ms", "ttl_s", "pinned", "version", "parent_session_id", "parent_turn", "residency", "text", "codec")
+    __slots__ = ("session_id", "model", "num_tokens", "turns", "token_ids", "created_ms", "last_used_ms", "ttl_s", "pinned", "version", "parent_session_id", "parent_turn", "residency", "text", "codec", "context_policy", "banks")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -295,6 +353,8 @@ class Session(_message.Message):
     RESIDENCY_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_POLICY_FIELD_NUMBER: _ClassVar[int]
+    BANKS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     model: str
     num_tokens: int
@@ -310,7 +370,17 @@ class Session(_message.Message):
     residency: _containers.RepeatedCompositeFieldContainer[Residency]
     text: str
     codec: str
-    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., num_tokens: _Optional[int] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., token_ids: _Optional[_Iterable[int]] = ..., created_ms: _Optional[int] = ..., last_used_ms: _Optional[int] = ..., ttl_s: _Optional[int] = ..., pinned: _Optional[bool] = ..., version: _Optional[int] = ..., parent_session_id: _Optional[str] = ..., parent_turn: _Optional[int] = ..., residency: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., text: _Optional[str] = ..., codec: _Optional[str] = ...) -> None: ...
+    context_policy: ContextPolicy
+    banks: _containers.RepeatedCompositeFieldContainer[BankAttachment]
+    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., num_tokens: _Optional[int] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., token_ids: _Optional[_Iterable[int]] = ..., created_ms: _Optional[int] = ..., last_used_ms: _Optional[int] = ..., ttl_s: _Optional[int] = ..., pinned: _Optional[bool] = ..., version: _Optional[int] = ..., parent_session_id: _Optional[str] = ..., parent_turn: _Optional[int] = ..., residency: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., text: _Optional[str] = ..., codec: _Optional[str] = ..., context_policy: _Optional[_Union[ContextPolicy, str]] = ..., banks: _Optional[_Iterable[_Union[BankAttachment, _Mapping]]] = ...) -> None: ...
+
+class BankAttachment(_message.Message):
+    __slots__ = ("bank", "access")
+    BANK_FIELD_NUMBER: _ClassVar[int]
+    ACCESS_FIELD_NUMBER: _ClassVar[int]
+    bank: str
+    access: BankAccess
+    def __init__(self, bank: _Optional[str] = ..., access: _Optional[_Union[BankAccess, str]] = ...) -> None: ...
 
 class Turn(_message.Message):
     __slots__ = ("number", "start", "reply_start", "end", "reason", "committed_ms", "idempotency_key")
@@ -341,16 +411,20 @@ class Residency(_message.Message):
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., worker_id: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class CreateSessionRequest(_message.Message):
-    __slots__ = ("session_id", "ttl_s", "pinned", "codec")
+    __slots__ = ("session_id", "ttl_s", "pinned", "codec", "context_policy", "banks")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TTL_S_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_POLICY_FIELD_NUMBER: _ClassVar[int]
+    BANKS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     ttl_s: int
     pinned: bool
     codec: str
-    def __init__(self, session_id: _Optional[str] = ..., ttl_s: _Optional[int] = ..., pinned: _Optional[bool] = ..., codec: _Optional[str] = ...) -> None: ...
+    context_policy: ContextPolicy
+    banks: _containers.RepeatedCompositeFieldContainer[BankAttachment]
+    def __init__(self, session_id: _Optional[str] = ..., ttl_s: _Optional[int] = ..., pinned: _Optional[bool] = ..., codec: _Optional[str] = ..., context_policy: _Optional[_Union[ContextPolicy, str]] = ..., banks: _Optional[_Iterable[_Union[BankAttachment, _Mapping]]] = ...) -> None: ...
 
 class GetSessionRequest(_message.Message):
     __slots__ = ("session_id", "with_token_ids", "with_text", "with_residency", "user_is_typing")
@@ -383,14 +457,22 @@ class ListSessionsResponse(_message.Message):
     def __init__(self, sessions: _Optional[_Iterable[_Union[Session, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class UpdateSessionRequest(_message.Message):
-    __slots__ = ("session_id", "ttl_s", "pinned")
+    __slots__ = ("session_id", "ttl_s", "pinned", "banks")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TTL_S_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
+    BANKS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     ttl_s: int
     pinned: bool
-    def __init__(self, session_id: _Optional[str] = ..., ttl_s: _Optional[int] = ..., pinned: _Optional[bool] = ...) -> None: ...
+    banks: BankAttachments
+    def __init__(self, session_id: _Optional[str] = ..., ttl_s: _Optional[int] = ..., pinned: _Optional[bool] = ..., banks: _Optional[_Union[BankAttachments, _Mapping]] = ...) -> None: ...
+
+class BankAttachments(_message.Message):
+    __slots__ = ("banks",)
+    BANKS_FIELD_NUMBER: _ClassVar[int]
+    banks: _containers.RepeatedCompositeFieldContainer[BankAttachment]
+    def __init__(self, banks: _Optional[_Iterable[_Union[BankAttachment, _Mapping]]] = ...) -> None: ...
 
 class ForkSessionRequest(_message.Message):
     __slots__ = ("session_id", "at_turn", "new_session_id")

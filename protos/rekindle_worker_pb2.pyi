@@ -8,14 +8,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class History(_message.Message):
-    __slots__ = ("tenant", "token_ids", "codec")
+    __slots__ = ("tenant", "token_ids", "codec", "context_policy", "turn_bounds")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_POLICY_FIELD_NUMBER: _ClassVar[int]
+    TURN_BOUNDS_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     codec: str
-    def __init__(self, tenant: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ...) -> None: ...
+    context_policy: _rekindle_pb2.ContextPolicy
+    turn_bounds: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tenant: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., context_policy: _Optional[_Union[_rekindle_pb2.ContextPolicy, str]] = ..., turn_bounds: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WorkerGenerateRequest(_message.Message):
     __slots__ = ("request_id", "session_id", "history", "text", "chat", "tokens", "sampling", "block_ttl_s", "audit", "begun")
@@ -190,7 +194,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("worker_id", "model", "fingerprint", "max_context_tokens", "block_tokens", "accepting", "metrics_address", "block_bytes", "names_from")
+    __slots__ = ("worker_id", "model", "fingerprint", "max_context_tokens", "block_tokens", "accepting", "metrics_address", "block_bytes", "names_from", "embedder", "embedding_dim")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +204,8 @@ class DescribeReply(_message.Message):
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     NAMES_FROM_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDER_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_DIM_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     model: str
     fingerprint: str
@@ -209,7 +215,47 @@ class DescribeReply(_message.Message):
     metrics_address: str
     block_bytes: int
     names_from: bytes
-    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., block_tokens: _Optional[int] = ..., accepting: _Optional[bool] = ..., metrics_address: _Optional[str] = ..., block_bytes: _Optional[int] = ..., names_from: _Optional[bytes] = ...) -> None: ...
+    embedder: str
+    embedding_dim: int
+    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., block_tokens: _Optional[int] = ..., accepting: _Optional[bool] = ..., metrics_address: _Optional[str] = ..., block_bytes: _Optional[int] = ..., names_from: _Optional[bytes] = ..., embedder: _Optional[str] = ..., embedding_dim: _Optional[int] = ...) -> None: ...
+
+class EmbedRequest(_message.Message):
+    __slots__ = ("texts", "chunk_tokens", "overlap_tokens")
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OVERLAP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    chunk_tokens: int
+    overlap_tokens: int
+    def __init__(self, texts: _Optional[_Iterable[str]] = ..., chunk_tokens: _Optional[int] = ..., overlap_tokens: _Optional[int] = ...) -> None: ...
+
+class EmbedReply(_message.Message):
+    __slots__ = ("embedder", "texts")
+    EMBEDDER_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    embedder: str
+    texts: _containers.RepeatedCompositeFieldContainer[EmbeddedText]
+    def __init__(self, embedder: _Optional[str] = ..., texts: _Optional[_Iterable[_Union[EmbeddedText, _Mapping]]] = ...) -> None: ...
+
+class EmbeddedText(_message.Message):
+    __slots__ = ("chunks",)
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    chunks: _containers.RepeatedCompositeFieldContainer[EmbeddedChunk]
+    def __init__(self, chunks: _Optional[_Iterable[_Union[EmbeddedChunk, _Mapping]]] = ...) -> None: ...
+
+class EmbeddedChunk(_message.Message):
+    __slots__ = ("start", "end", "tokens", "vector", "is_cut")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    IS_CUT_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    tokens: int
+    vector: bytes
+    is_cut: bool
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., tokens: _Optional[int] = ..., vector: _Optional[bytes] = ..., is_cut: _Optional[bool] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ()

@@ -85,6 +85,11 @@ class WorkerStub:
                 request_serializer=protos_dot_rekindle__worker__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=protos_dot_rekindle__worker__pb2.DescribeReply.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/rekindle.worker.v1.Worker/Embed',
+                request_serializer=protos_dot_rekindle__worker__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=protos_dot_rekindle__worker__pb2.EmbedReply.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/rekindle.worker.v1.Worker/Watch',
                 request_serializer=protos_dot_rekindle__worker__pb2.WatchRequest.SerializeToString,
@@ -169,6 +174,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Texts as vectors, by this worker's embedding model; long ones in chunks. UNIMPLEMENTED where it has none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """A snapshot, then what changes of it, several times a second, until the call is cancelled.
         """
@@ -234,6 +246,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=protos_dot_rekindle__worker__pb2.DescribeRequest.FromString,
                     response_serializer=protos_dot_rekindle__worker__pb2.DescribeReply.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=protos_dot_rekindle__worker__pb2.EmbedRequest.FromString,
+                    response_serializer=protos_dot_rekindle__worker__pb2.EmbedReply.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -516,6 +533,33 @@ class Worker:
             '/rekindle.worker.v1.Worker/Describe',
             protos_dot_rekindle__worker__pb2.DescribeRequest.SerializeToString,
             protos_dot_rekindle__worker__pb2.DescribeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rekindle.worker.v1.Worker/Embed',
+            protos_dot_rekindle__worker__pb2.EmbedRequest.SerializeToString,
+            protos_dot_rekindle__worker__pb2.EmbedReply.FromString,
             options,
             channel_credentials,
             insecure,
