@@ -220,14 +220,16 @@ class DescribeReply(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., block_tokens: _Optional[int] = ..., accepting: _Optional[bool] = ..., metrics_address: _Optional[str] = ..., block_bytes: _Optional[int] = ..., names_from: _Optional[bytes] = ..., embedder: _Optional[str] = ..., embedding_dim: _Optional[int] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
-    __slots__ = ("texts", "chunk_tokens", "overlap_tokens")
+    __slots__ = ("texts", "chunk_tokens", "overlap_tokens", "is_query")
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OVERLAP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IS_QUERY_FIELD_NUMBER: _ClassVar[int]
     texts: _containers.RepeatedScalarFieldContainer[str]
     chunk_tokens: int
     overlap_tokens: int
-    def __init__(self, texts: _Optional[_Iterable[str]] = ..., chunk_tokens: _Optional[int] = ..., overlap_tokens: _Optional[int] = ...) -> None: ...
+    is_query: bool
+    def __init__(self, texts: _Optional[_Iterable[str]] = ..., chunk_tokens: _Optional[int] = ..., overlap_tokens: _Optional[int] = ..., is_query: _Optional[bool] = ...) -> None: ...
 
 class EmbedReply(_message.Message):
     __slots__ = ("embedder", "texts")

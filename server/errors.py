@@ -10,6 +10,10 @@ class NoWorker(ServingError):
     """No worker accepts work now. One may in a moment."""
 
 
+class NoEmbedder(NoWorker):
+    """There are workers, and none has an embedding model."""
+
+
 class WorkerLost(ServingError):
     """The connection to a worker broke, or it could not be reached."""
 

@@ -23,6 +23,7 @@ MEANINGS: Final[dict[type[BaseException], Meaning]] = {
     store.RecordUnreadable: Meaning(_Code.DATA_LOSS, "RECORD_UNREADABLE"),
     store.StoreError: Meaning(_Code.INTERNAL, "STORE_FAILED"),
     errors.NoWorker: Meaning(_Code.UNAVAILABLE, "NO_WORKER", retry_after_s=1.0),
+    errors.NoEmbedder: Meaning(_Code.FAILED_PRECONDITION, "NO_EMBEDDER"),
     errors.WorkerLost: Meaning(_Code.UNAVAILABLE, "WORKER_LOST", retry_after_s=0.5),
     errors.WorkersLost: Meaning(_Code.INTERNAL, "WORKERS_LOST"),
     errors.WorkerFault: Meaning(_Code.INTERNAL, "WORKER_FAULT"),

@@ -41,7 +41,7 @@ class WorkerClient:
             raise WorkerLost(f"worker at {address}: {error}") from error
         self._stub: Any = WorkerStub(self._channel)  # type: ignore[no-untyped-call]
         self._streams: set[Any] = set()
-        """Of turns that run."""
+        """Of turns and embeddings that run."""
 
     async def generate(
         self, request: wpb.WorkerGenerateRequest, *, timeout_s: float | None
@@ -116,6 +116,20 @@ class WorkerClient:
             self._stub.Detokenize, wpb.DetokenizeRequest(token_ids=token_ids), _QUICK_S
         )
         return reply.text
+
+    async def embed(self, request: wpb.EmbedRequest, *, timeout_s: float) -> wpb.EmbedReply:
+        call = self._stub.Embed(request, timeout=timeout_s)
+        self._streams.add(call)  # it takes long enough for the worker to be found frozen
+        try:
+            reply: wpb.EmbedReply = await call
+            return reply
+        except grpc.aio.AioRpcError as error:
+            raise self._ours(error) from error
+        except asyncio.CancelledError:
+            raise self._ended() from None
+        finally:
+            self._streams.discard(call)
+            call.cancel()
 
     async def describe(self, *, timeout_s: float) -> wpb.DescribeReply:
         reply: wpb.DescribeReply = await self._ask(self._stub.Describe, wpb.DescribeRequest(), timeout_s)

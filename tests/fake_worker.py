@@ -18,6 +18,7 @@ from protos.tls import PLAIN_TEXT, ServerTls, listen
 from server.app import Application
 from server.config import ServerConfig
 from server.directory import StaticAddresses
+from tests.fake_embedding import DIM, EMBEDDER, embedded
 from worker.status import failure_of
 
 VOCABULARY = 1000
@@ -49,6 +50,9 @@ class FakeWorker(WorkerServicer):
         """What the next erase finds."""
         self.accepting = True
         self.waiting = 0
+        self.embedder = EMBEDDER
+        """Empty: it has none."""
+        self.embedded: list[wpb.EmbedRequest] = []
         self.fingerprint = "f00d"
         self.refuse_with: Exception | None = None
         """Raised by every call that works on KV."""
@@ -57,6 +61,8 @@ class FakeWorker(WorkerServicer):
         self.hold_flush_s = 0.0
         self.may_warm = asyncio.Event()
         self.may_warm.set()
+        self.may_embed = asyncio.Event()
+        self.may_embed.set()
         self.stop_after: int | None = None
         """End the stream, as a worker with a bug would, after this many deltas."""
         self.fail_after: int | None = None
@@ -192,7 +198,21 @@ class FakeWorker(WorkerServicer):
             max_context_tokens=4096,
             block_tokens=16,
             accepting=self.accepting,
+            embedder=self.embedder,
+            embedding_dim=DIM if self.embedder else 0,
         )
+
+    async def Embed(self, request: wpb.EmbedRequest, context: Any) -> wpb.EmbedReply:
+        self.embedded.append(request)
+        await self._maybe_refuse("embed", context)
+        if not self.embedder:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no embedding model")
+        try:
+            await self.may_embed.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return wpb.EmbedReply(embedder=self.embedder, texts=[embedded(text, request) for text in request.texts])
 
     async def GetStats(self, request: wpb.GetStatsRequest, context: Any) -> pb.WorkerCacheStats:
         await self._maybe_refuse("stats", context)
