@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from cache_store.attachments import BankAttachment
 from cache_store.errors import InvalidRequest, LimitReached, SessionBusy, SessionExists, SessionNotFound
 from cache_store.records import NO_QUOTA, Page, Quota, SessionRecord, TurnRecord, Usage
 from cache_store.store import ServerInfo
@@ -55,8 +56,20 @@ class MemoryRecords:
         more = len(records) > page_size
         return Page(page, f"{page[-1].created_ms}/{page[-1].session_id}" if more else "")
 
-    async def update(self, tenant: str, session_id: str, *, ttl_s: int | None, pinned: bool | None) -> SessionRecord:
+    async def update(
+        self,
+        tenant: str,
+        session_id: str,
+        *,
+        ttl_s: int | None,
+        pinned: bool | None,
+        banks: tuple[BankAttachment, ...] | None = None,
+    ) -> SessionRecord:
         kept = self._find(tenant, session_id)
+        if banks is not None:
+            if kept.holder and self._now() < kept.lease_ends_s:
+                raise SessionBusy(f"another call holds session {session_id}")
+            kept.record = replace(kept.record, banks=banks)
         if ttl_s is not None:
             kept.record = replace(kept.record, ttl_s=ttl_s)
         if pinned is not None:

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from cache_store.attachments import BankAttachment, pack_banks, read_banks
 from cache_store.codecs import RAW
 from cache_store.errors import RecordUnreadable
 from cache_store.records import SessionRecord, TurnRecord
@@ -22,6 +23,7 @@ from cache_store.sealing import TAG_BYTES, KeyUnknown, SealBroken, Sealer
 _TURN = struct.Struct("<IIIIq")  # start, reply_start, end, finish_reason, committed_ms; then the idempotency key
 _COUNT = struct.Struct("<I")
 _LENGTH = struct.Struct("<H")
+_CONTINUATION = struct.Struct(f"<{TAG_BYTES}sI?")  # the last piece's tag, how many there are, whether one may follow
 _NO_PIECE = bytes(TAG_BYTES)
 _MOST_PIECES = 256
 """The commit that would make more of them makes one of all: who reads a record opens each piece."""
@@ -47,12 +49,22 @@ class Written(NamedTuple):
     replaces: bool = False
 
 
+class Attached(NamedTuple):
+    """What an update of a session's banks writes to meta."""
+
+    banks: str
+    seal: bytes = b""
+    """Empty: as it is."""
+
+
 class RecordFormat(Protocol):
     def created(self, record: SessionRecord) -> Written: ...
 
     def committed(
         self, before: SessionRecord, *, new_tokens: Sequence[int], turn: TurnRecord, model: str
     ) -> Written: ...
+
+    def attached(self, before: SessionRecord, banks: Sequence[BankAttachment]) -> Attached: ...
 
     def read(self, tenant: str, session_id: str, kept: Kept) -> SessionRecord:
         """Raises RecordUnreadable."""
@@ -66,6 +78,9 @@ class PlainFormat:
 
     def committed(self, before: SessionRecord, *, new_tokens: Sequence[int], turn: TurnRecord, model: str) -> Written:
         return Written(pack_tokens(new_tokens), [pack_turn(turn)], before.num_tokens + len(new_tokens))
+
+    def attached(self, before: SessionRecord, banks: Sequence[BankAttachment]) -> Attached:
+        return Attached(pack_banks(banks))
 
     def read(self, tenant: str, session_id: str, kept: Kept) -> SessionRecord:
         if b"seal" in kept.meta:
@@ -95,12 +110,19 @@ class SealedFormat:
 
     def committed(self, before: SessionRecord, *, new_tokens: Sequence[int], turn: TurnRecord, model: str) -> Written:
         after = replace(before, version=before.version + 1, model=model, num_tokens=before.num_tokens + len(new_tokens))
-        if not before.continuation:
-            turns, tokens = (*before.turns, turn), (*before.token_ids, *new_tokens)
-            return self._whole(replace(after, turns=turns, token_ids=tokens))._replace(replaces=True)
-        link, (place,) = before.continuation[:TAG_BYTES], _COUNT.unpack(before.continuation[TAG_BYTES:])
-        piece = self._piece(after, [turn], new_tokens, place, link)
-        return Written(b"", [piece], after.num_tokens, self._seal(after, [piece], place + 1))
+        if before.continuation:
+            link, place, goes_on = _CONTINUATION.unpack(before.continuation)
+            if goes_on:
+                piece = self._piece(after, [turn], new_tokens, place, link)
+                return Written(b"", [piece], after.num_tokens, self._seal(after, piece[-TAG_BYTES:], place + 1))
+        turns, tokens = (*before.turns, turn), (*before.token_ids, *new_tokens)
+        return self._whole(replace(after, turns=turns, token_ids=tokens))._replace(replaces=True)
+
+    def attached(self, before: SessionRecord, banks: Sequence[BankAttachment]) -> Attached:
+        if not before.continuation:  # in the clear, as yet
+            return Attached(pack_banks(banks))
+        link, num_pieces, _ = _CONTINUATION.unpack(before.continuation)
+        return Attached(pack_banks(banks), self._seal(replace(before, banks=tuple(banks)), link, num_pieces))
 
     def read(self, tenant: str, session_id: str, kept: Kept) -> SessionRecord:
         if b"seal" not in kept.meta:
@@ -120,7 +142,8 @@ class SealedFormat:
         if record.turns or record.token_ids:
             pieces = [self._piece(record, record.turns, record.token_ids, 0, _NO_PIECE)]
         record = replace(record, num_tokens=len(record.token_ids))
-        return Written(b"", pieces, record.num_tokens, self._seal(record, pieces, len(pieces)))
+        link = pieces[-1][-TAG_BYTES:] if pieces else _NO_PIECE
+        return Written(b"", pieces, record.num_tokens, self._seal(record, link, len(pieces)))
 
     def _opened(self, record: SessionRecord, kept: Kept) -> SessionRecord:
         turns: list[TurnRecord] = []
@@ -141,7 +164,7 @@ class SealedFormat:
             record,
             turns=tuple(turns),
             token_ids=read_tokens(bytes(tokens)),
-            continuation=link + _COUNT.pack(len(kept.entries)) if goes_on else b"",
+            continuation=_CONTINUATION.pack(link, len(kept.entries), goes_on),
         )
 
     def _piece(
@@ -152,8 +175,8 @@ class SealedFormat:
         content = _COUNT.pack(len(packed)) + counted + pack_tokens(tokens)
         return self._sealer.sealed(record.tenant, content, about=_about_piece(record, place, link))
 
-    def _seal(self, record: SessionRecord, pieces: Sequence[bytes], num_pieces: int) -> bytes:
-        link = pieces[-1][-TAG_BYTES:] if pieces else _NO_PIECE
+    def _seal(self, record: SessionRecord, link: bytes, num_pieces: int) -> bytes:
+        """`link` is of the last piece."""
         return self._sealer.sealed(record.tenant, link, about=_about(record, num_pieces))
 
 
@@ -163,21 +186,22 @@ def _about_piece(record: SessionRecord, place: int, link: bytes) -> bytes:
 
 def _about(record: SessionRecord, num_pieces: int) -> bytes:
     """All of meta but what says how long it is kept, when it was used and who served it last."""
-    return json.dumps(
-        [
-            "record",
-            record.tenant,
-            record.session_id,
-            record.version,
-            record.model,
-            record.created_ms,
-            record.codec,
-            record.parent_session_id,
-            record.parent_turn,
-            record.num_tokens,
-            num_pieces,
-        ]
-    ).encode()
+    about = [
+        "record",
+        record.tenant,
+        record.session_id,
+        record.version,
+        record.model,
+        record.created_ms,
+        record.codec,
+        record.parent_session_id,
+        record.parent_turn,
+        record.num_tokens,
+        num_pieces,
+    ]
+    if record.context_policy or record.banks:  # neither was there once: records without them are as they were
+        about += [record.context_policy, pack_banks(record.banks)]
+    return json.dumps(about).encode()
 
 
 def _read_content(content: bytes) -> tuple[list[TurnRecord], bytes]:
@@ -229,12 +253,14 @@ def meta_fields(record: SessionRecord) -> dict[str, str | int]:
         "codec": record.codec,
         "parent_session_id": record.parent_session_id,
         "parent_turn": record.parent_turn,
+        "context_policy": record.context_policy,
+        "banks": pack_banks(record.banks),
         "num_tokens": len(record.token_ids),
     }
 
 
 def read_meta(tenant: str, session_id: str, meta: Mapping[bytes, bytes]) -> SessionRecord:
-    """A record without turns and tokens."""
+    """A record without turns and tokens. Raises ValueError and KeyError."""
     return SessionRecord(
         tenant=tenant,
         session_id=session_id,
@@ -248,5 +274,7 @@ def read_meta(tenant: str, session_id: str, meta: Mapping[bytes, bytes]) -> Sess
         codec=meta.get(b"codec", RAW.name.encode()).decode(),  # none in a record from before there was a choice
         parent_session_id=meta[b"parent_session_id"].decode(),
         parent_turn=int(meta[b"parent_turn"]),
+        context_policy=meta.get(b"context_policy", b"").decode(),  # as above
+        banks=read_banks(meta.get(b"banks", b"")),
         num_tokens=int(meta[b"num_tokens"]),
     )

@@ -78,10 +78,17 @@ if missing() then return {'MISSING'} end
 return record()
 """)
 
-# ARGV: ttl_s or '', pinned or ''.
+# ARGV: ttl_s or '', pinned or ''; and for other banks the version that they were attached to, banks, seal or ''.
 UPDATE = _of_session("""
 if missing() then return {'MISSING'} end
+if ARGV[3] then
+  if redis.call('EXISTS', lock) == 1 or redis.call('HGET', meta, 'version') ~= ARGV[3] then return {'BUSY'} end
+end
 insist()
+if ARGV[3] then
+  redis.call('HSET', meta, 'banks', ARGV[4])
+  if ARGV[5] ~= '' then redis.call('HSET', meta, 'seal', ARGV[5]) end
+end
 if ARGV[1] ~= '' then redis.call('HSET', meta, 'ttl_s', ARGV[1]) end
 if ARGV[2] ~= '' then redis.call('HSET', meta, 'pinned', ARGV[2]) end
 keep()

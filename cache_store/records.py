@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from cache_store.attachments import BankAttachment
 from cache_store.codecs import RAW
 from cache_store.errors import InvalidRequest
 from cache_store.store import ServerInfo
@@ -46,6 +47,9 @@ class SessionRecord:
     """One of `cache_store.codecs.SESSION_CODECS`: part of the names of its blocks."""
     parent_session_id: str = ""
     parent_turn: int = 0
+    context_policy: str = ""
+    """What becomes of it beyond the model's window: "" (its turns are refused), "window" or "recall"."""
+    banks: tuple[BankAttachment, ...] = ()
     turns: tuple[TurnRecord, ...] = ()
     token_ids: tuple[int, ...] = field(default=(), repr=False)
     num_tokens: int = 0
@@ -106,8 +110,17 @@ class RecordStore(Protocol):
         ...
 
     async def update(
-        self, tenant: str, session_id: str, *, ttl_s: int | None, pinned: bool | None
-    ) -> SessionRecord: ...
+        self,
+        tenant: str,
+        session_id: str,
+        *,
+        ttl_s: int | None,
+        pinned: bool | None,
+        banks: tuple[BankAttachment, ...] | None = None,
+    ) -> SessionRecord:
+        """Change what is given. Raises SessionBusy for `banks` while the session is locked: its turn goes by what it
+        has read."""
+        ...
 
     async def begin(
         self, tenant: str, session_id: str, *, holder: str, lease_s: float, instead_of: str = ""

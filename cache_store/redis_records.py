@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 
 from cache_store import record_scripts as scripts
+from cache_store.attachments import BankAttachment
 from cache_store.errors import (
     LimitReached,
     RecordUnreadable,
@@ -118,8 +119,19 @@ class RedisRecords:
         last = found[page_size - 1]
         return Page(found[:page_size], token_of(member(last.created_ms, last.session_id)))
 
-    async def update(self, tenant: str, session_id: str, *, ttl_s: int | None, pinned: bool | None) -> SessionRecord:
-        args = ["" if ttl_s is None else ttl_s, "" if pinned is None else int(pinned)]
+    async def update(
+        self,
+        tenant: str,
+        session_id: str,
+        *,
+        ttl_s: int | None,
+        pinned: bool | None,
+        banks: tuple[BankAttachment, ...] | None = None,
+    ) -> SessionRecord:
+        args: list[int | str | bytes] = ["" if ttl_s is None else ttl_s, "" if pinned is None else int(pinned)]
+        if banks is not None:
+            before = await self.get(tenant, session_id)
+            args += [before.version, *self._format.attached(before, banks)]
         return await self._record(scripts.UPDATE, tenant, session_id, *args)
 
     async def begin(

@@ -50,7 +50,9 @@ class SessionKeeper:
         self._default_ttl_s = default_ttl_s
         self._default_codec = default_codec
 
-    async def create(self, tenant: str, session_id: str, *, ttl_s: int, pinned: bool, codec: str) -> SessionRecord:
+    async def create(
+        self, tenant: str, session_id: str, *, ttl_s: int, pinned: bool, codec: str, context_policy: str
+    ) -> SessionRecord:
         """Raises SessionExists and LimitReached. An empty id is made up; an empty codec is the default."""
         now_ms = int(time.time() * 1000)
         record = SessionRecord(
@@ -64,6 +66,7 @@ class SessionKeeper:
             pinned=pinned,
             worker_id="",
             codec=codec or self._default_codec,
+            context_policy=context_policy,
         )
         await self._limits.create(record)
         return record
@@ -135,6 +138,8 @@ class SessionKeeper:
             pinned=False,  # asked for one by one: a pin costs memory for ever
             worker_id=parent.worker_id if num_turns else "",
             codec=parent.codec,  # or it would share no block with its parent
+            context_policy=parent.context_policy,
+            banks=parent.banks,
             parent_session_id=session_id,
             parent_turn=num_turns,
             turns=tuple(replace(turn, idempotency_key="") for turn in parent.turns[:num_turns]),

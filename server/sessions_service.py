@@ -9,9 +9,11 @@ from protos import rekindle_pb2 as pb
 from protos.rekindle_pb2_grpc import SessionsServicer
 from server.identity import caller
 from server.sessions import SessionKeeper
-from server.validation import check_codec, check_page_size, check_ttl
+from server.validation import CONTEXT_POLICIES, check_codec, check_context_policy, check_page_size, check_ttl
 
 _Context = grpc.aio.ServicerContext[Any, Any]
+_POLICIES = {kept: policy for policy, kept in CONTEXT_POLICIES.items()}
+"""By what a record says: ERROR, not UNSPECIFIED."""
 
 
 class SessionsService(SessionsServicer):
@@ -29,6 +31,7 @@ class SessionsService(SessionsServicer):
             ttl_s=check_ttl(request.ttl_s),
             pinned=request.pinned,
             codec=check_codec(request.codec),
+            context_policy=check_context_policy(request.context_policy),
         )
         return session_of(record)
 
@@ -105,4 +108,5 @@ def session_of(record: SessionRecord) -> pb.Session:
         version=record.version,
         parent_session_id=record.parent_session_id,
         parent_turn=record.parent_turn,
+        context_policy=_POLICIES[record.context_policy],
     )

@@ -1,6 +1,7 @@
 """Refuse bad requests, naming the field. What only a worker can know (vocabulary, window) is the worker's to refuse."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from cache_store.codecs import SESSION_CODECS
 from cache_store.errors import InvalidRequest
@@ -12,6 +13,13 @@ MAX_TTL_S = 10 * 365 * 86_400
 
 MAX_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 50
+CONTEXT_POLICIES: Final[Mapping[pb.ContextPolicy, str]] = {
+    pb.CONTEXT_POLICY_UNSPECIFIED: "",
+    pb.CONTEXT_POLICY_ERROR: "",
+    pb.CONTEXT_POLICY_WINDOW: "window",
+    pb.CONTEXT_POLICY_RECALL: "recall",
+}
+"""As records keep them."""
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 256
@@ -49,6 +57,13 @@ def check_codec(codec: str) -> str:
     if codec and codec not in SESSION_CODECS:
         raise InvalidRequest("codec", f"must be one of {', '.join(SESSION_CODECS)}, got {codec!r}")
     return codec
+
+
+def check_context_policy(policy: pb.ContextPolicy) -> str:
+    """A policy as records keep it."""
+    if policy not in CONTEXT_POLICIES:
+        raise InvalidRequest("context_policy", f"there is none of number {policy}")
+    return CONTEXT_POLICIES[policy]
 
 
 def check_page_size(page_size: int) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import redis
 
+from cache_store.attachments import BankAccess, BankAttachment
 from cache_store.embedded_redis import RedisServer
 from cache_store.errors import (
     InvalidRequest,
@@ -79,7 +80,8 @@ async def test_a_new_session_is_read_as_it_was_created(records: RecordStore) -> 
 async def test_a_fork_brings_its_tokens_and_turns(records: RecordStore) -> None:
     fork = replace(
         new_record(), version=2, token_ids=(1, 2, 2**31 - 1), turns=(turn(0, 1, 2), turn(2, 2, 3)), num_tokens=3,
-        parent_session_id="p", parent_turn=2, model="ab12", worker_id="0", codec="int4",
+        parent_session_id="p", parent_turn=2, model="ab12", worker_id="0", codec="int4", context_policy="recall",
+        banks=(BankAttachment("notes", BankAccess.READ), BankAttachment("log", BankAccess.READ_WRITE)),
     )  # fmt: skip
     await records.create(fork)
     assert await records.get("t", "s") == fork
@@ -293,6 +295,43 @@ async def test_a_change_of_ttl_leaves_the_running_turn_alone(records: RecordStor
     assert (await records.update("t", "s", ttl_s=60, pinned=None)).ttl_s == 60
     await commit(records, before, "a", [1])
     assert (await records.get("t", "s")).ttl_s == 60
+
+
+NOTES = BankAttachment("notes", BankAccess.READ_WRITE)
+
+
+async def test_banks_are_attached_and_detached_and_turns_go_on(records: RecordStore) -> None:
+    await records.create(replace(new_record(), context_policy="window"))
+    await take_turn(records, "s", [1, 2])
+    assert (await records.update("t", "s", ttl_s=None, pinned=None, banks=(NOTES,))).banks == (NOTES,)
+    await take_turn(records, "s", [3, 4])
+    record = await records.update("t", "s", ttl_s=60, pinned=None)
+    assert (record.banks, record.context_policy, record.token_ids) == ((NOTES,), "window", (1, 2, 3, 4))
+    await records.update("t", "s", ttl_s=None, pinned=None, banks=())
+    record = await records.get("t", "s")
+    assert (record.banks, record.ttl_s) == ((), 60)
+
+
+async def test_banks_change_between_turns_only(records: RecordStore) -> None:
+    await records.create(new_record())
+    before = await records.begin("t", "s", holder="a", lease_s=10)
+    with pytest.raises(SessionBusy):
+        await records.update("t", "s", ttl_s=None, pinned=None, banks=(NOTES,))
+    await commit(records, before, "a", [1, 2])
+    assert (await records.get("t", "s")).banks == ()
+
+
+async def test_a_record_from_before_there_were_banks_is_read_and_goes_on(redis_url: str) -> None:
+    store = open_records(redis_url)
+    await store.create(new_record())
+    with redis.Redis.from_url(redis_url) as client:
+        client.hdel("rekindle:{t/s}:meta", "banks", "context_policy")
+    record = await store.get("t", "s")
+    assert (record.banks, record.context_policy) == ((), "")
+    await take_turn(store, "s", [1, 2])
+    await store.update("t", "s", ttl_s=None, pinned=None, banks=(NOTES,))
+    assert (await store.get("t", "s")).banks == (NOTES,)
+    await store.aclose()
 
 
 async def test_pages_are_newest_first_and_complete(records: RecordStore) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 from redis.asyncio import Redis
 
+from cache_store.attachments import BankAccess, BankAttachment
 from cache_store.embedded_redis import RedisServer
 from cache_store.errors import ServingError
 from cache_store.memory_records import MemoryRecords
@@ -24,6 +25,7 @@ from tests.redis_servers import flush
 LEASE_S = 600.0
 sessions = st.sampled_from(["a", "b"])
 holders = st.sampled_from(["one", "two", "three"])
+_NOTES, _LOG = BankAttachment("notes", BankAccess.READ), BankAttachment("log", BankAccess.WRITE)
 replies = st.lists(st.integers(0, 2**31), min_size=1, max_size=3)
 
 
@@ -113,6 +115,10 @@ class Calls(RuleBasedStateMachine):
     @rule(session_id=sessions, pinned=st.booleans())
     def update(self, session_id: str, pinned: bool) -> None:
         self.both(lambda store: store.update("t", session_id, ttl_s=None, pinned=pinned))
+
+    @rule(session_id=sessions, banks=st.lists(st.sampled_from([_NOTES, _LOG]), unique=True, max_size=2))
+    def attach(self, session_id: str, banks: list[BankAttachment]) -> None:
+        self.both(lambda store: store.update("t", session_id, ttl_s=None, pinned=None, banks=tuple(banks)))
 
     @rule(session_id=sessions)
     def delete(self, session_id: str) -> None:

@@ -11,6 +11,7 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache_store.attachments import BankAccess, BankAttachment
 from cache_store.errors import RecordUnreadable
 from cache_store.open_records import open_records
 from cache_store.record_format import Kept, SealedFormat, Written, meta_fields
@@ -114,6 +115,9 @@ TAMPERINGS: dict[str, Callable[[redis.Redis], object]] = {
     "another codec": lambda client: client.hset(key("meta"), "codec", "int4"),
     "another model": lambda client: client.hset(key("meta"), "model", "cd34"),
     "another parent": lambda client: client.hset(key("meta"), "parent_session_id", "somebody's"),
+    "another policy": lambda client: client.hset(key("meta"), "context_policy", "recall"),
+    "a bank that was not attached": lambda client: client.hset(key("meta"), "banks", '[["theirs", "read"]]'),
+    "nonsense for banks": lambda client: client.hset(key("meta"), "banks", "[1]"),
     "nonsense for a number": lambda client: client.hset(key("meta"), "created_ms", "soon"),
 }
 
@@ -159,6 +163,30 @@ async def test_what_says_how_long_a_record_is_kept_may_change(records: RecordSto
     assert (await records.get("t", "s")).pinned
     await take_turn(records, "s", [9])
     assert (await records.get("t", "s")).token_ids == (*ALL_SAID, 9)
+
+
+async def test_banks_are_sealed_too_and_change_without_a_turn(records: RecordStore, client: redis.Redis) -> None:
+    await converse(records)
+    banks = (BankAttachment("notes", BankAccess.READ),)
+    await records.update("t", "s", ttl_s=None, pinned=None, banks=banks)
+    await take_turn(records, "s", [9])
+    kept = await records.get("t", "s")
+    assert (kept.banks, kept.token_ids) == (banks, (*ALL_SAID, 9))
+    client.hdel(key("meta"), "banks")
+    with pytest.raises(RecordUnreadable):
+        await records.get("t", "s")
+
+
+async def test_a_record_in_the_clear_keeps_its_banks_when_it_is_sealed(redis_url: str) -> None:
+    banks = (BankAttachment("notes", BankAccess.READ),)
+    async with records_at(redis_url, None) as plain:
+        await converse(plain)
+    async with records_at(redis_url, keyring(takes_plain=True)) as moving:
+        await moving.update("t", "s", ttl_s=None, pinned=None, banks=banks)
+        assert (await moving.get("t", "s")).banks == banks
+        await take_turn(moving, "s", [9])
+    async with records_at(redis_url, keyring()) as strict:
+        assert (await strict.get("t", "s")).banks == banks
 
 
 async def test_a_record_moves_to_the_first_key_with_its_next_turn(redis_url: str) -> None:
