@@ -80,6 +80,11 @@ class WorkerStub:
                 request_serializer=protos_dot_rekindle__worker__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=protos_dot_rekindle__worker__pb2.DetokenizeReply.FromString,
                 _registered_method=True)
+        self.Quote = channel.unary_unary(
+                '/rekindle.worker.v1.Worker/Quote',
+                request_serializer=protos_dot_rekindle__worker__pb2.QuoteRequest.SerializeToString,
+                response_deserializer=protos_dot_rekindle__worker__pb2.QuoteReply.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/rekindle.worker.v1.Worker/Describe',
                 request_serializer=protos_dot_rekindle__worker__pb2.DescribeRequest.SerializeToString,
@@ -168,6 +173,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Quote(self, request, context):
+        """Somebody else's texts as they may stand inside a message: what would end it, or begin another, is broken up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -241,6 +253,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=protos_dot_rekindle__worker__pb2.DetokenizeRequest.FromString,
                     response_serializer=protos_dot_rekindle__worker__pb2.DetokenizeReply.SerializeToString,
+            ),
+            'Quote': grpc.unary_unary_rpc_method_handler(
+                    servicer.Quote,
+                    request_deserializer=protos_dot_rekindle__worker__pb2.QuoteRequest.FromString,
+                    response_serializer=protos_dot_rekindle__worker__pb2.QuoteReply.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -506,6 +523,33 @@ class Worker:
             '/rekindle.worker.v1.Worker/Detokenize',
             protos_dot_rekindle__worker__pb2.DetokenizeRequest.SerializeToString,
             protos_dot_rekindle__worker__pb2.DetokenizeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Quote(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rekindle.worker.v1.Worker/Quote',
+            protos_dot_rekindle__worker__pb2.QuoteRequest.SerializeToString,
+            protos_dot_rekindle__worker__pb2.QuoteReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -117,6 +117,10 @@ class WorkerClient:
         )
         return reply.text
 
+    async def quote(self, texts: Sequence[str]) -> Sequence[wpb.QuotedText]:
+        reply: wpb.QuoteReply = await self._ask(self._stub.Quote, wpb.QuoteRequest(texts=texts), _QUICK_S)
+        return reply.texts
+
     async def embed(self, request: wpb.EmbedRequest, *, timeout_s: float) -> wpb.EmbedReply:
         call = self._stub.Embed(request, timeout=timeout_s)
         self._streams.add(call)  # it takes long enough for the worker to be found frozen

@@ -190,6 +190,11 @@ class FakeWorker(WorkerServicer):
     async def Detokenize(self, request: wpb.DetokenizeRequest, context: Any) -> wpb.DetokenizeReply:
         return wpb.DetokenizeReply(text=detokenize(request.token_ids))
 
+    async def Quote(self, request: wpb.QuoteRequest, context: Any) -> wpb.QuoteReply:
+        await self._maybe_refuse("quote", context)
+        texts = [text.replace("<|", "< |") for text in request.texts]
+        return wpb.QuoteReply(texts=[wpb.QuotedText(text=text, tokens=len(tokenize(text))) for text in texts])
+
     async def Describe(self, request: wpb.DescribeRequest, context: Any) -> wpb.DescribeReply:
         return wpb.DescribeReply(
             worker_id=self.worker_id,

@@ -43,6 +43,7 @@ class Codec(Protocol):
     def longest_token(self) -> int: ...
     def encode(self, text: str, *, is_first: bool) -> tuple[int, ...]: ...
     def encode_chat(self, messages: Sequence[ChatMessage], history: Sequence[int]) -> tuple[int, ...]: ...
+    def quote(self, text: str) -> tuple[str, int]: ...
     def decode(self, token_ids: Sequence[int]) -> str: ...
     def detokenizer(self, prompt: Sequence[int] = ()) -> Detokenizing: ...
 
@@ -206,6 +207,12 @@ class WorkerService(WorkerServicer):
             translate.check_tokens("token_ids", request.token_ids, self._engine.vocab_size)
             text = await self._in_thread(lambda: self._codec.decode(request.token_ids))
         return wpb.DetokenizeReply(text=text)
+
+    async def Quote(self, request: wpb.QuoteRequest, context: Context) -> wpb.QuoteReply:
+        async with self._statuses(context, "Quote"):
+            self._check_length(sum(map(len, request.texts)))
+            quoted = await self._in_thread(lambda: [self._codec.quote(text) for text in request.texts])
+        return wpb.QuoteReply(texts=[wpb.QuotedText(text=text, tokens=tokens) for text, tokens in quoted])
 
     async def Watch(self, request: wpb.WatchRequest, context: Context) -> None:
         async with self._statuses(context, "Watch"), aclosing(self._publisher.watch()) as events:

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 from worker.chat import ChatMessage, continue_chat, start_chat
 from worker.model.presets_tokenizer import byte_tokenizer
 from worker.model.shipped import locate
+from worker.quoting import Quoted, Quoter
 
 _BROKEN = "\ufffd"
 _MAX_PENDING = 32
@@ -64,6 +65,7 @@ class TextCodec:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._quoter = Quoter(tokenizer)
         self.vocab_size = len(tokenizer)
         self.longest_token = max(map(len, tokenizer.get_vocab()))
         """Characters that one token stands for at most (bytes, where the vocabulary is of bytes: no fewer)."""
@@ -78,6 +80,10 @@ class TextCodec:
         Raises InvalidRequest("chat") where the template can't render them.
         """
         return continue_chat(self._tokenizer, messages, history) if history else start_chat(self._tokenizer, messages)
+
+    def quote(self, text: str) -> Quoted:
+        """Text of somebody else's as it may stand in a message."""
+        return self._quoter.quote(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of whole tokens, without special ones."""
