@@ -5,11 +5,9 @@ Knows the public protos only. Answers are the messages of `protos.rekindle_pb2`.
 
 import asyncio
 import json
-import random
-import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, Self, TypeVar, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
@@ -19,11 +17,16 @@ from protos import rekindle_pb2 as pb
 from protos.rekindle_pb2_grpc import CacheStub, InferenceStub, SessionsStub, TenantsStub
 from protos.tls import Tls as Tls  # who opens a client finds it here
 from protos.tls import open_channel
-from rekindle.errors import Overloaded, RekindleError, Unavailable, from_rpc_error, make_error
+from rekindle.errors import from_rpc_error, make_error
+from rekindle.generation import Generation as Generation
+from rekindle.generation import Input as Input
+from rekindle.generation import input_field
+from rekindle.memory_client import MemoryClient
 
 _IDEMPOTENT = {
     "rekindle.v1.Sessions": ("GetSession", "ListSessions", "UpdateSession", "ParkSession", "WarmSession"),
     "rekindle.v1.Cache": ("GetCacheStats",),
+    "rekindle.v1.Memory": ("GetBank", "ListBanks", "Remember"),
 }
 _RETRY = {
     "maxAttempts": 4,
@@ -44,14 +47,8 @@ _SERVICE_CONFIG = {
 }
 _MAX_MESSAGE_BYTES = 64 << 20
 """A session's record with its tokens can be larger than gRPC's 4 MiB."""
-_TURN_ATTEMPTS = 4
-_FIRST_BACKOFF_S = 0.1
 
 T = TypeVar("T")
-_StartTurn = Callable[[pb.GenerateRequest, float], Awaitable[Any]]
-
-Input = str | Sequence[int] | Sequence[Mapping[str, str]]
-"""Text as it is, token ids, or chat messages: mappings with `role` and `content`."""
 
 
 class Client:
@@ -86,6 +83,8 @@ class Client:
         self._sessions: Any = SessionsStub(self._channel)  # type: ignore[no-untyped-call]
         self._cache: Any = CacheStub(self._channel)  # type: ignore[no-untyped-call]
         self._tenants: Any = TenantsStub(self._channel)  # type: ignore[no-untyped-call]
+        self.memory = MemoryClient(self._channel, self._metadata, timeout_s=timeout_s, long_timeout_s=turn_timeout_s)
+        """Banks of knowledge."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -107,7 +106,7 @@ class Client:
         idempotency_key: str = "",
         timeout_s: float | None = None,
         **sampling: Any,
-    ) -> "Generation":
+    ) -> Generation:
         """Start one turn. `sampling` are the fields of protos' Sampling (max_new_tokens, temperature, stop, ...).
 
         With `audit` a turn on restored KV is computed again and compared: the receipt says what came of it. With
@@ -121,7 +120,7 @@ class Client:
             audit=audit,
             on_failure=pb.ON_FAILURE_COMMIT if keep_begun else pb.ON_FAILURE_DISCARD,
             idempotency_key=idempotency_key or (uuid.uuid4().hex if session_id else ""),
-            **_input_field(input),
+            **input_field(input),
         )
         return Generation(self._start_turn, request, timeout_s or self._turn_timeout_s)
 
@@ -132,13 +131,25 @@ class Client:
         ttl_s: int = 0,
         pinned: bool = False,
         codec: str = "",
+        context_policy: str = "",
+        banks: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> pb.Session:
         """Make a session; without an id the server makes one up. `ttl_s` 0 keeps it for ever. Raises AlreadyExists.
 
         `codec` is how its KV is kept below the device: raw, lossless, int8, k8v4, int4 or ladder; empty, the server's.
+        `context_policy` says what becomes of it beyond the model's window: error (which is the default), window or
+        recall. `banks` are attached: read, write or read_write by name. Raises NotFound for a bank that is not there,
+        ValueError for another policy or access.
         """
-        request = pb.CreateSessionRequest(session_id=session_id, ttl_s=ttl_s, pinned=pinned, codec=codec)
+        request = pb.CreateSessionRequest(
+            session_id=session_id,
+            ttl_s=ttl_s,
+            pinned=pinned,
+            codec=codec,
+            context_policy=_enum_value(pb.ContextPolicy, "CONTEXT_POLICY_", context_policy or "unspecified"),
+            banks=_attachments(banks or {}),
+        )
         return await self._call(self._sessions.CreateSession, request, timeout_s)
 
     async def get_session(
@@ -177,10 +188,17 @@ class Client:
                 return
 
     async def update_session(
-        self, session_id: str, *, ttl_s: int | None = None, pinned: bool | None = None, timeout_s: float | None = None
+        self,
+        session_id: str,
+        *,
+        ttl_s: int | None = None,
+        pinned: bool | None = None,
+        banks: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
     ) -> pb.Session:
-        """Change how long a session is kept; None leaves a value as it is."""
-        request = pb.UpdateSessionRequest(session_id=session_id, ttl_s=ttl_s, pinned=pinned)
+        """Change how long a session is kept, or its banks, all of them; None leaves a value as it is."""
+        attached = None if banks is None else pb.BankAttachments(banks=_attachments(banks))
+        request = pb.UpdateSessionRequest(session_id=session_id, ttl_s=ttl_s, pinned=pinned, banks=attached)
         return await self._call(self._sessions.UpdateSession, request, timeout_s)
 
     async def fork_session(
@@ -236,111 +254,13 @@ class Client:
         return self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
 
 
-class Generation:
-    """One turn as it is generated: iterate over its deltas. What has come so far is in `text` and `token_ids`.
-
-    The turn starts with the first step of the iteration. `cancel()`, leaving `async with` early, and cancelling the
-    task that iterates all stop it: the server then stores nothing of it.
-    """
-
-    def __init__(self, start: _StartTurn, request: pb.GenerateRequest, timeout_s: float) -> None:
-        self._start, self._request, self._timeout_s = start, request, timeout_s
-        self._deltas = self._run()
-        self._call: Any = None
-        self._cancelled = False
-        self._pieces: list[str] = []
-        self.token_ids: list[int] = []
-        self.logprobs: list[pb.TokenLogprobs] = []
-        """One for each token, if asked for."""
-        self.finished: pb.Finished | None = None
-        """Why the reply ended and what it used; None until it has ended."""
-
-    @property
-    def text(self) -> str:
-        return "".join(self._pieces)
-
-    @property
-    def receipt(self) -> pb.Receipt | None:
-        """What the prompt cost, by source; None until the reply has ended."""
-        return self.finished.receipt if self.finished is not None else None
-
-    def __aiter__(self) -> AsyncIterator[pb.Delta]:
-        return self._deltas
-
-    async def read(self) -> str:
-        """Wait for the end of the reply; return its text."""
-        async for _ in self:
-            pass
-        return self.text
-
-    def cancel(self) -> None:
-        """Stop the turn. The iteration ends, without an error; `finished` stays None if the turn had not ended."""
-        self._cancelled = True
-        if self._call is not None:
-            self._call.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        self.cancel()
-
-    async def _run(self) -> AsyncIterator[pb.Delta]:
-        deadline_s = time.monotonic() + self._timeout_s
-        for attempt in range(1, _TURN_ATTEMPTS + 1):
-            if self._cancelled:
-                return
-            self._call = await self._start(self._request, deadline_s - time.monotonic())
-            try:
-                if self._cancelled:  # meanwhile
-                    return
-                async for delta in self._receive():
-                    yield delta
-                return
-            except RekindleError as error:
-                wait_s = self._retry_wait_s(error, attempt)
-                if attempt == _TURN_ATTEMPTS or wait_s is None or time.monotonic() + wait_s >= deadline_s:
-                    raise
-            finally:
-                self._call.cancel()  # does nothing to a call that has ended
-            await asyncio.sleep(wait_s)
-
-    async def _receive(self) -> AsyncIterator[pb.Delta]:
-        """Yield the deltas of one call. Raises RekindleError; ends early if `cancel` was called."""
-        try:
-            async for response in self._call:
-                if response.WhichOneof("event") == "finished":
-                    self.finished = response.finished
-                    continue
-                delta = response.delta
-                self._pieces.append(delta.text)
-                self.token_ids.extend(delta.token_ids)
-                self.logprobs.extend(delta.logprobs)
-                yield delta
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
-        except asyncio.CancelledError:
-            if not self._cancelled:
-                raise
-
-    def _retry_wait_s(self, error: RekindleError, attempt: int) -> float | None:
-        """How long to wait before another try, in seconds; None where trying again would not help or not be safe."""
-        if self.token_ids or self._pieces:
-            return None
-        if isinstance(error, Overloaded):
-            return error.retry_after_s
-        # A connection that broke says nothing of the turn: if the session has it already, its key finds it.
-        if isinstance(error, Unavailable):
-            backoff_s = _FIRST_BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.8, 1.2)
-            return backoff_s if error.retry_after_s is None else error.retry_after_s
-        return None
+def _attachments(banks: Mapping[str, str]) -> list[pb.BankAttachment]:
+    return [
+        pb.BankAttachment(bank=bank, access=_enum_value(pb.BankAccess, "BANK_ACCESS_", access))
+        for bank, access in banks.items()
+    ]
 
 
-def _input_field(input: Input) -> dict[str, Any]:
-    """Put the input into the field of GenerateRequest that its kind belongs to."""
-    if isinstance(input, str):
-        return {"text": input}
-    if input and isinstance(input[0], Mapping):
-        messages = cast(Sequence[Mapping[str, str]], input)
-        return {"chat": pb.ChatInput(messages=[pb.ChatMessage(**message) for message in messages])}
-    return {"tokens": pb.TokenInput(token_ids=cast(Sequence[int], input))}
+def _enum_value(enum: Any, prefix: str, name: str) -> Any:
+    """Raises ValueError for a name that there is not."""
+    return enum.Value(prefix + name.upper())

@@ -74,11 +74,11 @@ class TooLong(RekindleError):
 
 
 class NotFound(RekindleError):
-    """There is no such session."""
+    """There is no such session, or bank."""
 
 
 class AlreadyExists(RekindleError):
-    """The session id is taken."""
+    """The session's id, or the bank's name, is taken."""
 
 
 class Busy(RekindleError):

@@ -3,45 +3,68 @@
 Adds no behaviour: every method is the asynchronous client's, with the same parameters, answers and errors.
 """
 
-import asyncio
-import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from protos import rekindle_pb2 as pb
 from rekindle.client import Client as AsyncClient
 from rekindle.client import Generation, Input
+from rekindle.loop_thread import LoopThread
+from rekindle.memory_client import MemoryClient as AsyncMemoryClient
 
+A = TypeVar("A")
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class _Plain(Generic[A]):
+    """What has an asynchronous counterpart, and the loop that this one lives on."""
+
+    def __init__(self, loop: LoopThread, client: A) -> None:
+        self._loop = loop
+        self._client = client
+
+
 def _blocking(
-    method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate["Client", P], T]:
+    method: Callable[Concatenate[A, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[_Plain[A], P], T]:
     """Make the blocking counterpart of a method of the asynchronous client."""
 
     @wraps(method)
-    def call(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(self: _Plain[A], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self._loop.run(method(self._client, *args, **kwargs))
 
     return call
 
 
-class Client:
+def _iterating(
+    method: Callable[Concatenate[A, P], AsyncIterator[T]],
+) -> Callable[Concatenate[_Plain[A], P], Iterator[T]]:
+    """The same for a method that yields."""
+
+    @wraps(method)
+    def call(self: _Plain[A], /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        return self._loop.iterate(method(self._client, *args, **kwargs))
+
+    return call
+
+
+class Client(_Plain[AsyncClient]):
     """A connection to a Rekindle server. Use it as `with Client("host:port") as client:`. Safe to share by threads.
 
     Takes what rekindle.client.Client takes.
     """
 
     def __init__(self, target: str, **options: Any) -> None:
-        self._loop = _LoopThread()
+        loop = LoopThread()
         try:
-            self._client = self._loop.run(_make_client(target, options))
+            super().__init__(loop, loop.run(_make_client(target, options)))
         except BaseException:
-            self._loop.close()
+            loop.close()
             raise
+        self.memory = MemoryClient(loop, self._client.memory)
+        """Banks of knowledge."""
 
     def __enter__(self) -> Self:
         return self
@@ -67,10 +90,7 @@ class Client:
         generation = self._client.generate(input, session_id=session_id, audit=audit, timeout_s=timeout_s, **sampling)
         return SyncGeneration(self._loop, generation)
 
-    def list_sessions(self, *, page_size: int = 0, timeout_s: float | None = None) -> Iterator[pb.Session]:
-        """Yield all sessions, as the asynchronous client does."""
-        return self._loop.iterate(self._client.list_sessions(page_size=page_size, timeout_s=timeout_s))
-
+    list_sessions = _iterating(AsyncClient.list_sessions)
     create_session = _blocking(AsyncClient.create_session)
     get_session = _blocking(AsyncClient.get_session)
     update_session = _blocking(AsyncClient.update_session)
@@ -82,10 +102,26 @@ class Client:
     erase_tenant = _blocking(AsyncClient.erase_tenant)
 
 
+class MemoryClient(_Plain[AsyncMemoryClient]):
+    """Banks of knowledge: what rekindle.memory_client.MemoryClient has. What yields there is for `for` here."""
+
+    create_bank = _blocking(AsyncMemoryClient.create_bank)
+    get_bank = _blocking(AsyncMemoryClient.get_bank)
+    list_banks = _iterating(AsyncMemoryClient.list_banks)
+    delete_bank = _blocking(AsyncMemoryClient.delete_bank)
+    remember = _blocking(AsyncMemoryClient.remember)
+    put_documents = _iterating(AsyncMemoryClient.put_documents)
+    recall = _blocking(AsyncMemoryClient.recall)
+    forget = _blocking(AsyncMemoryClient.forget)
+    export_bank = _iterating(AsyncMemoryClient.export_bank)
+    import_bank = _blocking(AsyncMemoryClient.import_bank)
+    reembed = _iterating(AsyncMemoryClient.reembed)
+
+
 class SyncGeneration:
     """One turn as it is generated: Generation, to be iterated by `for`. Leaving `with` early cancels the turn."""
 
-    def __init__(self, loop: "_LoopThread", generation: Generation) -> None:
+    def __init__(self, loop: LoopThread, generation: Generation) -> None:
         self._loop, self._generation = loop, generation
         self._deltas = loop.iterate(aiter(generation))
 
@@ -127,40 +163,5 @@ class SyncGeneration:
         return self._generation.receipt
 
 
-class _LoopThread:
-    """An event loop in a thread, and ways into it."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rekindle-client", daemon=True)
-        self._thread.start()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run to the end, and wait. A Ctrl-C here cancels the work there."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def iterate(self, items: AsyncIterator[T]) -> Iterator[T]:
-        while (item := self.run(_next(items))) is not None:
-            yield item
-
-    def call(self, function: Callable[[], None]) -> None:
-        self._loop.call_soon_threadsafe(function)
-
-    def close(self) -> None:
-        self.run(self._loop.shutdown_asyncgens())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
 async def _make_client(target: str, options: dict[str, Any]) -> AsyncClient:
     return AsyncClient(target, **options)  # grpc.aio binds a channel to the loop it is made on
-
-
-async def _next(items: AsyncIterator[T]) -> T | None:
-    return await anext(items, None)
