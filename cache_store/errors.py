@@ -38,7 +38,7 @@ class BlockForeign(StoreError):
 
 
 class RecordUnreadable(StoreError):
-    """A session's record is not as it was sealed, or there is no key for it here."""
+    """A session's record, or a part of a bank, is not as it was sealed, or there is no key for it here."""
 
 
 class LimitReached(ServingError):
@@ -69,3 +69,46 @@ class SessionBusy(ServingError):
         """`holder` is who has the lock, where that is what is in the way."""
         super().__init__(message)
         self.holder = holder
+
+
+class BankNotFound(ServingError):
+    """This tenant has no such bank."""
+
+
+class BankExists(ServingError):
+    """The bank's name is taken."""
+
+
+class BankFull(LimitReached):
+    """A bank has as many entries as it may."""
+
+    def __str__(self) -> str:
+        return f"{self.limit}: a bank may have {self.maximum}"
+
+
+class EntriesMissing(ServingError):
+    """Entries that are named in a request are not in the bank."""
+
+    def __init__(self, ids: tuple[str, ...]) -> None:
+        super().__init__(ids)  # as it was given, so that pickle can build it again
+        self.ids = ids
+
+    def __str__(self) -> str:
+        return f"there is no entry {', '.join(self.ids)}"
+
+
+class EmbedderChanged(ServingError):
+    """A bank's vectors are of another embedding model than those that are to be compared with them."""
+
+    def __init__(self, bank: str, theirs: str, ours: str) -> None:
+        super().__init__(bank, theirs, ours)  # all, so that pickle can build it again
+        self.bank = bank
+        self.theirs = theirs
+        """The bank's embedder."""
+        self.ours = ours
+
+    def __str__(self) -> str:
+        return (
+            f"the vectors of bank {self.bank} are of the embedding model {self.theirs[:16]}, and the workers have "
+            f"{self.ours[:16]}: Reembed (`rekindle memory reembed {self.bank}`) makes new ones"
+        )

@@ -1,0 +1,98 @@
+"""The indexes of the banks that this front end has searched last, each brought up to date before it is used."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, TypeVar
+
+from cache_store.banks import BankRecord, BankStore
+from server.banks.index import BankIndex
+
+_Result = TypeVar("_Result")
+_PAGE: Final = 256
+"""Changes that are read at once."""
+_FEW: Final = 8
+"""Changes that are not worth a thread."""
+
+
+class Current(NamedTuple):
+    bank: BankRecord
+    its_index: BankIndex
+    """Belongs to whoever got it, for now."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    index: BankIndex = field(default_factory=BankIndex)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Indexes:
+    def __init__(self, store: BankStore, *, max_bytes: int) -> None:
+        """Beyond `max_bytes` the index that was used longest ago is dropped, if there is another one."""
+        self._store = store
+        self._max_bytes = max_bytes
+        self._slots: OrderedDict[tuple[str, str], _Slot] = OrderedDict()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.index.nbytes for slot in self._slots.values())
+
+    def __contains__(self, bank: tuple[str, str]) -> bool:
+        return bank in self._slots
+
+    @asynccontextmanager
+    async def current(self, tenant: str, name: str) -> AsyncGenerator[Current, None]:
+        """The bank's index as the bank was after this was called; nobody else has it meanwhile.
+
+        Raises BankNotFound and what else the store raises.
+        """
+        key = (tenant, name)
+        slot = self._slots.setdefault(key, _Slot())
+        async with slot.lock:
+            try:
+                bank = await self._catch_up(tenant, name, slot.index)
+            except BaseException:
+                self.drop(tenant, name)  # it may be half of it
+                raise
+            self._slots[key] = slot  # again, if it was dropped while this waited
+            self._slots.move_to_end(key)
+            self._make_room()
+            yield Current(bank, slot.index)
+
+    def drop(self, tenant: str, name: str) -> None:
+        self._slots.pop((tenant, name), None)
+
+    def drop_tenant(self, tenant: str) -> None:
+        for owner, name in list(self._slots):
+            if owner == tenant:
+                self.drop(owner, name)
+
+    async def _catch_up(self, tenant: str, name: str, index: BankIndex) -> BankRecord:
+        while True:
+            changes = await self._store.changes(tenant, name, index.seen, most=_PAGE)
+            if len(changes.kept) > _FEW:
+                await in_thread(lambda changes=changes: index.apply(changes))  # type: ignore[misc]
+            else:
+                index.apply(changes)
+            if changes.is_last:
+                return changes.bank
+
+    def _make_room(self) -> None:
+        total = self.nbytes
+        while total > self._max_bytes and len(self._slots) > 1:
+            _, slot = self._slots.popitem(last=False)
+            total -= slot.index.nbytes
+
+
+async def in_thread(work: Callable[[], _Result]) -> _Result:
+    """What `work` returns. Who is cancelled waits for its end: nothing of the index changes after the lock is given
+    back."""
+    running = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
