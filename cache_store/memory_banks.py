@@ -16,6 +16,7 @@ from cache_store.banks import (
     Supersession,
     Use,
     Vector,
+    check_bank_name,
     plain_name,
 )
 from cache_store.errors import BankExists, BankFull, BankNotFound, EmbedderChanged, EntriesMissing
@@ -95,6 +96,8 @@ class MemoryBanks:
         return self._find(tenant, name).counted()
 
     async def page(self, tenant: str, *, page_size: int, page_token: str) -> BankPage:
+        if page_token:
+            check_bank_name(page_token, "page_token")
         names = sorted(name for owner, name in self._banks if owner == tenant and name > page_token)
         records = [self._banks[tenant, name].counted() for name in names[:page_size]]
         return BankPage(records, names[page_size - 1] if len(names) > page_size else "")

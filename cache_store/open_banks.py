@@ -1,13 +1,20 @@
 """From a URL to the place that keeps banks."""
 
+from cache_store.bank_format import BankFormat, PlainEnvelope, SealedEnvelope
 from cache_store.banks import BankStore
-from cache_store.errors import InvalidRequest
 from cache_store.memory_banks import MemoryBanks
+from cache_store.redis_banks import RedisBanks
+from cache_store.redis_client import open_client
 from cache_store.sealing import Keyring
 
 
 def open_banks(url: str, *, timeout_s: float = 2.0, keyring: Keyring | None = None) -> BankStore:
-    """As `open_records`: memory:// (or nothing) keeps banks in this process. Raises InvalidRequest for another URL."""
+    """Open the store that `url` names; nothing is connected yet. Raises InvalidRequest for a URL that can't be used.
+
+    What it may be, `redis_client` says; memory:// (or nothing) keeps banks in this process. With a `keyring`, what
+    leaves it is sealed.
+    """
     if url in ("", "memory://"):
         return MemoryBanks()
-    raise InvalidRequest("redis_url", "banks are kept in memory:// alone")
+    bank_format = BankFormat(PlainEnvelope() if keyring is None else SealedEnvelope(keyring))
+    return RedisBanks(open_client(url, timeout_s=timeout_s), timeout_s=2 * timeout_s, bank_format=bank_format)

@@ -26,12 +26,12 @@ async def run(redis: Any, script: Script, keys: Sequence[str], *args: Any) -> An
         return await redis.eval(script.text, len(keys), *keys, *args)
 
 
-def _script(text: str) -> Script:
+def script(text: str) -> Script:
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
 def _of_session(body: str) -> Script:
-    return _script(_COMMON + body)
+    return script(_COMMON + body)
 
 
 _COMMON = """
@@ -158,7 +158,7 @@ return was
 """)
 
 # KEYS: a front end's. ARGV: ms.
-KEEP_ALIVE = _script("""
+KEEP_ALIVE = script("""
 redis.call('DEL', KEYS[1]) -- as `insist`
 if tonumber(ARGV[1]) > 0 then redis.call('SET', KEYS[1], '', 'PX', ARGV[1]) end
 return {'OK'}
@@ -169,7 +169,7 @@ return {'OK'}
 
 # ARGV: session id, tokens, whether to leave it as it is where it is counted, most sessions, most tokens (0: any
 # number). Answers NEW or OLD, or what there is no room for: SESSIONS or TOKENS.
-COUNT = _script("""
+COUNT = script("""
 local count, id, tokens = KEYS[1], ARGV[1], tonumber(ARGV[2])
 local most_sessions, most_tokens = tonumber(ARGV[4]), tonumber(ARGV[5])
 local before = redis.call('HGET', count, id)
@@ -186,7 +186,7 @@ return before and 'OLD' or 'NEW'
 """)
 
 # ARGV: session ids.
-UNCOUNT = _script("""
+UNCOUNT = script("""
 for _, id in ipairs(ARGV) do
   local before = redis.call('HGET', KEYS[1], id)
   if before then

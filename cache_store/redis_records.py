@@ -4,12 +4,10 @@ A session's keys share a hash tag, so they live in one slot. Each tenant has an 
 creation time and id: it may name sessions that are gone (never miss one that is there), and is tidied when read.
 """
 
-import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from redis.asyncio import Redis
@@ -30,13 +28,11 @@ from cache_store.late_releases import LateReleases
 from cache_store.record_format import Kept, PlainFormat, RecordFormat, Written, meta_fields, read_meta
 from cache_store.record_scripts import Script
 from cache_store.records import NO_QUOTA, Page, Quota, SessionRecord, TurnRecord, Usage
+from cache_store.redis_client import Asking
 from cache_store.redis_counts import RedisCounts
-from cache_store.redis_errors import ours
 from cache_store.redis_index import Entry, cursor, index_key, member, parse_member, token_of
 from cache_store.store import ServerInfo
 
-MOST_AT_ONCE: Final = 64
-"""Calls that are made at the same time; more wait, as long as they may. Each takes a connection."""
 _GONE_MS = 300_000
 """How long a released holder can't lock again: longer than what it sent stays on its way."""
 _PAGE_ENTRIES = 500
@@ -72,12 +68,11 @@ class RedisRecords:
         """
         self._redis: Any = redis  # redis-py's own types don't agree with what its methods return
         self._asked = asked
-        self._timeout_s = timeout_s
+        self._asking = Asking(timeout_s)
         self._now = now
         self._format = record_format or PlainFormat()
         self._counts = RedisCounts(redis)
         self._late = LateReleases(self._release)
-        self._places = asyncio.Semaphore(MOST_AT_ONCE)
 
     async def create(self, record: SessionRecord, *, quota: Quota = NO_QUOTA) -> None:
         index, entry = index_key(record.tenant), member(record.created_ms, record.session_id)
@@ -283,21 +278,6 @@ class RedisRecords:
             await self._counts.remove(tenant, uncounted)
             await self._redis.zrem(index_key(tenant), *gone)
         return live
-
-    @asynccontextmanager
-    async def _asking(self, doing: str) -> AsyncGenerator[None, None]:
-        task = asyncio.current_task()
-        assert task is not None
-        cancelled_before = task.cancelling()
-        try:
-            async with asyncio.timeout(self._timeout_s), self._places:
-                with ours(doing):
-                    yield
-        except TimeoutError as error:
-            raise StoreUnavailable(f"{doing}: no answer within {self._timeout_s} s") from error
-        finally:
-            if task.cancelling() > cancelled_before:  # redis-py was seen to swallow it
-                raise asyncio.CancelledError
 
 
 def _seal_field(written: Written) -> dict[str, str | int | bytes]:

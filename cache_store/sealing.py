@@ -3,10 +3,10 @@ none, or put one in another's place, without being found out.
 
 Knows keys and bytes. Knows no Redis, no tensors, and not what is sealed.
 
-A tenant's key is HKDF-SHA256 of a master key, of what is sealed (blocks or records) and of the tenant's tag, which is
-itself HKDF of master key and tenant: a value bears the tag and no name, and opens by the master key alone. Nonces are
-96 random bits, so that no two writers need to agree on one: up to 2^32 values a tenant, purpose and master key, the
-chance that any nonce came twice stays below 2^-32 (NIST SP 800-38D). That is 8 PiB of blocks of 2 MiB.
+A tenant's key is HKDF-SHA256 of a master key, of what is sealed (blocks, records or banks) and of the tenant's tag,
+which is itself HKDF of master key and tenant: a value bears the tag and no name, and opens by the master key alone.
+Nonces are 96 random bits, so that no two writers need to agree on one: up to 2^32 values a tenant, purpose and master
+key, the chance that any nonce came twice stays below 2^-32 (NIST SP 800-38D). That is 8 PiB of blocks of 2 MiB.
 """
 
 import os
@@ -51,6 +51,7 @@ class Purpose(Enum):
 
     BLOCKS = b"blocks"
     RECORDS = b"records"
+    BANKS = b"banks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,11 @@ class Keyring:
     def marks_from(self) -> bytes:
         """What tenants' marks in names of blocks are made with. Stays, as names do, when master keys change."""
         return _derived(self._names, b"marks", b"")
+
+    @property
+    def banks_from(self) -> bytes:
+        """What names in banks are made with. Stays, as names of blocks do."""
+        return _derived(self._names, b"banks", b"")
 
 
 class Sealer:

@@ -16,6 +16,7 @@ from cache_store.open_banks import open_banks
 from server.banks.keeper import BankKeeper, Recalled
 from server.errors import NoWorker
 from tests.fake_embedding import FakeEmbedding
+from tests.keyrings import keyring
 
 DAY_S = 86_400.0
 
@@ -38,9 +39,15 @@ def embedding() -> FakeEmbedding:
     return FakeEmbedding()
 
 
-@pytest.fixture(params=["memory"])
+@pytest.fixture(params=["memory", "redis", "sealed", "cluster"])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[BankStore]:
-    store = open_banks("memory://")
+    if request.param == "memory":
+        url = "memory://"
+    elif request.param in ("redis", "sealed"):
+        url = request.getfixturevalue("redis_url")
+    else:
+        url = request.getfixturevalue("redis_cluster").url
+    store = open_banks(url, keyring=keyring() if request.param == "sealed" else None)
     yield store
     await store.aclose()
 
