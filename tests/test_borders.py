@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 
 EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "worker/app.py": ("protos.tls",),
+    "worker/embedding_service.py": ("protos",),
     "worker/publisher.py": ("protos",),
     "worker/service.py": ("protos",),
     "worker/status.py": ("protos",),

@@ -10,11 +10,14 @@ import structlog
 
 from protos.tls import ServerTls
 from worker.config import WorkerConfig
+from worker.embedding_service import EmbeddingService
 from worker.engine_like import EngineLike
 from worker.metrics import WorkerMetrics
 from worker.service import WorkerService, start_server
 
 if TYPE_CHECKING:
+    from worker.model.embedder import Embedder
+    from worker.model.embedder_files import EmbedderFiles
     from worker.text import TextCodec
 
 _ANSWER_S = 0.5
@@ -53,7 +56,7 @@ class WorkerApp:
     @classmethod
     async def start(cls, worker_id: str, config: WorkerConfig, *, port: int = 0) -> Self:
         """Load the model (it takes a while: on a thread) and serve. Raises ModelRefused, InvalidRequest, OSError."""
-        engine, codec = await asyncio.to_thread(_build, config)
+        engine, codec, embedding = await asyncio.to_thread(_build, config)
         metrics = WorkerMetrics(engine.stats)
         try:
             metrics_address = f"{config.listen_host}:{metrics.serve(config.listen_host, config.metrics_port)}"
@@ -64,6 +67,7 @@ class WorkerApp:
                 model=config.model,
                 metrics_address=metrics_address,
                 on_receipt=metrics.turn_finished,
+                embedding=embedding,
             )
             tls = ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
             server, address = await start_server(service, config.listen_host, port, tls)
@@ -106,14 +110,27 @@ class WorkerApp:
         self._metrics.close()
 
 
-def _build(config: WorkerConfig) -> tuple[EngineLike, "TextCodec"]:
+def _build(config: WorkerConfig) -> tuple[EngineLike, "TextCodec", EmbeddingService | None]:
     # Here, because they bring torch and transformers with them.
     from worker.engine.build_engine import build_engine
+    from worker.model.embedder_files import read_embedder
     from worker.text import load_tokenizer
 
+    files = read_embedder(config.embedder)  # first: what is wrong with it is found before minutes of loading
     engine = build_engine(config)
     try:
-        return engine, load_tokenizer(config.model, engine.vocab_size)
+        codec = load_tokenizer(config.model, engine.vocab_size)
     except BaseException:
         engine.close()
         raise
+    return engine, codec, None if files is None else _embedding(files, config)
+
+
+def _embedding(files: "EmbedderFiles", config: WorkerConfig) -> EmbeddingService:
+    def load() -> "Embedder":
+        from worker.model.embedder import Embedder
+        from worker.model.load import choose_device
+
+        return Embedder(files, choose_device(config.device))
+
+    return EmbeddingService(files.digest, files.dim, load)

@@ -35,6 +35,10 @@ class WorkerConfig:
     """rekindle-recall (which comes along), a directory or hub id that transformers can load, or preset:NAME for a shape
     with random weights."""
 
+    embedder: str = ""
+    """The model that turns texts of memory banks into vectors: a directory or hub id of a sentence-embedding model,
+    none, or empty for all-MiniLM-L6-v2 (which comes along). It is loaded when it is first asked."""
+
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: as the checkpoint says."""
 

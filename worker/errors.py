@@ -7,6 +7,10 @@ class ModelRefused(ServingError):
     """This model can't be served exactly. Says why, by name."""
 
 
+class NoEmbedder(ServingError):
+    """This worker has no embedding model. Another one may."""
+
+
 class ContextTooLong(ServingError):
     """Prompt plus reply would not fit the model's window (or the whole device pool)."""
 

@@ -21,8 +21,9 @@ from worker import translate
 from worker.calls import Failed, Finished, GenerateCall, Receipt, Token
 from worker.chat import ChatMessage
 from worker.crossing import Crossing, EventStream
+from worker.embedding_service import EmbeddingService
 from worker.engine_like import EngineLike
-from worker.errors import ContextTooLong
+from worker.errors import ContextTooLong, NoEmbedder
 from worker.publisher import Publisher
 from worker.reply import Detokenizing, Reply
 from worker.status import failure_of, is_expected
@@ -60,6 +61,7 @@ class WorkerService(WorkerServicer):
         model: str,
         metrics_address: str = "",
         on_receipt: Callable[[Receipt, int], None] = lambda receipt, completion_tokens: None,
+        embedding: EmbeddingService | None = None,
     ) -> None:
         """`on_receipt` is told of each finished turn, with the number of its tokens."""
         self._engine = engine
@@ -68,6 +70,7 @@ class WorkerService(WorkerServicer):
         self._model = model
         self._metrics_address = metrics_address
         self._on_receipt = on_receipt
+        self._embedding = embedding
         self._crossing = Crossing()
         self._publisher = Publisher(engine)
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
@@ -214,6 +217,12 @@ class WorkerService(WorkerServicer):
             quoted = await self._in_thread(lambda: [self._codec.quote(text) for text in request.texts])
         return wpb.QuoteReply(texts=[wpb.QuotedText(text=text, tokens=tokens) for text, tokens in quoted])
 
+    async def Embed(self, request: wpb.EmbedRequest, context: Context) -> wpb.EmbedReply:
+        async with self._statuses(context, "Embed"):
+            if self._embedding is None:
+                raise NoEmbedder("this worker has no embedding model (its setting embedder is none)")
+            return await self._embedding.embed(request)
+
     async def Watch(self, request: wpb.WatchRequest, context: Context) -> None:
         async with self._statuses(context, "Watch"), aclosing(self._publisher.watch()) as events:
             async for event in events:
@@ -230,6 +239,8 @@ class WorkerService(WorkerServicer):
             metrics_address=self._metrics_address,
             block_bytes=self._engine.layout.block_bytes,
             names_from=self._engine.names_from,
+            embedder=self._embedding.name if self._embedding else "",
+            embedding_dim=self._embedding.dim if self._embedding else 0,
         )
 
     async def GetStats(self, request: wpb.GetStatsRequest, context: Context) -> pb.WorkerCacheStats:
@@ -242,6 +253,8 @@ class WorkerService(WorkerServicer):
 
     def close(self) -> None:
         self._text_thread.shutdown()
+        if self._embedding is not None:
+            self._embedding.close()
 
     async def _ask(self, context: Context, request: Any, question: Callable[..., Future[T]]) -> T:
         """Ask the engine about the request's history."""

@@ -16,6 +16,7 @@ MEANINGS: Final[dict[type[BaseException], Meaning]] = {
     store.StoreFull: Meaning(_Code.RESOURCE_EXHAUSTED, "STORE_FULL", retry_after_s=10.0),
     store.StoreError: Meaning(_Code.INTERNAL, "STORE_FAILED"),
     errors.ModelRefused: Meaning(_Code.FAILED_PRECONDITION, "MODEL_REFUSED"),
+    errors.NoEmbedder: Meaning(_Code.UNIMPLEMENTED, "NO_EMBEDDER"),
     errors.ContextTooLong: Meaning(_Code.OUT_OF_RANGE, "CONTEXT_TOO_LONG"),
     errors.Overloaded: Meaning(_Code.RESOURCE_EXHAUSTED, "OVERLOADED"),
     errors.Draining: Meaning(_Code.UNAVAILABLE, "DRAINING", retry_after_s=1.0),

@@ -62,7 +62,7 @@ def load_model(config: WorkerConfig) -> LoadedModel:
     """
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
-    device = torch.device(_choose_device(config.device))
+    device = choose_device(config.device)
     register_attention()
     model, content = _preset(config) if config.model.startswith(presets.PREFIX) else _checkpoint(config)
     model = model.to(device).eval().requires_grad_(False)
@@ -88,10 +88,11 @@ def load_model(config: WorkerConfig) -> LoadedModel:
     )
 
 
-def _choose_device(wanted: str) -> str:
+def choose_device(wanted: str) -> torch.device:
+    """What cpu, cuda or auto means here. Raises ModelRefused."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ModelRefused("device is cuda, but torch sees no CUDA device")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
 
 
 def _preset(config: WorkerConfig) -> tuple[PreTrainedModel, dict[str, str]]:
@@ -102,7 +103,7 @@ def _preset(config: WorkerConfig) -> tuple[PreTrainedModel, dict[str, str]]:
 
 
 def _checkpoint(config: WorkerConfig) -> tuple[PreTrainedModel, dict[str, str]]:
-    directory = _find(locate(config.model))
+    directory = find_checkpoint(locate(config.model))
     if (directory / "adapter_config.json").exists():
         raise ModelRefused(f"{config.model} is an adapter, not a model")
     show = (
@@ -122,7 +123,7 @@ def _checkpoint(config: WorkerConfig) -> tuple[PreTrainedModel, dict[str, str]]:
     return model, checkpoint_content(directory)
 
 
-def _find(model: str) -> Path:
+def find_checkpoint(model: str) -> Path:
     """The directory of a checkpoint; a hub id is downloaded, or found where it was downloaded before."""
     if Path(model).is_dir():
         return Path(model)
