@@ -9,7 +9,6 @@ from typing import Any
 import grpc.aio
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from protos import rekindle_worker_pb2 as wpb
@@ -18,11 +17,11 @@ from server.directory import StaticAddresses, WorkerDirectory
 from server.embedding import Embedding
 from tests.fake_engine import FakeEngine
 from tests.fake_worker import details_of, field_of
+from worker.app import WorkerApp
 from worker.chunks import Passage, Span
+from worker.config import WorkerConfig
 from worker.embedding_service import MAX_BYTES, MAX_CALLS, MAX_TEXTS, EmbeddingService, batches
 from worker.errors import ModelRefused
-from worker.model.embedder import Embedder
-from worker.model.embedder_files import read_embedder
 from worker.model.presets_tokenizer import byte_tokenizer
 from worker.service import WorkerService, start_server
 from worker.text import TextCodec
@@ -52,14 +51,13 @@ class LetterModel:
 
 
 @asynccontextmanager
-async def served(embedding: EmbeddingService | None) -> AsyncIterator[tuple[Any, str]]:
-    """A stub, and the worker's address."""
+async def served(embedding: EmbeddingService | None) -> AsyncIterator[Any]:
     engine = FakeEngine()
     codec = TextCodec(byte_tokenizer(1000))
     service = WorkerService(engine, codec, worker_id="w-1", model="preset:tiny", embedding=embedding)
     server, address = await start_server(service, "127.0.0.1")
     async with grpc.aio.insecure_channel(address) as channel:
-        yield WorkerStub(channel), address  # type: ignore[no-untyped-call]
+        yield WorkerStub(channel)  # type: ignore[no-untyped-call]
     engine.close()
     await server.stop(grace=1.0)
     service.close()
@@ -72,7 +70,7 @@ def model() -> LetterModel:
 
 @pytest.fixture
 async def stub(model: LetterModel) -> AsyncIterator[Any]:
-    async with served(EmbeddingService("beef", 2, lambda: model)) as (calls, _):
+    async with served(EmbeddingService("beef", 2, lambda: model)) as calls:
         yield calls
 
 
@@ -115,7 +113,7 @@ async def test_the_description_names_a_model_that_is_not_loaded_yet() -> None:
         loads.append(1)
         return LetterModel()
 
-    async with served(EmbeddingService("beef", 2, load)) as (stub, _):
+    async with served(EmbeddingService("beef", 2, load)) as stub:
         description = await stub.Describe(wpb.DescribeRequest())
         assert (description.embedder, description.embedding_dim, loads) == ("beef", 2, [])
         await asyncio.gather(*(stub.Embed(wpb.EmbedRequest(texts=["a"])) for _ in range(3)))
@@ -123,7 +121,7 @@ async def test_the_description_names_a_model_that_is_not_loaded_yet() -> None:
 
 
 async def test_a_worker_without_a_model_says_so() -> None:
-    async with served(None) as (stub, _):
+    async with served(None) as stub:
         description = await stub.Describe(wpb.DescribeRequest())
         assert (description.embedder, description.embedding_dim) == ("", 0)
         error = await refused(stub.Embed(wpb.EmbedRequest(texts=["a"])))
@@ -139,7 +137,7 @@ async def test_a_model_that_can_not_be_loaded_is_tried_again_by_the_next_call(mo
             raise problems.pop()
         return model
 
-    async with served(EmbeddingService("beef", 2, load)) as (stub, _):
+    async with served(EmbeddingService("beef", 2, load)) as stub:
         error = await refused(stub.Embed(wpb.EmbedRequest(texts=["a"])))
         assert (error.code(), error.details()) == (grpc.StatusCode.FAILED_PRECONDITION, "the disk is gone")
         assert len((await stub.Embed(wpb.EmbedRequest(texts=["a"]))).texts) == 1
@@ -203,20 +201,22 @@ def test_batches_waste_little_on_padding_and_hold_everything_once() -> None:
 
 
 async def test_a_front_end_finds_by_the_default_model_what_was_meant() -> None:
-    files = read_embedder("")
-    assert files is not None
-    service = EmbeddingService(files.digest, files.dim, lambda: Embedder(files, torch.device("cpu")))
-    async with served(service) as (_, address):
-        directory = WorkerDirectory(
-            StaticAddresses({"w-1": address}), poll_s=0.1, silence_s=5.0, max_message_bytes=1 << 24
-        )
+    config = WorkerConfig(
+        model="preset:tiny", redis_url="", device_cache_bytes=8 << 20, host_cache_bytes=8 << 20, self_measure_s=0
+    )
+    app = await WorkerApp.start("w-1", config)
+    addresses = StaticAddresses({"w-1": app.address})
+    directory = WorkerDirectory(addresses, poll_s=0.1, silence_s=5.0, max_message_bytes=1 << 24)
+    try:
         await directory.start()
         embedding = Embedding(directory)
         text = "The cat slept on the sofa all day. " * 20 + "The launch code of the rocket is 4711. " * 8
         embedded = await embedding.embed([text], chunk_tokens=64, overlap_tokens=8)
         question = (await embedding.embed(["How do I start the rocket?"], is_query=True)).texts[0][0]
+    finally:
         await directory.aclose()
-    assert (embedded.embedder, embedded.dim) == (files.digest, 384)
+        await app.stop(within_s=1)
+    assert embedded.dim == 384
     chunks = embedded.texts[0]
     best = max(chunks, key=lambda chunk: float(chunk.vector @ question.vector))
     assert "4711" in text[best.start : best.end]
