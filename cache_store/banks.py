@@ -126,6 +126,8 @@ class EntryFilter:
     created_before_ms: int = 0
     document_id: str = ""
     session_id: str = ""
+    not_session_id: str = ""
+    """Of any other session, or of none."""
 
     @property
     def is_empty(self) -> bool:

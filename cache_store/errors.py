@@ -47,7 +47,7 @@ class LimitReached(ServingError):
     def __init__(self, limit: str, maximum: int) -> None:
         super().__init__(limit, maximum)  # both, so that pickle can build it again
         self.limit = limit
-        """max_sessions, max_tokens or max_turns."""
+        """max_sessions, max_tokens, max_turns or max_banks."""
         self.maximum = maximum
 
     def __str__(self) -> str:

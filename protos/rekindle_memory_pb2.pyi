@@ -208,7 +208,7 @@ class PutDocumentsProgress(_message.Message):
     def __init__(self, document_id: _Optional[str] = ..., documents_done: _Optional[int] = ..., documents_in_all: _Optional[int] = ..., chunks: _Optional[int] = ..., new_chunks: _Optional[int] = ...) -> None: ...
 
 class EntryFilter(_message.Message):
-    __slots__ = ("metadata", "kinds", "created_after_ms", "created_before_ms", "document_id", "session_id")
+    __slots__ = ("metadata", "kinds", "created_after_ms", "created_before_ms", "document_id", "session_id", "not_session_id")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -222,13 +222,15 @@ class EntryFilter(_message.Message):
     CREATED_BEFORE_MS_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    NOT_SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     metadata: _containers.ScalarMap[str, str]
     kinds: _containers.RepeatedScalarFieldContainer[EntryKind]
     created_after_ms: int
     created_before_ms: int
     document_id: str
     session_id: str
-    def __init__(self, metadata: _Optional[_Mapping[str, str]] = ..., kinds: _Optional[_Iterable[_Union[EntryKind, str]]] = ..., created_after_ms: _Optional[int] = ..., created_before_ms: _Optional[int] = ..., document_id: _Optional[str] = ..., session_id: _Optional[str] = ...) -> None: ...
+    not_session_id: str
+    def __init__(self, metadata: _Optional[_Mapping[str, str]] = ..., kinds: _Optional[_Iterable[_Union[EntryKind, str]]] = ..., created_after_ms: _Optional[int] = ..., created_before_ms: _Optional[int] = ..., document_id: _Optional[str] = ..., session_id: _Optional[str] = ..., not_session_id: _Optional[str] = ...) -> None: ...
 
 class RecallRequest(_message.Message):
     __slots__ = ("bank", "query", "k", "filter", "with_superseded", "peek")

@@ -547,20 +547,24 @@ class EraseTenantRequest(_message.Message):
     def __init__(self, tenant: _Optional[str] = ...) -> None: ...
 
 class EraseTenantResponse(_message.Message):
-    __slots__ = ("sessions", "tokens", "device_blocks", "host_blocks", "redis_blocks", "disk_blocks")
+    __slots__ = ("sessions", "tokens", "device_blocks", "host_blocks", "redis_blocks", "disk_blocks", "banks", "entries")
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     REDIS_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DISK_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BANKS_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
     sessions: int
     tokens: int
     device_blocks: int
     host_blocks: int
     redis_blocks: int
     disk_blocks: int
-    def __init__(self, sessions: _Optional[int] = ..., tokens: _Optional[int] = ..., device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., redis_blocks: _Optional[int] = ..., disk_blocks: _Optional[int] = ...) -> None: ...
+    banks: int
+    entries: int
+    def __init__(self, sessions: _Optional[int] = ..., tokens: _Optional[int] = ..., device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., redis_blocks: _Optional[int] = ..., disk_blocks: _Optional[int] = ..., banks: _Optional[int] = ..., entries: _Optional[int] = ...) -> None: ...
 
 class GetCacheStatsRequest(_message.Message):
     __slots__ = ()

@@ -587,8 +587,8 @@ class TenantsServicer:
     def EraseTenant(self, request, context):
         """Deletes every session of a tenant, as DeleteSession does, and waits for those with a turn in progress. Then drops
         all other blocks that it has, of whatever turn, model or codec, from every worker and from Redis; a turn without a
-        session that still runs ends with ABORTED. Goes on until it finds nothing any more: a tenant that goes on keeps it
-        busy until its deadline. Can be repeated: what was erased stays so.
+        session that still runs ends with ABORTED. Then deletes its banks. Goes on until it finds nothing any more: a tenant
+        that goes on keeps it busy until its deadline. Can be repeated: what was erased stays so.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

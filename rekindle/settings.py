@@ -147,8 +147,10 @@ _GROUPS = {
         "tenant_max_sessions",
         "tenant_max_tokens",
         "tenant_max_turns",
+        "tenant_max_banks",
         "master_keys",
     ),
+    "Banks": ("bank_max_entries", "memory_read_s"),
     "Batching": (
         "max_step_tokens",
         "max_prefill_tokens",

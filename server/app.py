@@ -8,21 +8,30 @@ import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cache_store.banks import BankStore
 from cache_store.master_keys import load_keyring
+from cache_store.open_banks import open_banks
 from cache_store.open_records import open_records
 from cache_store.records import RecordStore
+from protos import rekindle_memory_pb2 as mpb
+from protos import rekindle_memory_pb2_grpc as mpb_grpc
 from protos import rekindle_pb2 as pb
 from protos import rekindle_pb2_grpc as pb_grpc
 from protos.tls import ServerTls, Tls, is_loopback, listen
+from server.banks.keeper import BankKeeper
 from server.cache_service import CacheService
 from server.calls import Calls
 from server.config import ServerConfig
 from server.directory import WorkerAddresses, WorkerDirectory
+from server.embedding import Embedding
+from server.episodes import Episodes
 from server.health import Health
 from server.holdings import Holdings
 from server.identity import Identities
 from server.lease import Leases
 from server.limits import Limits
+from server.memories import Memories
+from server.memory_service import MemoryService
 from server.metrics import FrontMetrics
 from server.relay import Relay
 from server.service import InferenceService
@@ -31,7 +40,6 @@ from server.sessions_service import SessionsService
 from server.tenants_service import TenantsService
 from server.turns import Turns
 
-_SERVICES = ("Inference", "Sessions", "Cache", "Tenants")
 _UNWIND_S = 5.0
 _log = structlog.get_logger(__name__)
 
@@ -44,11 +52,13 @@ class Application:
         config: ServerConfig,
         *,
         records: RecordStore,
+        banks: BankStore,
         directory: WorkerDirectory,
         metrics: FrontMetrics,
     ) -> None:
         self._config = config
         self._records = records
+        self._bank_store = banks
         self.directory = directory
         self.metrics = metrics
         self._identities = Identities(config)
@@ -57,7 +67,10 @@ class Application:
         self._holdings = Holdings(directory)
         relay = Relay(directory, self._holdings, metrics, config)
         self._leases = Leases(records, lease_s=config.lease_s)
-        self._turns = Turns(self._leases, relay, metrics)
+        self._banks = BankKeeper(banks, Embedding(directory), max_entries=config.bank_max_entries)
+        self._episodes = Episodes(self._banks, metrics)
+        memories = Memories(self._banks, directory, metrics, read_s=config.memory_read_s)
+        self._turns = Turns(self._leases, relay, memories, self._episodes, metrics)
         self._sessions = SessionKeeper(
             records,
             self._leases,
@@ -65,6 +78,7 @@ class Application:
             relay,
             metrics,
             self._limits,
+            self._banks,
             default_ttl_s=config.session_ttl_s,
             default_codec=config.codec,
         )
@@ -83,11 +97,11 @@ class Application:
         for master keys that can't be had.
         """
         _own_tls(config).check()  # now, not when the workers are up
+        keyring = load_keyring(config.master_keys)
         return cls(
             config,
-            records=open_records(
-                config.redis_url, timeout_s=config.redis_timeout_s, keyring=load_keyring(config.master_keys)
-            ),
+            records=open_records(config.redis_url, timeout_s=config.redis_timeout_s, keyring=keyring),
+            banks=open_banks(config.redis_url, timeout_s=config.redis_timeout_s, keyring=keyring),
             directory=WorkerDirectory(
                 workers,
                 poll_s=config.worker_poll_s,
@@ -129,6 +143,8 @@ class Application:
         await self._health.say_goodbye()
         if not await self._calls.drain(self._config.drain_s):
             _log.warning("calls cut off", after_s=self._config.drain_s)
+        if not await self._episodes.drain(self._config.drain_s):
+            _log.warning("turns are not remembered", after_s=self._config.drain_s)
 
     async def aclose(self) -> None:
         """Stop at once; what still runs is cancelled. Safe to call more than once."""
@@ -136,11 +152,14 @@ class Application:
             await self._server.stop(grace=None)
             await self._calls.drain(_UNWIND_S)  # cancelled calls still release their sessions
             self._server = None
+        await self._episodes.aclose()
         await self._sessions.aclose()
         await self._health.aclose()
         await self._holdings.aclose()
         await self.directory.aclose()
         await self._leases.aclose()
+        await self._banks.aclose()
+        await self._bank_store.aclose()
         await self._records.aclose()
         self.metrics.close()
 
@@ -158,9 +177,13 @@ class Application:
         pb_grpc.add_SessionsServicer_to_server(SessionsService(self._sessions), server)  # type: ignore[no-untyped-call]
         cache = CacheService(self._records, self.directory, self.metrics)
         pb_grpc.add_CacheServicer_to_server(cache, server)  # type: ignore[no-untyped-call]
-        pb_grpc.add_TenantsServicer_to_server(TenantsService(self._sessions), server)  # type: ignore[no-untyped-call]
+        tenants = TenantsService(self._sessions, self._banks)
+        pb_grpc.add_TenantsServicer_to_server(tenants, server)  # type: ignore[no-untyped-call]
+        memory = MemoryService(self._banks, self._limits)
+        mpb_grpc.add_MemoryServicer_to_server(memory, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
-        ours = (pb.DESCRIPTOR.services_by_name[name].full_name for name in _SERVICES)
+        services = (*pb.DESCRIPTOR.services_by_name.values(), *mpb.DESCRIPTOR.services_by_name.values())
+        ours = (service.full_name for service in services)
         reflection.enable_server_reflection((*ours, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
 

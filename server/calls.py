@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -54,17 +54,21 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         path = handler_call_details.method
         if handler is None or not path.startswith(_OURS):
             return handler
-        method, streams = path.removeprefix(_OURS), handler.response_streaming
+        method = path.removeprefix(_OURS)
         try:
             caller = self._identities.identify(handler_call_details.invocation_metadata or ())
         except Unauthenticated as error:
             return self._refused(method, error)
-        wrap = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
-        behaviour = self._counted(handler.unary_stream) if streams else handler.unary_unary
-        return wrap(
-            self._around(method, behaviour, caller, handler.request_deserializer),
-            response_serializer=handler.response_serializer,
-        )
+        if handler.request_streaming:
+            wrap, behaviour = grpc.stream_unary_rpc_method_handler, self._counted(handler.stream_unary)
+            read: Callable[[Any], Any] = _each_parsed(handler.request_deserializer)
+        elif handler.response_streaming:
+            wrap, behaviour = grpc.unary_stream_rpc_method_handler, self._counted(handler.unary_stream)
+            read = _parsed(handler.request_deserializer)
+        else:
+            wrap, behaviour = grpc.unary_unary_rpc_method_handler, handler.unary_unary
+            read = _parsed(handler.request_deserializer)
+        return wrap(self._around(method, behaviour, caller, read), response_serializer=handler.response_serializer)
 
     async def drain(self, within_s: float) -> bool:
         """Refuse new calls and wait for the running ones. False if some still run after `within_s`."""
@@ -81,12 +85,14 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         method: str,
         behaviour: Callable[[Any, Any], Awaitable[Any]],
         caller: Caller,
-        parse: Callable[[bytes], Message],
+        read: Callable[[Any], Any],
     ) -> Any:
-        async def answer(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        """`read` makes the behaviour's request of what came."""
+
+        async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             answer_for(caller)
             async with self._accounted(method, context, tenant=caller.tenant, key=caller.key_id):
-                return await behaviour(_parsed(request, parse), context)
+                return await behaviour(read(request), context)
 
         return answer
 
@@ -151,12 +157,26 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._metrics.call_ended(method, code)
 
 
-def _parsed(request: bytes, parse: Callable[[bytes], Message]) -> Message:
+def _parsed(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message]:
     """Here, and not before: gRPC itself would call it INTERNAL, as if it were our bug."""
-    try:
-        return parse(request)
-    except DecodeError as error:
-        raise InvalidRequest("request", "is no message of this method's type") from error
+
+    def read(request: bytes) -> Message:
+        try:
+            return parse(request)
+        except DecodeError as error:
+            raise InvalidRequest("request", "is no message of this method's type") from error
+
+    return read
+
+
+def _each_parsed(parse: Callable[[bytes], Message]) -> Callable[[AsyncIterator[bytes]], AsyncIterator[Message]]:
+    read_one = _parsed(parse)
+
+    async def read(requests: AsyncIterator[bytes]) -> AsyncIterator[Message]:
+        async for request in requests:
+            yield read_one(request)
+
+    return read
 
 
 def deadline_of(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:

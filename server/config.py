@@ -67,6 +67,15 @@ class ServerConfig:
     tenant_max_turns: int = 0
     """How many turns of a tenant may run at once on this front end, where api_keys doesn't say; 0: any number."""
 
+    tenant_max_banks: int = 0
+    """How many banks a tenant may have, where api_keys doesn't say; 0: any number."""
+
+    bank_max_entries: int = 1_000_000
+    """How many entries a bank may have."""
+
+    memory_read_s: float = 2.0
+    """How long a turn waits for what its session's banks know; what comes later is left out."""
+
     redis_url: str = field(default="redis://127.0.0.1:6379", repr=False)  # it may have a password
     """redis://, rediss:// or unix:// for the server that keeps sessions; redis+cluster:// or rediss+cluster:// for a
     Redis Cluster; redis+sentinel://host:port/service (rediss+sentinel:// with TLS; sentinel_username and
@@ -129,6 +138,8 @@ class ServerConfig:
         if self.port and self.port == self.metrics_port:
             raise ConfigError(f"port and metrics_port must differ, both are {self.port}")
         for name in (
+            "bank_max_entries",
+            "memory_read_s",
             "redis_timeout_s",
             "lease_s",
             "worker_poll_s",
@@ -142,6 +153,7 @@ class ServerConfig:
             "tenant_max_sessions",
             "tenant_max_tokens",
             "tenant_max_turns",
+            "tenant_max_banks",
             "session_ttl_s",
             "block_ttl_s",
             "failover_wait_s",

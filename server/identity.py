@@ -76,6 +76,7 @@ class Identities:
             "max_sessions": config.tenant_max_sessions,
             "max_tokens": config.tenant_max_tokens,
             "max_turns": config.tenant_max_turns,
+            "max_banks": config.tenant_max_banks,
         }
         if self._keys is not None:
             limits |= self._keys.read().limits.get(tenant, {})

@@ -4,13 +4,21 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
+from cache_store.banks import BankPage
 from cache_store.errors import LimitReached
 from cache_store.records import Quota, RecordStore, SessionRecord
 from server.identity import Identities
 
 _RECOUNT_S = 10.0
 """A tenant at its limit has its sessions looked at again (some may have expired) no more often."""
+
+
+class PagedBanks(Protocol):
+    """Part of a BankKeeper."""
+
+    async def page(self, tenant: str, *, page_size: int, page_token: str) -> BankPage: ...
 
 
 class Limits:
@@ -56,6 +64,12 @@ class Limits:
                 raise
             await self._records.recount(record.tenant)
             await self._records.create(record, quota=quota)
+
+    async def check_banks(self, tenant: str, banks: PagedBanks) -> None:
+        """Let a tenant have one more bank. Who creates several at once may get one or two more than its limit."""
+        most = self._identities.limits(tenant).max_banks
+        if most and len((await banks.page(tenant, page_size=most, page_token="")).records) >= most:
+            raise LimitReached("max_banks", most)
 
     def _may_recount(self, tenant: str) -> bool:
         now_s = time.monotonic()

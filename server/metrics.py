@@ -53,6 +53,21 @@ class FrontMetrics:
         self._retries = self._counter("turn_retries", "Turns started again on another worker, before a first delta.")
         self._failovers = self._counter("turn_failovers", "Turns that another worker went on with in mid-reply.")
         self._prefetches = self._counter("prefetches", "Hints that a user is typing, by what came of them.", "outcome")
+        self._bank_reads = self._counter("bank_reads", "Banks asked before turns, by what came of it.", "result")
+        self._memories = self._counter("memories", "Entries of banks that were put in front of turns' inputs.")
+        self._memory_seconds = Histogram(
+            "rekindle_front_memory_read_seconds",
+            "For which turns waited for their memories.",
+            buckets=_TTFT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._episodes = self._counter("episodes", "Turns to be remembered in banks, by what came of it.", "result")
+        self._episode_seconds = Histogram(
+            "rekindle_front_episode_seconds",
+            "From a turn's commit to its being remembered.",
+            buckets=_TTFT_BUCKETS_S,
+            registry=self.registry,
+        )
         self._workers = Gauge("rekindle_front_workers", "Workers known, by state.", ["state"], registry=self.registry)
         self._redis_available = Gauge(
             "rekindle_front_redis_available",
@@ -98,6 +113,21 @@ class FrontMetrics:
     def prefetched(self, outcome: str) -> None:
         """restored, hot (nothing was missing), joined (one was running), refused (too many were) or failed."""
         self._prefetches.labels(outcome).inc()
+
+    def bank_read(self, result: str) -> None:
+        """read, empty (it had nothing), late, stale (its vectors are of another embedder) or failed."""
+        self._bank_reads.labels(result).inc()
+
+    def memories_read(self, entries: int, *, seconds: float) -> None:
+        """A turn has this many in its input, and waited so long for them."""
+        self._memories.inc(entries)
+        self._memory_seconds.observe(seconds)
+
+    def episode_written(self, result: str, seconds: float) -> None:
+        """written, failed or full (too many waited)."""
+        self._episodes.labels(result).inc()
+        if result == "written":
+            self._episode_seconds.observe(seconds)
 
     def workers_seen(self, *, accepting: int, draining: int, down: int) -> None:
         self._workers.labels("accepting").set(accepting)

@@ -23,6 +23,7 @@ from server.directory import Worker, WorkerDirectory
 from server.errors import NoWorker, WorkerLost, WorkerRefused, WorkersLost
 from server.holdings import Holdings, Prompt
 from server.lease import Lease
+from server.memories import Reading
 from server.metrics import FrontMetrics
 from server.router import Candidate, choose
 
@@ -64,13 +65,17 @@ class Turn:
     deadline_s: float | None
     record: SessionRecord | None = None
     lease: Lease | None = None
+    reading: Reading | None = None
+    """What it has read from its session's banks: `request` has it in its input."""
     worker: Worker | None = None
     arrived_s: float = field(default_factory=time.monotonic)
     first_delta_s: float = 0.0
     input_ids: list[int] = field(default_factory=list)
     reply_ids: list[int] = field(default_factory=list)
+    reply_text: list[str] = field(default_factory=list)
+    """In pieces, as the client has it."""
     num_characters: int = 0
-    """Of the reply's text, those that the client has."""
+    """Of the reply's text."""
     num_lost: int = 0
     """Workers that were lost, or failed, while they ran it."""
     lost_s: float = 0.0

@@ -6,10 +6,12 @@ import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import structlog
 
+from cache_store.attachments import BankAttachment
+from cache_store.banks import BankRecord
 from cache_store.errors import InvalidRequest, RecordUnreadable, ServingError
 from cache_store.records import Page, RecordStore, SessionRecord
 from protos import rekindle_pb2 as pb
@@ -26,6 +28,14 @@ _Answer = TypeVar("_Answer")
 _log = structlog.get_logger(__name__)
 
 
+class KnownBanks(Protocol):
+    """Part of a BankKeeper."""
+
+    async def get(self, tenant: str, name: str) -> BankRecord:
+        """Raises BankNotFound."""
+        ...
+
+
 class SessionKeeper:
     """All calls raise SessionNotFound and StoreUnavailable; those that lock also SessionBusy."""
 
@@ -37,6 +47,7 @@ class SessionKeeper:
         workers: Relay,
         metrics: FrontMetrics,
         limits: Limits,
+        banks: KnownBanks,
         *,
         default_ttl_s: int,
         default_codec: str,
@@ -46,14 +57,24 @@ class SessionKeeper:
         self._directory = directory
         self._workers = workers
         self._limits = limits
+        self._banks = banks
         self._prefetcher = Prefetcher(self._restore, metrics)
         self._default_ttl_s = default_ttl_s
         self._default_codec = default_codec
 
     async def create(
-        self, tenant: str, session_id: str, *, ttl_s: int, pinned: bool, codec: str, context_policy: str
+        self,
+        tenant: str,
+        session_id: str,
+        *,
+        ttl_s: int,
+        pinned: bool,
+        codec: str,
+        context_policy: str,
+        banks: tuple[BankAttachment, ...],
     ) -> SessionRecord:
-        """Raises SessionExists and LimitReached. An empty id is made up; an empty codec is the default."""
+        """An empty id is made up; an empty codec is the default. Raises SessionExists, BankNotFound, LimitReached."""
+        await self._check_banks(tenant, banks)
         now_ms = int(time.time() * 1000)
         record = SessionRecord(
             tenant=tenant,
@@ -67,6 +88,7 @@ class SessionKeeper:
             worker_id="",
             codec=codec or self._default_codec,
             context_policy=context_policy,
+            banks=banks,
         )
         await self._limits.create(record)
         return record
@@ -103,10 +125,20 @@ class SessionKeeper:
         found.append(pb.Residency(tier=pb.TIER_REDIS, tokens=redis_tokens))
         return [residency for residency in found if residency.tokens]
 
-    async def update(self, tenant: str, session_id: str, *, ttl_s: int | None, pinned: bool | None) -> SessionRecord:
-        """The record changes first; its blocks follow as well as they can."""
-        record = await self._records.update(tenant, session_id, ttl_s=ttl_s, pinned=pinned)
-        if record.token_ids:
+    async def update(
+        self,
+        tenant: str,
+        session_id: str,
+        *,
+        ttl_s: int | None,
+        pinned: bool | None,
+        banks: tuple[BankAttachment, ...] | None,
+    ) -> SessionRecord:
+        """The record changes first; its blocks follow as well as they can. Raises BankNotFound, and SessionBusy for
+        banks in the midst of a turn."""
+        await self._check_banks(tenant, banks or ())
+        record = await self._records.update(tenant, session_id, ttl_s=ttl_s, pinned=pinned, banks=banks)
+        if record.token_ids and (ttl_s, pinned) != (None, None):
             try:
                 block_ttl_s = self._workers.block_ttl_s(record)
                 await self._ask_one(
@@ -206,6 +238,9 @@ class SessionKeeper:
     async def aclose(self) -> None:
         """Stop what was begun behind the callers."""
         await self._prefetcher.aclose()
+
+    async def _check_banks(self, tenant: str, banks: tuple[BankAttachment, ...]) -> None:
+        await asyncio.gather(*(self._banks.get(tenant, attached.bank) for attached in banks))
 
     async def _warm(self, record: SessionRecord) -> tuple[Worker, wpb.WarmReply]:
         request = wpb.WarmRequest(history=history_of(record))

@@ -9,11 +9,20 @@ from protos import rekindle_pb2 as pb
 from protos.rekindle_pb2_grpc import SessionsServicer
 from server.identity import caller
 from server.sessions import SessionKeeper
-from server.validation import CONTEXT_POLICIES, check_codec, check_context_policy, check_page_size, check_ttl
+from server.validation import (
+    BANK_ACCESSES,
+    CONTEXT_POLICIES,
+    check_banks,
+    check_codec,
+    check_context_policy,
+    check_page_size,
+    check_ttl,
+)
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _POLICIES = {kept: policy for policy, kept in CONTEXT_POLICIES.items()}
 """By what a record says: ERROR, not UNSPECIFIED."""
+_ACCESSES = {kept: access for access, kept in BANK_ACCESSES.items()}
 
 
 class SessionsService(SessionsServicer):
@@ -32,6 +41,7 @@ class SessionsService(SessionsServicer):
             pinned=request.pinned,
             codec=check_codec(request.codec),
             context_policy=check_context_policy(request.context_policy),
+            banks=check_banks(request.banks),
         )
         return session_of(record)
 
@@ -60,6 +70,7 @@ class SessionsService(SessionsServicer):
             check_session_id(request.session_id),
             ttl_s=check_ttl(request.ttl_s) if request.HasField("ttl_s") else None,
             pinned=request.pinned if request.HasField("pinned") else None,
+            banks=check_banks(request.banks.banks) if request.HasField("banks") else None,
         )
         return session_of(record)
 
@@ -109,4 +120,5 @@ def session_of(record: SessionRecord) -> pb.Session:
         parent_session_id=record.parent_session_id,
         parent_turn=record.parent_turn,
         context_policy=_POLICIES[record.context_policy],
+        banks=[pb.BankAttachment(bank=bank, access=_ACCESSES[access]) for bank, access in record.banks],
     )

@@ -19,6 +19,7 @@ class TenantLimits:
     """Of all its sessions' histories together, at four bytes a token."""
     max_turns: int = 0
     """Running at once, at one front end."""
+    max_banks: int = 0
 
 
 NO_LIMITS: Final = TenantLimits()

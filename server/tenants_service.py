@@ -1,6 +1,8 @@
-"""Tenants over gRPC: all that one has is erased, for itself or for an operator: session by session, then the rest.
+"""Tenants over gRPC: all that one has is erased, for itself or for an operator: session by session, then
+the rest.
 
-The proof is in how it ends: with a look at all sessions, all workers and all of Redis that found nothing any more.
+The proof is in how it ends: with a look at all sessions, workers and banks, and all of Redis, that found nothing any
+more.
 """
 
 import asyncio
@@ -14,12 +16,14 @@ from cache_store.errors import InvalidRequest, SessionBusy, SessionNotFound
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from protos.rekindle_pb2_grpc import TenantsServicer
+from server.banks.keeper import BankKeeper
 from server.errors import NotAllowed, TenantActive
 from server.identity import caller
 from server.sessions import SessionKeeper
 from server.tenants import is_tenant_name
 
 _AT_ONCE = 16
+_BANKS_AT_ONCE = 1000
 _BUSY_S = 0.2
 """Between looks at sessions whose turns must end first."""
 _PATIENCE_S = 15.0
@@ -31,8 +35,9 @@ _log = structlog.get_logger(__name__)
 class TenantsService(TenantsServicer):
     """Errors are raised; `Calls` says them on the wire. (Method names are the proto's.)"""
 
-    def __init__(self, keeper: SessionKeeper) -> None:
+    def __init__(self, keeper: SessionKeeper, banks: BankKeeper) -> None:
         self._keeper = keeper
+        self._banks = banks
 
     async def EraseTenant(
         self, request: pb.EraseTenantRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -51,7 +56,10 @@ class TenantsService(TenantsServicer):
     async def _erase(self, tenant: str) -> pb.EraseTenantResponse:
         erased, give_up_s = pb.EraseTenantResponse(), time.monotonic() + _PATIENCE_S
         while True:
-            if not await self._erase_listed(tenant, erased) and not await self._erase_blocks(tenant, erased):
+            for erase in (self._erase_listed, self._erase_blocks, self._erase_banks):
+                if await erase(tenant, erased):
+                    break
+            else:
                 return erased
             if time.monotonic() > give_up_s:
                 raise TenantActive(f"tenant {tenant} goes on; {erased.sessions} sessions were erased: do it again")
@@ -77,6 +85,18 @@ class TenantsService(TenantsServicer):
         """Erase what no session names, and count it. False where there was nothing."""
         found = [_add(reply, erased) for reply in await self._keeper.erase_blocks(tenant)]
         return any(found)
+
+    async def _erase_banks(self, tenant: str, erased: pb.EraseTenantResponse) -> bool:
+        """Erase all banks, and count them and their entries. False where there was none."""
+        banks, page_token = 0, ""
+        while True:
+            page = await self._banks.page(tenant, page_size=_BANKS_AT_ONCE, page_token=page_token)
+            banks, page_token = banks + len(page.records), page.next_token
+            if not page_token:
+                break
+        erased.banks += banks
+        erased.entries += await self._banks.erase(tenant)  # also where none is listed: one may be half gone
+        return bool(banks)
 
     async def _delete(self, tenant: str, session_id: str) -> pb.DeleteSessionResponse | None:
         """None where it has gone meanwhile, or is in use."""

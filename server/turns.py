@@ -1,7 +1,7 @@
 """One turn: lock the session, pass on what workers say, commit, and only then say that it is finished.
 
 Nothing is stored for a turn that is cancelled, or that fails (unless it asks for that). Knows sessions; not which
-workers it takes, nor who calls.
+workers it takes, nor who calls, nor what banks know.
 """
 
 import time
@@ -13,8 +13,10 @@ import structlog
 
 from cache_store.records import SessionRecord, TurnRecord
 from protos import rekindle_pb2 as pb
+from server.episodes import Episodes
 from server.errors import NoWorker, WorkerFault, WorkerLost, WorkerRefused
 from server.lease import Leases
+from server.memories import Memories
 from server.metrics import FrontMetrics, kind_of_turn
 from server.relay import Relay, Turn
 
@@ -24,9 +26,13 @@ _log = structlog.get_logger(__name__)
 class Turns:
     """Runs turns, with a session or without."""
 
-    def __init__(self, leases: Leases, workers: Relay, metrics: FrontMetrics) -> None:
+    def __init__(
+        self, leases: Leases, workers: Relay, memories: Memories, episodes: Episodes, metrics: FrontMetrics
+    ) -> None:
         self._leases = leases
         self._workers = workers
+        self._memories = memories
+        self._episodes = episodes
         self._metrics = metrics
 
     async def run(
@@ -45,6 +51,9 @@ class Turns:
         async with self._leases.hold(tenant, request.session_id) as lease:
             turn.lease, turn.record = lease, lease.record
             number = _turn_of(lease.record, request.idempotency_key)
+            if number is None:
+                reading = await self._memories.read(request, lease.record, deadline_s=deadline_s)
+                turn.request, turn.reading = reading.request, reading  # from here on the same, whoever serves it
             async with aclosing(self._relay(turn) if number is None else self._repeat(turn, number)) as responses:
                 async for response in responses:
                     yield response
@@ -57,6 +66,7 @@ class Turns:
                     kind = event.WhichOneof("event")
                     if kind == "delta":
                         turn.reply_ids.extend(event.delta.token_ids)
+                        turn.reply_text.append(event.delta.text)
                         turn.num_characters += len(event.delta.text)
                         if not turn.first_delta_s:
                             turn.first_delta_s = time.monotonic()
@@ -104,6 +114,8 @@ class Turns:
             )
         ended_s = time.monotonic()
         finished.turn = await self._commit(turn, finished.reason)
+        if turn.reading is not None:
+            finished.receipt.memories.extend(turn.reading.sources)
         first_s = turn.first_delta_s or ended_s
         self._metrics.turn_finished(
             finished, tenant=turn.tenant, ttft_s=first_s - turn.arrived_s, decode_s=ended_s - first_s
@@ -121,6 +133,7 @@ class Turns:
             redis_tokens=receipt.redis_tokens,
             computed_tokens=receipt.computed_tokens,
             completion_tokens=usage.completion_tokens,
+            memories=len(receipt.memories),
             ttft_ms=round((first_s - turn.arrived_s) * 1000, 1),
         )
         return finished
@@ -136,7 +149,11 @@ class Turns:
             model=turn.worker.description.fingerprint,
             worker_id=turn.worker.worker_id,
         )
-        return len(turn.record.turns) + 1
+        number = len(turn.record.turns) + 1
+        if turn.reading is not None:
+            self._memories.committed(turn.reading)
+            self._episodes.add(turn.record, number, turn.reading.asked, "".join(turn.reply_text))
+        return number
 
 
 def _turn_record(turn: Turn, reason: pb.FinishReason) -> TurnRecord:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from cache_store.attachments import BankAccess, BankAttachment
+from cache_store.banks import check_bank_name
 from cache_store.codecs import SESSION_CODECS
 from cache_store.errors import InvalidRequest
 from cache_store.records import check_session_id
@@ -20,6 +22,12 @@ CONTEXT_POLICIES: Final[Mapping[pb.ContextPolicy, str]] = {
     pb.CONTEXT_POLICY_RECALL: "recall",
 }
 """As records keep them."""
+BANK_ACCESSES: Final[Mapping[pb.BankAccess, BankAccess]] = {
+    pb.BANK_ACCESS_READ: BankAccess.READ,
+    pb.BANK_ACCESS_WRITE: BankAccess.WRITE,
+    pb.BANK_ACCESS_READ_WRITE: BankAccess.READ_WRITE,
+}
+_MAX_BANKS = 8
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 256
@@ -64,6 +72,21 @@ def check_context_policy(policy: pb.ContextPolicy) -> str:
     if policy not in CONTEXT_POLICIES:
         raise InvalidRequest("context_policy", f"there is none of number {policy}")
     return CONTEXT_POLICIES[policy]
+
+
+def check_banks(banks: Sequence[pb.BankAttachment]) -> tuple[BankAttachment, ...]:
+    """Attachments as records keep them. Whether there are such banks is found out later."""
+    if len(banks) > _MAX_BANKS:
+        raise InvalidRequest("banks", f"at most {_MAX_BANKS} can be attached, got {len(banks)}")
+    names: set[str] = set()
+    for number, attached in enumerate(banks):
+        check_bank_name(attached.bank, f"banks[{number}].bank")
+        if attached.bank in names:
+            raise InvalidRequest(f"banks[{number}].bank", f"{attached.bank} is there twice")
+        if attached.access not in BANK_ACCESSES:
+            raise InvalidRequest(f"banks[{number}].access", "must be read, write or both")
+        names.add(attached.bank)
+    return tuple(BankAttachment(attached.bank, BANK_ACCESSES[attached.access]) for attached in banks)
 
 
 def check_page_size(page_size: int) -> int:

@@ -160,9 +160,9 @@ class BankIndex:
         if not with_superseded:
             eligible &= ~columns["superseded"]
         for tag in _tags_asked(where):
-            having = np.zeros(len(eligible), bool)
-            having[np.frombuffer(self._tags.get(tag) or array("I", [0]), np.uint32)] = tag in self._tags
-            eligible &= having
+            eligible &= self._having(tag)
+        if where.not_session_id:
+            eligible &= ~self._having(("session", where.not_session_id))
         if where.kinds:
             eligible &= np.isin(columns["kind"], [int(kind) for kind in where.kinds])
         if where.created_after_ms:
@@ -170,6 +170,11 @@ class BankIndex:
         if where.created_before_ms:
             eligible &= columns["created_ms"] < where.created_before_ms
         return eligible
+
+    def _having(self, tag: tuple[str, str]) -> Bools:
+        having = np.zeros(len(self._ids), bool)
+        having[np.frombuffer(self._tags.get(tag) or array("I", [0]), np.uint32)] = tag in self._tags
+        return having
 
     def _tidy(self) -> None:
         """Drop the rows of what is gone."""

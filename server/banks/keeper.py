@@ -183,6 +183,10 @@ class BankKeeper:
             self._uses.add(bank, [entry.id for entry, *_ in recalled], self._now_ms())
         return recalled
 
+    def count_recalls(self, bank: BankRecord, ids: Sequence[str]) -> None:
+        """What was peeked at has been used: these entries are stronger from now on."""
+        self._uses.add(bank, ids, self._now_ms())
+
     async def forget(
         self, tenant: str, name: str, *, ids: Sequence[str] = (), where: EntryFilter = EVERYTHING, unused_for_s: int = 0
     ) -> int:
