@@ -29,8 +29,8 @@ class MemoryStub:
     """Keeps banks. Each belongs to the tenant of the caller.
 
     NOT_FOUND: no such bank. INVALID_ARGUMENT: a field is bad (named in google.rpc.BadRequest). FAILED_PRECONDITION: the
-    bank's vectors are of another embedding model than the workers have now (`Reembed` makes new ones). UNAVAILABLE: no
-    worker embeds, or Redis can't be asked.
+    bank's vectors are of another embedding model than the workers have now (`Reembed` makes new ones), or they have none.
+    UNAVAILABLE: no worker, or Redis can't be asked.
     """
 
     def __init__(self, channel):
@@ -100,8 +100,8 @@ class MemoryServicer:
     """Keeps banks. Each belongs to the tenant of the caller.
 
     NOT_FOUND: no such bank. INVALID_ARGUMENT: a field is bad (named in google.rpc.BadRequest). FAILED_PRECONDITION: the
-    bank's vectors are of another embedding model than the workers have now (`Reembed` makes new ones). UNAVAILABLE: no
-    worker embeds, or Redis can't be asked.
+    bank's vectors are of another embedding model than the workers have now (`Reembed` makes new ones), or they have none.
+    UNAVAILABLE: no worker, or Redis can't be asked.
     """
 
     def CreateBank(self, request, context):
@@ -249,8 +249,8 @@ class Memory:
     """Keeps banks. Each belongs to the tenant of the caller.
 
     NOT_FOUND: no such bank. INVALID_ARGUMENT: a field is bad (named in google.rpc.BadRequest). FAILED_PRECONDITION: the
-    bank's vectors are of another embedding model than the workers have now (`Reembed` makes new ones). UNAVAILABLE: no
-    worker embeds, or Redis can't be asked.
+    bank's vectors are of another embedding model than the workers have now (`Reembed` makes new ones), or they have none.
+    UNAVAILABLE: no worker, or Redis can't be asked.
     """
 
     @staticmethod

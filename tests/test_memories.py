@@ -167,6 +167,7 @@ async def test_only_a_committed_turn_makes_what_it_read_stronger(front: FrontEnd
     front.workers["0"].stop_after = 0
     with pytest.raises(RekindleError):
         await say(client, "Whose dog is Rex?", timeout_s=1)
+    await front.app.directory.wait_for_workers(1, timeout_s=5)
     (entry,) = await entries_of(client, "notes")
     assert entry.recalls == 0
     front.workers["0"].stop_after = None

@@ -593,6 +593,7 @@ async def test_reflection_lists_the_public_services_only(front: FrontEnd) -> Non
         "grpc.reflection.v1alpha.ServerReflection",
         "rekindle.v1.Cache",
         "rekindle.v1.Inference",
+        "rekindle.v1.Memory",
         "rekindle.v1.Sessions",
         "rekindle.v1.Tenants",
     ]

@@ -15,7 +15,19 @@ import server.errors
 import server.status
 import worker.errors
 import worker.status
-from cache_store.errors import InvalidRequest, LimitReached, ServingError, SessionBusy, SessionExists, SessionNotFound
+from cache_store.errors import (
+    BankExists,
+    BankFull,
+    BankNotFound,
+    EmbedderChanged,
+    EntriesMissing,
+    InvalidRequest,
+    LimitReached,
+    ServingError,
+    SessionBusy,
+    SessionExists,
+    SessionNotFound,
+)
 from protos.status import Failure, nearest
 from server.errors import WorkerRefused
 from worker.errors import Overloaded
@@ -23,6 +35,9 @@ from worker.errors import Overloaded
 _ARGUMENTS: dict[type[ServingError], tuple[Any, ...]] = {
     InvalidRequest: ("text", "must not be empty"),
     LimitReached: ("max_sessions", 7),
+    BankFull: ("bank_max_entries", 7),
+    EntriesMissing: (("e-1", "e-2"),),
+    EmbedderChanged: ("notes", "fa4e", "beef"),
     Overloaded: ("256 wait", 1.5),
     WorkerRefused: (StatusCode.OUT_OF_RANGE, "too long", b"details"),
 }
@@ -36,7 +51,11 @@ def every_subclass(kind: type[ServingError]) -> Iterator[type[ServingError]]:
 
 ALL = sorted(set(every_subclass(ServingError)), key=lambda kind: f"{kind.__module__}.{kind.__name__}")
 COLD = [kind for kind in ALL if kind.__module__.startswith("cache_store.")]
-SESSIONS = {SessionNotFound, SessionExists, SessionBusy, LimitReached}
+THE_FRONT_ENDS = {
+    *(SessionNotFound, SessionExists, SessionBusy, LimitReached),
+    *(BankNotFound, BankExists, BankFull, EntriesMissing, EmbedderChanged),
+}
+"""Of these no worker hears."""
 
 
 def details(failed: Failure) -> list[Any]:
@@ -53,7 +72,8 @@ def test_the_front_end_has_a_status_for_each_of_its_errors(kind: type[ServingErr
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in ALL if kind.__module__ == "worker.errors" or (kind in COLD and kind not in SESSIONS)]
+    "kind",
+    [kind for kind in ALL if kind.__module__ == "worker.errors" or (kind in COLD and kind not in THE_FRONT_ENDS)],
 )
 def test_the_worker_has_a_status_for_each_of_its_errors(kind: type[ServingError]) -> None:
     assert nearest(worker.status.MEANINGS, kind(*_ARGUMENTS.get(kind, ("gone",))))
