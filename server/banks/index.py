@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cache_store.banks import BankRecord, Changes, Entry, EntryFilter, Kept, Seen, Use, Vector
 from server.banks import scoring
 from server.banks.bm25 import Bm25
-from server.banks.vectors import Vectors
+from server.banks.vectors import EXACT_ROWS, Vectors
 
 Bools = NDArray[np.bool_]
 
@@ -50,8 +50,10 @@ class Found(NamedTuple):
 class BankIndex:
     """Not to be used by two threads at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, exact_rows: int = EXACT_ROWS) -> None:
+        """Of more than `exact_rows` not all are compared, once their graph is built."""
         self.seen = Seen()
+        self._exact_rows = exact_rows
         self._begin(0)
 
     def __len__(self) -> int:
@@ -61,7 +63,7 @@ class BankIndex:
     def nbytes(self) -> int:
         """About what it takes in memory."""
         rows = _BYTES_PER_ROW * len(self._ids) + self._tag_bytes
-        return self._vectors.nbytes + self._bm25.nbytes + rows
+        return self.vectors.nbytes + self._bm25.nbytes + rows
 
     def apply(self, changes: Changes) -> None:
         if changes.from_nothing:
@@ -93,12 +95,12 @@ class BankIndex:
     def search(self, query: str, vector: Vector, where: EntryFilter, *, with_superseded: bool) -> Found:
         """The most relevant entries by cosine and by BM25, both fused."""
         eligible = self._eligible(where, with_superseded=with_superseded)
-        nearest = self._vectors.nearest(vector, eligible, DEPTH)
+        nearest = self.vectors.nearest(vector, eligible, DEPTH)
         by_words = self._bm25.scores(query)
         ranked = scoring.best_first(np.where(eligible & (by_words > 0), by_words, -np.inf), DEPTH)
         rows = np.union1d(nearest, ranked)
         relevance = scoring.fused([np.searchsorted(rows, nearest), np.searchsorted(rows, ranked)], len(rows), DEPTH)
-        cosine = self._vectors.matrix[rows] @ vector
+        cosine = self.vectors.matrix[rows] @ vector
         return Found(rows, [self._ids[row] for row in rows], relevance, cosine, by_words[rows])
 
     def ranked(self, bank: BankRecord, found: Found, uses: Sequence[Use], *, k: int, now_ms: int) -> list["Ranked"]:
@@ -108,7 +110,7 @@ class BankIndex:
         last_ms = np.maximum(columns["created_ms"], np.array([use.last_ms for use in uses], np.int64))
         retained = scoring.retention(now_ms, last_ms, recalls)
         scores = scoring.score(bank.settings, found.relevance, retained, columns["importance"].astype(np.float64))
-        vectors = self._vectors.matrix[found.rows]
+        vectors = self.vectors.matrix[found.rows]
         chosen = scoring.diverse(scores, vectors @ vectors.T, k, bank.settings.diversity)
         made_of = np.stack([scores, found.cosine, found.bm25, found.relevance, retained], axis=1)
         return [Ranked(found.ids[place], uses[place], tuple(made_of[place].tolist())) for place in chosen]
@@ -132,7 +134,7 @@ class BankIndex:
         self._tags: dict[tuple[str, str], array[int]] = {}
         """Rows by what a filter may ask for: a document, a session, a pair of metadata."""
         self._tag_bytes = 0
-        self._vectors = Vectors(dim)
+        self.vectors = Vectors(dim, exact_rows=self._exact_rows)
         self._bm25 = Bm25()
 
     def _add(self, new: Sequence[Kept]) -> None:
@@ -152,7 +154,7 @@ class BankIndex:
                 self._tags[tag].append(row)
                 self._tag_bytes += 4
             self._columns[row] = _column_of(entry)
-        self._vectors.add([vector for _, vector in new])
+        self.vectors.add([vector for _, vector in new])
 
     def _eligible(self, where: EntryFilter, *, with_superseded: bool) -> Bools:
         columns = self._columns[: len(self._ids)]
@@ -173,14 +175,15 @@ class BankIndex:
 
     def _having(self, tag: tuple[str, str]) -> Bools:
         having = np.zeros(len(self._ids), bool)
-        having[np.frombuffer(self._tags.get(tag) or array("I", [0]), np.uint32)] = tag in self._tags
+        if tag in self._tags:
+            having[np.frombuffer(self._tags[tag], np.uint32)] = True
         return having
 
     def _tidy(self) -> None:
         """Drop the rows of what is gone."""
         alive: Bools = self._columns["alive"][: len(self._ids)].copy()
         numbers = np.cumsum(alive) - 1
-        self._vectors, self._bm25 = self._vectors.without(alive), self._bm25.without(alive)
+        self.vectors, self._bm25 = self.vectors.without(alive), self._bm25.without(alive)
         self._columns = self._columns[: len(alive)][alive]
         self._ids = [entry_id for entry_id, is_alive in zip(self._ids, alive, strict=True) if is_alive]
         self._row_of = {entry_id: row for row, entry_id in enumerate(self._ids)}

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from cache_store.banks import BankRecord, BankStore
 from server.banks.index import BankIndex
+from server.banks.vectors import EXACT_ROWS, GraphBuilder
 
 _Result = TypeVar("_Result")
 _PAGE: Final = 256
@@ -25,20 +26,27 @@ class Current(NamedTuple):
 
 @dataclass(slots=True)
 class _Slot:
-    index: BankIndex = field(default_factory=BankIndex)
+    index: BankIndex
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    building: asyncio.Task[None] | None = None
+    """Of a graph over its vectors."""
 
 
 class Indexes:
-    def __init__(self, store: BankStore, *, max_bytes: int) -> None:
-        """Beyond `max_bytes` the index that was used longest ago is dropped, if there is another one."""
+    def __init__(self, store: BankStore, *, max_bytes: int, exact_rows: int = EXACT_ROWS) -> None:
+        """Beyond `max_bytes` the index that was used longest ago is dropped, if there is another one. A bank of more
+        than `exact_rows` gets a graph, built in the background."""
         self._store = store
         self._max_bytes = max_bytes
+        self._exact_rows = exact_rows
         self._slots: OrderedDict[tuple[str, str], _Slot] = OrderedDict()
 
     @property
     def nbytes(self) -> int:
         return sum(slot.index.nbytes for slot in self._slots.values())
+
+    def __len__(self) -> int:
+        return len(self._slots)
 
     def __contains__(self, bank: tuple[str, str]) -> bool:
         return bank in self._slots
@@ -50,7 +58,7 @@ class Indexes:
         Raises BankNotFound and what else the store raises.
         """
         key = (tenant, name)
-        slot = self._slots.setdefault(key, _Slot())
+        slot = self._slots.setdefault(key, _Slot(BankIndex(exact_rows=self._exact_rows)))
         async with slot.lock:
             try:
                 bank = await self._catch_up(tenant, name, slot.index)
@@ -60,15 +68,26 @@ class Indexes:
             self._slots[key] = slot  # again, if it was dropped while this waited
             self._slots.move_to_end(key)
             self._make_room()
+            if slot.index.vectors.lacks_graph and slot.building is None:
+                slot.building = asyncio.create_task(self._build(slot))
             yield Current(bank, slot.index)
 
     def drop(self, tenant: str, name: str) -> None:
-        self._slots.pop((tenant, name), None)
+        slot = self._slots.pop((tenant, name), None)
+        if slot is not None and slot.building is not None:
+            slot.building.cancel()
 
     def drop_tenant(self, tenant: str) -> None:
         for owner, name in list(self._slots):
             if owner == tenant:
                 self.drop(owner, name)
+
+    async def aclose(self) -> None:
+        """Stop what is built in the background."""
+        building = [slot.building for slot in self._slots.values() if slot.building is not None]
+        for one in list(self._slots):
+            self.drop(*one)
+        await asyncio.gather(*building, return_exceptions=True)
 
     async def _catch_up(self, tenant: str, name: str, index: BankIndex) -> BankRecord:
         while True:
@@ -83,8 +102,22 @@ class Indexes:
     def _make_room(self) -> None:
         total = self.nbytes
         while total > self._max_bytes and len(self._slots) > 1:
-            _, slot = self._slots.popitem(last=False)
-            total -= slot.index.nbytes
+            oldest = next(iter(self._slots))
+            total -= self._slots[oldest].index.nbytes
+            self.drop(*oldest)
+
+    async def _build(self, slot: _Slot) -> None:
+        try:
+            vectors = slot.index.vectors
+            builder = GraphBuilder(vectors)
+            while (graph := await in_thread(builder.step)) is None:
+                if vectors is not slot.index.vectors:  # it was begun anew
+                    return
+            async with slot.lock:
+                if vectors is slot.index.vectors:
+                    await in_thread(lambda: vectors.use_graph(graph))
+        finally:
+            slot.building = None
 
 
 async def in_thread(work: Callable[[], _Result]) -> _Result:

@@ -16,6 +16,7 @@ from cache_store.banks import (
     EntryKind,
     Kept,
     Supersession,
+    Vector,
     check_bank_name,
 )
 from cache_store.errors import EntriesMissing, InvalidRequest
@@ -23,9 +24,11 @@ from server.banks import checks, documents, reembedding, transfer
 from server.banks.documents import Document, DocumentDone
 from server.banks.embeds import Embeds
 from server.banks.entries import entry_id, vectors_of
+from server.banks.index import Ranked
 from server.banks.indexes import Indexes, in_thread
 from server.banks.transfer import Imported
 from server.banks.uses import Uses
+from server.banks.vectors import EXACT_ROWS
 
 __all__ = ["BankKeeper", "Document", "DocumentDone", "Imported", "Recalled"]
 
@@ -48,6 +51,15 @@ class Recalled(NamedTuple):
     retention: float
 
 
+class _Asked(NamedTuple):
+    text: str
+    embedder: str
+    vector: Vector
+    k: int
+    where: EntryFilter
+    with_superseded: bool
+
+
 class BankKeeper:
     """Every call may raise BankNotFound, StoreUnavailable and what else its store raises; those that need vectors
     NoWorker and EmbedderChanged; and InvalidRequest for what no bank takes."""
@@ -59,13 +71,15 @@ class BankKeeper:
         *,
         max_entries: int = DEFAULT_MAX_ENTRIES,
         max_index_bytes: int = DEFAULT_MAX_INDEX_BYTES,
+        exact_rows: int = EXACT_ROWS,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """A bank has at most `max_entries`; what is searched is kept in memory, up to `max_index_bytes`."""
+        """A bank has at most `max_entries`; what is searched is kept in memory, up to `max_index_bytes`, and compared
+        one by one up to `exact_rows`."""
         self._store = store
         self._embedding = embedding
         self._max_entries = max_entries
-        self._indexes = Indexes(store, max_bytes=max_index_bytes)
+        self._indexes = Indexes(store, max_bytes=max_index_bytes, exact_rows=exact_rows)
         self._uses = Uses(store)
         self._now = now
 
@@ -164,20 +178,17 @@ class BankKeeper:
         checks.check_k(k)
         bank = await self.get(tenant, name)
         embedder, [vector] = await vectors_of(self._embedding, bank, [query], ["query"], is_query=True)
+        asked = _Asked(query, embedder, vector, k, where, with_superseded)
         await self._expire(bank)
-        async with self._indexes.current(tenant, name) as (bank, index):
-            bank.check_embedder(embedder)
-            if not len(index):
-                return []
-            found = await in_thread(lambda: index.search(query, vector, where, with_superseded=with_superseded))
-            uses = await self._uses.read(bank, found.ids)
-            index.set_uses(dict(zip(found.ids, uses, strict=True)))
-            ranked = index.ranked(bank, found, uses, k=k, now_ms=self._now_ms())
-        entries = await self._store.entries(bank, [one.id for one in ranked])
+        for last_try in (False, False, False, True):
+            bank, ranked = await self._ranked(bank, asked)
+            entries = await self._store.entries(bank, [one.id for one in ranked])
+            if None not in entries or last_try:  # else a document was replaced meanwhile: neither is seen without this
+                break
         recalled = [
             Recalled(replace(entry, recalls=one.use.recalls, last_recalled_ms=one.use.last_ms), *one.made_of)
             for one, entry in zip(ranked, entries, strict=True)
-            if entry is not None and (with_superseded or not entry.superseded_by)  # both may have happened meanwhile
+            if entry is not None and (with_superseded or not entry.superseded_by)  # it may just have lost
         ]
         if not peek:
             self._uses.add(bank, [entry.id for entry, *_ in recalled], self._now_ms())
@@ -186,6 +197,18 @@ class BankKeeper:
     def count_recalls(self, bank: BankRecord, ids: Sequence[str]) -> None:
         """What was peeked at has been used: these entries are stronger from now on."""
         self._uses.add(bank, ids, self._now_ms())
+
+    async def _ranked(self, bank: BankRecord, asked: _Asked) -> tuple[BankRecord, list[Ranked]]:
+        """The bank as it is now, and what is best in it."""
+        text, embedder, vector, k, where, with_superseded = asked
+        async with self._indexes.current(bank.tenant, bank.name) as (bank, index):
+            bank.check_embedder(embedder)
+            if not len(index):
+                return bank, []
+            found = await in_thread(lambda: index.search(text, vector, where, with_superseded=with_superseded))
+            uses = await self._uses.read(bank, found.ids)
+            index.set_uses(dict(zip(found.ids, uses, strict=True)))
+            return bank, index.ranked(bank, found, uses, k=k, now_ms=self._now_ms())
 
     async def forget(
         self, tenant: str, name: str, *, ids: Sequence[str] = (), where: EntryFilter = EVERYTHING, unused_for_s: int = 0
@@ -227,6 +250,7 @@ class BankKeeper:
 
     async def aclose(self) -> None:
         """Write what waits to be written. The store is not closed."""
+        await self._indexes.aclose()
         await self._uses.aclose()
 
     async def _expire(self, bank: BankRecord) -> None:
