@@ -79,6 +79,7 @@ FILTERS = st.builds(
     created_before_ms=st.sampled_from([0, 1015]),
     document_id=st.sampled_from(["", "d1", "d9"]),
     session_id=st.sampled_from(["", "s"]),
+    not_session_id=st.sampled_from(["", "s", "another"]),
 )
 
 
@@ -90,6 +91,7 @@ def passes(one: Entry, where: EntryFilter) -> bool:
         and (not where.created_before_ms or one.created_ms < where.created_before_ms)
         and where.document_id in ("", one.document_id)
         and where.session_id in ("", one.session_id)
+        and (not where.not_session_id or where.not_session_id != one.session_id)
     )
 
 
