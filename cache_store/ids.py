@@ -47,10 +47,13 @@ def root_hash(fingerprint: bytes, tenant: str, fidelity: str = "", marks_from: b
     return BlockHash(digest + marks)
 
 
-def chain(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
-    """Name the block that follows `parent` and holds `token_ids` (full or not: the length is part of the name)."""
+def chain(parent: BlockHash, token_ids: Sequence[int], salt: bytes = b"") -> BlockHash:
+    """Name the block that follows `parent` and holds `token_ids` (full or not: the length is part of the name).
+
+    `salt` is what its KV depends on beside the tokens, where it does.
+    """
     tokens = np.asarray(token_ids, dtype="<u4").tobytes()
-    return _child(parent, tokens)
+    return _child(parent, tokens, salt)
 
 
 def full_block_hashes(root: BlockHash, token_ids: Sequence[int], block_tokens: int) -> Iterator[BlockHash]:
@@ -62,6 +65,9 @@ def full_block_hashes(root: BlockHash, token_ids: Sequence[int], block_tokens: i
         yield parent
 
 
-def _child(parent: BlockHash, tokens: bytes) -> BlockHash:
-    digest = hashlib.blake2b(parent[:DIGEST_BYTES] + tokens, digest_size=DIGEST_BYTES).digest()
+def _child(parent: BlockHash, tokens: bytes, salt: bytes = b"") -> BlockHash:
+    content, kind = parent[:DIGEST_BYTES] + tokens, b""
+    if salt:
+        content, kind = content + salt + len(salt).to_bytes(4, "little"), b"rekindle-salted"
+    digest = hashlib.blake2b(content, digest_size=DIGEST_BYTES, person=kind).digest()
     return BlockHash(digest + parent[DIGEST_BYTES:])

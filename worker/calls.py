@@ -18,6 +18,36 @@ class FinishReason(Enum):
     LENGTH = 3
 
 
+class ContextPolicy(Enum):
+    """What becomes of a conversation that outgrows the model's window. Values are protos' ContextPolicy."""
+
+    ERROR = 1
+    WINDOW = 2
+    RECALL = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A conversation's policy, and where its turns begin."""
+
+    policy: ContextPolicy = ContextPolicy.ERROR
+    turn_bounds: tuple[int, ...] = ()
+    """Of the committed turns: start, reply_start, start, reply_start, ... Only RECALL needs them."""
+
+    def check(self, num_history: int) -> None:
+        """Raises InvalidRequest where the bounds are none of a history of so many tokens."""
+        bounds = self.turn_bounds
+        if self.policy is not ContextPolicy.RECALL:
+            return
+        if len(bounds) % 2 or bool(bounds) != bool(num_history):
+            raise InvalidRequest("history.turn_bounds", "must be start and reply_start of each turn of the history")
+        if list(bounds) != sorted(bounds) or (bounds and (bounds[0] != 0 or bounds[-1] > num_history)):
+            raise InvalidRequest("history.turn_bounds", f"must grow from 0 to {num_history} at the most")
+
+
+PLAIN = Context()
+
+
 class MissReason(Enum):
     """Why a prompt token was computed. Values are protos' MissReason."""
 
@@ -107,6 +137,7 @@ class GenerateCall:
     """How the history's KV is kept below the device: one of `cache_store.codecs.SESSION_CODECS`."""
     audit: bool = False
     """Compute all of it again where KV was restored, and tell in the receipt how the two compare."""
+    context: Context = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +183,22 @@ class RestorePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ContextReceipt:
+    """How a conversation longer than the window was attended to."""
+
+    policy: ContextPolicy
+    left_tokens: int
+    """Of the prompt, what had left the window before this turn: neither found nor computed."""
+    choices: int = 0
+    """How often it was chosen what to recall."""
+    recalled_tokens: int = 0
+    """Of what had left, how many tokens any layer attended to at the turn's end."""
+    recalled_starts: tuple[int, ...] = ()
+    """The first token of each recalled unit, in order."""
+    unit_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """What a prompt cost, in tokens by source. `check` holds for every receipt that leaves the engine."""
 
@@ -171,9 +218,12 @@ class Receipt:
     """None where nothing was to be weighed: the device had all, or no tier below may have had the rest."""
     audit: AuditReport | None = None
     """Of a turn that asked for it and restored something, where there was room for it in time."""
+    context: ContextReceipt | None = None
+    """Of a turn that reached beyond the window."""
 
     def check(self, prompt_tokens: int) -> None:
         sources = self.device_tokens + self.host_tokens + self.disk_tokens + self.redis_tokens + self.computed_tokens
+        sources += self.context.left_tokens if self.context is not None else 0
         assert sources == prompt_tokens, f"{sources} tokens accounted for, {prompt_tokens} in the prompt"
         assert sum(self.misses.values()) == self.computed_tokens, f"{self.misses} != {self.computed_tokens} computed"
 

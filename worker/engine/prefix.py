@@ -1,9 +1,13 @@
-"""Which blocks could spare a prompt its prefill: names and token counts, found nowhere yet. Pure."""
+"""Which blocks could spare a prompt its prefill: names and token counts, found nowhere yet. Pure.
+
+`beyond` says what names depend on where a conversation is longer than the window; None: nothing.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cache_store.ids import BlockHash, chain, full_block_hashes
+from cache_store.ids import BlockHash, chain
+from worker.engine.epochs import Beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,23 +22,43 @@ class Wanted:
     """How many of them the prompt can use. Less than a whole block: it is copied, as the sequence writes on behind."""
 
 
-def full_names(root: BlockHash, tokens: Sequence[int], block_tokens: int) -> list[BlockHash]:
-    return list(full_block_hashes(root, tokens, block_tokens))
+def name_of(parent: BlockHash, tokens: Sequence[int], start: int, beyond: Beyond | None) -> BlockHash:
+    """The name of the block of `tokens`, which are those from `start` on."""
+    return chain(parent, tokens, b"" if beyond is None else beyond.salt(start, len(tokens)))
+
+
+def full_names(
+    root: BlockHash, tokens: Sequence[int], block_tokens: int, beyond: Beyond | None = None
+) -> list[BlockHash]:
+    names: list[BlockHash] = []
+    for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
+        names.append(name_of(names[-1] if names else root, tokens[start : start + block_tokens], start, beyond))
+    return names
 
 
 def tail_of(
-    root: BlockHash, names: Sequence[BlockHash], tokens: Sequence[int], num_kv: int, block_tokens: int
+    root: BlockHash,
+    names: Sequence[BlockHash],
+    tokens: Sequence[int],
+    num_kv: int,
+    block_tokens: int,
+    beyond: Beyond | None = None,
 ) -> Wanted | None:
     """The unfull block at the end of `tokens[:num_kv]`; None where that ends with a block's end."""
     index, rest = divmod(num_kv, block_tokens)
     if rest == 0:
         return None
-    parent = names[index - 1] if index else root
-    return Wanted(index, chain(parent, tokens[index * block_tokens : num_kv]), rest, rest)
+    parent, start = names[index - 1] if index else root, index * block_tokens
+    return Wanted(index, name_of(parent, tokens[start:num_kv], start, beyond), rest, rest)
 
 
 def wanted_by_prompt(
-    root: BlockHash, names: Sequence[BlockHash], tokens: Sequence[int], num_history: int, block_tokens: int
+    root: BlockHash,
+    names: Sequence[BlockHash],
+    tokens: Sequence[int],
+    num_history: int,
+    block_tokens: int,
+    beyond: Beyond | None = None,
 ) -> list[Wanted]:
     """What to look for, in order, one block an index at the most.
 
@@ -48,16 +72,18 @@ def wanted_by_prompt(
         for index, name in enumerate(names)
         if index * block_tokens < last
     ]
-    tail = tail_of(root, names, tokens, num_history - 1, block_tokens) if num_history > 1 else None
+    tail = tail_of(root, names, tokens, num_history - 1, block_tokens, beyond) if num_history > 1 else None
     if tail is not None and tail.index * block_tokens + tail.offers <= last:
         return [*wanted[: tail.index], tail, *wanted[tail.index + 1 :]]
     return wanted
 
 
-def wanted_by_history(root: BlockHash, tokens: Sequence[int], block_tokens: int) -> list[Wanted]:
+def wanted_by_history(
+    root: BlockHash, tokens: Sequence[int], block_tokens: int, beyond: Beyond | None = None
+) -> list[Wanted]:
     """All blocks of a committed history (which has KV for all tokens but its last): full ones, and the unfull one."""
     kv_tokens = tokens[: max(0, len(tokens) - 1)]
-    names = full_names(root, kv_tokens, block_tokens)
-    tail = tail_of(root, names, kv_tokens, len(kv_tokens), block_tokens)
+    names = full_names(root, kv_tokens, block_tokens, beyond)
+    tail = tail_of(root, names, kv_tokens, len(kv_tokens), block_tokens, beyond)
     wanted = [Wanted(index, name, block_tokens, block_tokens) for index, name in enumerate(names)]
     return wanted if tail is None else [*wanted, tail]

@@ -48,7 +48,10 @@ class Rope:
 
     def turn(self, first_position: int, num_tokens: int, device: torch.device) -> Turn:
         """The rotation of `num_tokens` tokens from a position on. Made on the CPU: equal on every device."""
-        positions = np.arange(first_position, first_position + num_tokens, dtype=np.float64)
-        angles = np.outer(positions, self._frequencies)
+        return self.turns(np.arange(first_position, first_position + num_tokens), device)
+
+    def turns(self, positions: npt.NDArray[np.int64], device: torch.device) -> Turn:
+        """The rotations of these positions, or by these distances (which may be negative)."""
+        angles = np.outer(positions.astype(np.float64), self._frequencies)
         cos, sin = (torch.from_numpy(table.astype(np.float32)).to(device) for table in (np.cos(angles), np.sin(angles)))
         return Turn(cos, sin)
