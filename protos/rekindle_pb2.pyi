@@ -269,22 +269,20 @@ class Receipt(_message.Message):
     def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., misses: _Optional[_Iterable[_Union[Miss, _Mapping]]] = ..., restored_bytes: _Optional[int] = ..., queue_ms: _Optional[float] = ..., restore_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., worker_id: _Optional[str] = ..., audit: _Optional[_Union[Audit, _Mapping]] = ..., plan: _Optional[_Union[RestorePlan, _Mapping]] = ..., disk_tokens: _Optional[int] = ..., context: _Optional[_Union[ContextReceipt, _Mapping]] = ..., memories: _Optional[_Iterable[_Union[MemorySource, _Mapping]]] = ...) -> None: ...
 
 class ContextReceipt(_message.Message):
-    __slots__ = ("policy", "window_tokens", "left_tokens", "recalled_tokens", "choices", "recalled_starts", "unit_tokens")
+    __slots__ = ("policy", "left_tokens", "choices", "recalled_tokens", "recalled_starts", "unit_tokens")
     POLICY_FIELD_NUMBER: _ClassVar[int]
-    WINDOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LEFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    RECALLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CHOICES_FIELD_NUMBER: _ClassVar[int]
+    RECALLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RECALLED_STARTS_FIELD_NUMBER: _ClassVar[int]
     UNIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     policy: ContextPolicy
-    window_tokens: int
     left_tokens: int
-    recalled_tokens: int
     choices: int
+    recalled_tokens: int
     recalled_starts: _containers.RepeatedScalarFieldContainer[int]
     unit_tokens: int
-    def __init__(self, policy: _Optional[_Union[ContextPolicy, str]] = ..., window_tokens: _Optional[int] = ..., left_tokens: _Optional[int] = ..., recalled_tokens: _Optional[int] = ..., choices: _Optional[int] = ..., recalled_starts: _Optional[_Iterable[int]] = ..., unit_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, policy: _Optional[_Union[ContextPolicy, str]] = ..., left_tokens: _Optional[int] = ..., choices: _Optional[int] = ..., recalled_tokens: _Optional[int] = ..., recalled_starts: _Optional[_Iterable[int]] = ..., unit_tokens: _Optional[int] = ...) -> None: ...
 
 class MemorySource(_message.Message):
     __slots__ = ("bank", "entry_id", "score", "document_id", "tokens")

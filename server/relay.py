@@ -7,7 +7,7 @@ much of their text.
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,6 +26,7 @@ from server.lease import Lease
 from server.memories import Reading
 from server.metrics import FrontMetrics
 from server.router import Candidate, choose
+from server.validation import CONTEXT_POLICY_OF
 
 _ELSEWHERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 """A worker that drains or is full says nothing about the others."""
@@ -213,7 +214,7 @@ class Relay:
             if worker.accepting and worker.worker_id not in but and only_model in ("", worker.description.fingerprint)
         }
         last, model = (record.worker_id, record.model) if record is not None else ("", "")
-        if able:
+        if able and not _is_beyond(record, able.values()):
             best = self._holdings.choose(prompt, able.values(), model=model, last_worker_id=last)
             if best is not None:
                 return best
@@ -239,6 +240,14 @@ def _is_worth_waiting(turn: Turn, error: ServingError) -> bool:
     return True
 
 
+def _is_beyond(record: SessionRecord | None, able: Iterable[Worker]) -> bool:
+    """Is a session longer than the window? What it needs then are a few of its blocks, under names that only workers
+    know: it stays with its worker as long as that is not much busier than others."""
+    if record is None or not record.context_policy:
+        return False
+    return record.num_tokens > max(worker.description.max_context_tokens for worker in able)
+
+
 def prompt_of(record: SessionRecord) -> Prompt:
     """A session's next one, as far as it is sure: new tokens may never be said, and names of blocks are kept."""
     return Prompt(record.tenant, record.codec, record.token_ids, key=record.session_id, created_ms=record.created_ms)
@@ -246,7 +255,15 @@ def prompt_of(record: SessionRecord) -> Prompt:
 
 def history_of(record: SessionRecord) -> wpb.History:
     """What a worker must know of a session to name its blocks."""
-    return wpb.History(tenant=record.tenant, token_ids=record.token_ids, codec=record.codec)
+    history = wpb.History(
+        tenant=record.tenant,
+        token_ids=record.token_ids,
+        codec=record.codec,
+        context_policy=CONTEXT_POLICY_OF[record.context_policy],
+    )
+    if history.context_policy == pb.CONTEXT_POLICY_RECALL:
+        history.turn_bounds.extend(bound for turn in record.turns for bound in (turn.start, turn.reply_start))
+    return history
 
 
 _PREFIXES: dict[str, Callable[[pb.GenerateRequest], str]] = {

@@ -11,7 +11,7 @@ from server.identity import caller
 from server.sessions import SessionKeeper
 from server.validation import (
     BANK_ACCESSES,
-    CONTEXT_POLICIES,
+    CONTEXT_POLICY_OF,
     check_banks,
     check_codec,
     check_context_policy,
@@ -20,8 +20,6 @@ from server.validation import (
 )
 
 _Context = grpc.aio.ServicerContext[Any, Any]
-_POLICIES = {kept: policy for policy, kept in CONTEXT_POLICIES.items()}
-"""By what a record says: ERROR, not UNSPECIFIED."""
 _ACCESSES = {kept: access for access, kept in BANK_ACCESSES.items()}
 
 
@@ -119,6 +117,6 @@ def session_of(record: SessionRecord) -> pb.Session:
         version=record.version,
         parent_session_id=record.parent_session_id,
         parent_turn=record.parent_turn,
-        context_policy=_POLICIES[record.context_policy],
+        context_policy=CONTEXT_POLICY_OF[record.context_policy],
         banks=[pb.BankAttachment(bank=bank, access=_ACCESSES[access]) for bank, access in record.banks],
     )

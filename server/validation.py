@@ -21,7 +21,9 @@ CONTEXT_POLICIES: Final[Mapping[pb.ContextPolicy, str]] = {
     pb.CONTEXT_POLICY_WINDOW: "window",
     pb.CONTEXT_POLICY_RECALL: "recall",
 }
-"""As records keep them."""
+"""As records keep them,"""
+CONTEXT_POLICY_OF: Final = {kept: policy for policy, kept in CONTEXT_POLICIES.items()}
+"""and back: ERROR, not UNSPECIFIED."""
 BANK_ACCESSES: Final[Mapping[pb.BankAccess, BankAccess]] = {
     pb.BANK_ACCESS_READ: BankAccess.READ,
     pb.BANK_ACCESS_WRITE: BankAccess.WRITE,

@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 
-from worker.calls import Event, Failed, Finished, GenerateCall, Receipt, Sampling, Token
+from worker.calls import PLAIN, Context, Event, Failed, Finished, GenerateCall, Receipt, Sampling, Token
 from worker.config import WorkerConfig
 from worker.engine.build_engine import build_engine as build_real_engine
 from worker.engine.engine import Engine
@@ -61,6 +61,7 @@ def start(
     tenant: str = TENANT,
     codec: str = "raw",
     audit: bool = False,
+    context: Context = PLAIN,
 ) -> Stream:
     stream = Stream(f"request-{next(_numbers)}")
     call = GenerateCall(
@@ -76,6 +77,7 @@ def start(
         deadline_s=deadline_s,
         codec=codec,
         audit=audit,
+        context=context,
     )
     engine.submit(call, stream.events.put)
     return stream

@@ -7,7 +7,9 @@ from typing import TypeVar
 
 from cache_store.layout import KVLayout
 from worker.calls import (
+    PLAIN,
     BlocksHeld,
+    Context,
     DropReport,
     EngineStats,
     Event,
@@ -67,26 +69,32 @@ class FakeEngine:
         self.ended[request_id].set()
 
     def park(
-        self, tenant: str, tokens: Sequence[int], *, codec: str, drop_host: bool, ttl_s: int
+        self, tenant: str, tokens: Sequence[int], *, codec: str, context: Context = PLAIN, drop_host: bool, ttl_s: int
     ) -> Future[ParkReport]:
         return self._answer(ParkReport(32, 2, 1, 999), "park", tenant, tokens, codec, drop_host, ttl_s)
 
-    def warm(self, tenant: str, tokens: Sequence[int], *, codec: str) -> Future[WarmReport]:
+    def warm(self, tenant: str, tokens: Sequence[int], *, codec: str, context: Context = PLAIN) -> Future[WarmReport]:
         return self._answer(WarmReport(48, 16), "warm", tenant, tokens, codec)
 
-    def flush(self, tenant: str, tokens: Sequence[int], *, codec: str) -> Future[None]:
+    def flush(self, tenant: str, tokens: Sequence[int], *, codec: str, context: Context = PLAIN) -> Future[None]:
         return self._answer(None, "flush", tenant, tokens, codec)
 
-    def locate(self, tenant: str, tokens: Sequence[int], *, codec: str, with_redis: bool) -> Future[Located]:
+    def locate(
+        self, tenant: str, tokens: Sequence[int], *, codec: str, context: Context = PLAIN, with_redis: bool
+    ) -> Future[Located]:
         return self._answer(Located(16, 32, 48), "locate", tenant, tokens, codec, with_redis)
 
-    def drop(self, tenant: str, tokens: Sequence[int], *, codec: str, with_redis: bool) -> Future[DropReport]:
+    def drop(
+        self, tenant: str, tokens: Sequence[int], *, codec: str, context: Context = PLAIN, with_redis: bool
+    ) -> Future[DropReport]:
         return self._answer(DropReport(1, 2, 4, 3), "drop", tenant, tokens, codec, with_redis)
 
     def erase(self, tenant: str, *, with_redis: bool) -> Future[DropReport]:
         return self._answer(DropReport(5, 6, 7, 8), "erase", tenant, with_redis)
 
-    def retain(self, tenant: str, tokens: Sequence[int], *, codec: str, ttl_s: int) -> Future[int]:
+    def retain(
+        self, tenant: str, tokens: Sequence[int], *, codec: str, context: Context = PLAIN, ttl_s: int
+    ) -> Future[int]:
         return self._answer(7, "retain", tenant, tokens, codec, ttl_s)
 
     def check(self) -> None:

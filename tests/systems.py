@@ -157,7 +157,7 @@ class Turn:
         self.finished = finished
         self.receipt = receipt = finished.receipt
         below = receipt.host_tokens + receipt.disk_tokens + receipt.redis_tokens
-        by_source = receipt.device_tokens + below + receipt.computed_tokens
+        by_source = receipt.device_tokens + below + receipt.computed_tokens + receipt.context.left_tokens
         assert by_source == finished.usage.prompt_tokens
         assert sum(miss.tokens for miss in receipt.misses) == receipt.computed_tokens
         assert finished.usage.completion_tokens == len(self.token_ids)

@@ -103,6 +103,16 @@ class WorkerConfig:
     """Share of the turns on restored KV, 0 to 1, that are computed again from their tokens and compared. What differs
     by more than its codec may is counted, logged and deleted."""
 
+    context_tokens: int = 0
+    """Positions that sessions with the context policies WINDOW and RECALL use at most; 0: all that the model has."""
+
+    recall_tokens: int = 0
+    """How many of them are for what is recalled; 0: a quarter."""
+
+    representative_bytes: int = 256 << 20
+    """Host memory for what tells what may be worth recalling: a small part of the keys of each block that has left its
+    session's window."""
+
     max_step_tokens: int = 512
     """Tokens run through the model in one step: decoding sequences first, then chunks of prompts."""
 
@@ -174,6 +184,9 @@ class WorkerConfig:
             "metrics_port",
             "block_ttl_s",
             "self_measure_s",
+            "context_tokens",
+            "recall_tokens",
+            "representative_bytes",
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -18,7 +18,7 @@ from protos.rekindle_worker_pb2_grpc import WorkerServicer, add_WorkerServicer_t
 from protos.status import abort
 from protos.tls import PLAIN_TEXT, ServerTls, is_loopback, listen
 from worker import translate
-from worker.calls import Failed, Finished, GenerateCall, Receipt, Token
+from worker.calls import ContextPolicy, Failed, Finished, GenerateCall, Receipt, Token
 from worker.chat import ChatMessage
 from worker.crossing import Crossing, EventStream
 from worker.embedding_service import EmbeddingService
@@ -33,6 +33,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 _MAX_MESSAGE_BYTES = 256 << 20
 """Histories travel whole. Only front ends call, and they have bounds of their own."""
+
+_WINDOWS_AT_ONCE = 4
 
 _log = structlog.get_logger(__name__)
 
@@ -146,24 +148,28 @@ class WorkerService(WorkerServicer):
         history = request.history.token_ids
         match request.WhichOneof("input"):
             case "text":
-                self._check_length(len(request.text))
+                self._check_length(len(request.text), request.history)
                 return await self._in_thread(lambda: self._codec.encode(request.text, is_first=not history))
             case "chat":
                 messages = [
                     ChatMessage(role=message.role, content=message.content) for message in request.chat.messages
                 ]
-                self._check_length(sum(len(message["role"]) + len(message["content"]) for message in messages))
+                num_characters = sum(len(message["role"]) + len(message["content"]) for message in messages)
+                self._check_length(num_characters, request.history)
                 return await self._in_thread(lambda: self._codec.encode_chat(messages, history[-1:]))
             case _:
                 return tuple(request.tokens.token_ids)
 
-    def _check_length(self, num_characters: int) -> None:
-        """Refuse what can't fit before it is tokenized: megabytes take minutes, and everybody's text waits in line."""
+    def _check_length(self, num_characters: int, history: wpb.History | None = None) -> None:
+        """Refuse what can't fit before it is tokenized: megabytes take minutes, and everybody's text waits in line.
+
+        To a session that goes on beyond the window a few windows at once can be said.
+        """
         window = self._engine.max_context_tokens
+        if history is not None and translate.context_of(history).policy is not ContextPolicy.ERROR:
+            window *= _WINDOWS_AT_ONCE
         if num_characters > window * self._codec.longest_token:
-            raise ContextTooLong(
-                f"{num_characters} characters are more than the model's window of {window} tokens can hold"
-            )
+            raise ContextTooLong(f"{num_characters} characters are more than {window} tokens can hold")
 
     async def Park(self, request: wpb.ParkRequest, context: Context) -> wpb.ParkReply:
         park = partial(self._engine.park, drop_host=request.drop_host, ttl_s=request.block_ttl_s)
@@ -260,7 +266,8 @@ class WorkerService(WorkerServicer):
         """Ask the engine about the request's history."""
         async with self._statuses(context, type(request).__name__):
             history = request.history
-            answer = question(history.tenant, tuple(history.token_ids), codec=translate.codec_of(history))
+            how = {"codec": translate.codec_of(history), "context": translate.context_of(history)}
+            answer = question(history.tenant, tuple(history.token_ids), **how)
             # Shielded: a client that goes away must not cancel what the engine is about to answer.
             return await asyncio.shield(asyncio.wrap_future(answer))
 

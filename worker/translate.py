@@ -9,6 +9,9 @@ from cache_store.errors import InvalidRequest
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from worker.calls import (
+    Context,
+    ContextPolicy,
+    ContextReceipt,
     DropReport,
     EngineStats,
     Finished,
@@ -88,7 +91,16 @@ def call_of(
         deadline_s=deadline_s,
         codec=codec_of(request.history),
         audit=request.audit,
+        context=context_of(request.history),
     )
+
+
+def context_of(history: wpb.History) -> Context:
+    """What the session does beyond the window. Raises InvalidRequest for bounds that are none of its tokens."""
+    policy = ContextPolicy(history.context_policy or ContextPolicy.ERROR.value)
+    context = Context(policy, tuple(history.turn_bounds))
+    context.check(len(history.token_ids))
+    return context
 
 
 def codec_of(history: wpb.History) -> str:
@@ -169,6 +181,20 @@ def _receipt(receipt: Receipt, worker_id: str) -> pb.Receipt:
         worker_id=worker_id,
         audit=None if receipt.audit is None else pb.Audit(**asdict(receipt.audit)),
         plan=_plan(receipt.plan),
+        context=_context(receipt.context),
+    )
+
+
+def _context(receipt: ContextReceipt | None) -> pb.ContextReceipt | None:
+    if receipt is None:
+        return None
+    return pb.ContextReceipt(
+        policy=f"CONTEXT_POLICY_{receipt.policy.name}",
+        left_tokens=receipt.left_tokens,
+        choices=receipt.choices,
+        recalled_tokens=receipt.recalled_tokens,
+        recalled_starts=receipt.recalled_starts,
+        unit_tokens=receipt.unit_tokens,
     )
 
 

@@ -3,7 +3,7 @@
 Knows no model and no scheduler. The fast ways to attend are in attention_cpu and attention_cuda.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -85,6 +85,9 @@ def slots_of(runs: Sequence[Run]) -> npt.NDArray[np.int64]:
 
 PlanT = TypeVar("PlanT")
 
+Hearer = Callable[[int, torch.Tensor], None]
+"""Told a layer's number and a span's queries [heads, tokens, head_dim]."""
+
 
 class AttentionBackend(Protocol[PlanT]):
     """A way to attend over the pool."""
@@ -131,10 +134,17 @@ class AttentionStep:
     """One step's attention over the pool, the same for all layers but for their window."""
 
     def __init__(
-        self, backend: AttentionBackend[Any], pool: torch.Tensor, spans: Sequence[Span], slots: torch.Tensor
+        self,
+        backend: AttentionBackend[Any],
+        pool: torch.Tensor,
+        spans: Sequence[Span],
+        slots: torch.Tensor,
+        hearers: Sequence[tuple[Span, Hearer]] = (),
     ) -> None:
-        """`pool` is KVCache.data; `slots` [tokens], int64, says where each token's key and value go."""
+        """`pool` is KVCache.data; `slots` [tokens], int64, says where each token's key and value go. `hearers` are told
+        the queries of their spans."""
         self._backend, self._pool, self._spans, self._slots = backend, pool, spans, slots
+        self._hearers = hearers
         self._plans: dict[int | None, Any] = {}
 
     def attend(
@@ -149,6 +159,8 @@ class AttentionStep:
         softcap: float | None,
     ) -> torch.Tensor:
         layer: int = module.layer_idx
+        for span, hear in self._hearers:
+            hear(layer, query[0, :, span.row : span.row + span.num_queries])
         self._pool[layer, 0].index_copy_(1, self._slots, key[0])
         self._pool[layer, 1].index_copy_(1, self._slots, value[0])
         if window not in self._plans:

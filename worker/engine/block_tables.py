@@ -5,7 +5,7 @@ What other threads finish comes back through `post`.
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from cache_store.ids import BlockHash
 from worker.calls import MissReason
@@ -57,7 +57,7 @@ class BlockTables:
         if self._prefetcher.room <= 0:  # asked at each step while it is so: before blocks are named and looked for
             return False
         missing = [
-            content_of(want, self._block_tokens, request.call.codec, request.call.tenant)
+            self._content(request, want)
             for want in self._wanted(request)
             if self._pool.find(want.name) is None
             and want.name not in self.distrusted
@@ -70,6 +70,8 @@ class BlockTables:
 
         Of a reply that was begun elsewhere, all that was there.
         """
+        if request.epoch:
+            return request.num_target - request.first
         size = self._block_tokens
         num_history = request.num_target if request.call.begun else len(request.call.history)
         held = sum(
@@ -102,7 +104,9 @@ class BlockTables:
             self._pool.release(list(on_device.values()))
             return None
         rest = iter(fresh)
-        request.table = [shared[index] if index in shared else next(rest) for index in range(request.num_blocks)]
+        indices = [request.place_of(index * size) // size for index in shared]
+        shared_at = dict(zip(indices, shared.values(), strict=True))
+        request.table = [shared_at[at] if at in shared_at else next(rest) for at in range(request.num_blocks)]
         request.relies_on = frozenset(want.name for want in wanted)
         for want in wanted:
             if want.content_tokens < size:
@@ -110,19 +114,40 @@ class BlockTables:
             if want.index not in on_device:
                 self._pool.need(want.name)
             elif want.index not in shared:
-                self._copy_on_write(on_device[want.index], request.table[want.index], want.offers)
+                self._copy_on_write(on_device[want.index], request.block_of(want.index), want.offers)
         return Lookup(wanted, dict.fromkeys(on_device, Tier.DEVICE))
 
     def _wanted(self, request: Request) -> list[Wanted]:
         size = self._block_tokens
-        full = request.num_target // size
+        if request.epoch:
+            return self._wanted_beyond(request)
+        end = min(request.num_target, request.limit + 1)  # behind the window's end the last token is not the turn's
+        full = end // size
         if full:
             request.name_of(full - 1)
-        tokens = request.tokens[: request.num_target]
+        tokens = request.tokens[:end]
         # Once a prompt was computed, here or where its reply was begun, the block that the history's last one became
         # is full: that one is worth more.
-        num_history = 0 if request.num_generated else len(request.call.history)
-        return wanted_by_prompt(request.root, request.names[:full], tokens, num_history, size)
+        num_history = len(request.call.history)
+        if request.num_generated or num_history > end:
+            num_history = 0
+        return wanted_by_prompt(request.root, request.names[:full], tokens, num_history, size, request.beyond)
+
+    def _wanted_beyond(self, request: Request) -> list[Wanted]:
+        """The sinks, and of the request's epoch what is not computed anew."""
+        size, beyond = self._block_tokens, request.beyond
+        assert beyond is not None
+        full = request.first // size
+        if full:
+            request.name_of(full - 1)
+        own = beyond.epochs.start_of(request.epoch) // size
+        indices = (*range(request.num_sinks), *range(own, full))
+        wanted = [Wanted(index, request.names[index], size, size) for index in indices]
+        tail = tail_of(request.root, request.names, request.tokens, request.first, size, beyond)
+        return [*wanted, tail] if tail is not None else wanted
+
+    def _content(self, request: Request, want: Wanted) -> Content:
+        return content_of(want, self._block_tokens, request.call.codec, request.call.tenant, request.beyond)
 
     def _copy_on_write(self, source: BlockId, target: BlockId, num_tokens: int) -> None:
         """Copy what was found into a request's own block, as it goes on writing behind these tokens."""
@@ -149,7 +174,7 @@ class BlockTables:
             lookup,
             asked,
             block_tokens=self._block_tokens,
-            num_target=request.num_target,
+            num_target=request.limit,
             deadline_s=deadline_s,
             settled=lambda: self._post(settled),
         )
@@ -158,10 +183,7 @@ class BlockTables:
         """Ask the tiers below for what the engine has not taken yet."""
         if restoring.asked:
             blocks = [
-                Restore(
-                    content_of(want, self._block_tokens, request.call.codec, request.call.tenant),
-                    request.table[want.index],
-                )
+                Restore(self._content(request, want), request.block_of(want.index))
                 for want in (block.want for block in restoring.asked)
             ]
             self._restorer.restore(blocks, restoring.claims, deadline_s=restoring.deadline_s)
@@ -170,18 +192,22 @@ class BlockTables:
         """Make findable on the device what came from below."""
         for index, encoding in lookup.restored.items():
             if encoding.codec.lossy:
-                self._pool.mark_lossy(request.table[index])
+                self._pool.mark_lossy(request.block_of(index))
         for want in lookup.wanted:
             if want.index in lookup.restored:
                 request.restored.add(want.name)
                 if want.offers == self._block_tokens:
-                    self._pool.name(request.table[want.index], want.name)
+                    self._pool.name(request.block_of(want.index), want.name)
 
     # On
 
     def grow(self, request: Request) -> bool:
         """Give a request the blocks for its tokens so far. False where there are too few."""
-        missing = -(-len(request.tokens) // self._block_tokens) - len(request.table)
+        return self.grow_to(request, len(request.tokens))
+
+    def grow_to(self, request: Request, end: int) -> bool:
+        """Give a request the blocks for tokens up to `end`."""
+        missing = -(-(end - request.shift) // self._block_tokens) - len(request.table)
         if missing <= 0:
             return True
         fresh = self._take(missing, after=request.table[-1])
@@ -189,6 +215,14 @@ class BlockTables:
             return False
         request.table += fresh
         return True
+
+    def take(self, count: int) -> list[BlockId] | None:
+        """Blocks to copy into, or to read from once. None where there are too few."""
+        return self._take(count, after=None)
+
+    def let_go(self, blocks: Sequence[BlockId]) -> None:
+        """Of a request's first blocks, or of others that were taken; given first to last."""
+        self._pool.release(blocks)
 
     def _take(self, count: int, *, after: BlockId | None, room: int = 0) -> list[BlockId] | None:
         """As the pool's, making room where it has too few."""
@@ -200,7 +234,7 @@ class BlockTables:
     def seal(self, request: Request, index: int) -> None:
         """A request's block is full: others may find it, and it goes down the tiers."""
         name = request.name_of(index)
-        if self._pool.name(request.table[index], name) and name not in self.distrusted:
+        if self._pool.name(request.block_of(index), name) and name not in self.distrusted:
             self._offload(request, index, name, self._block_tokens, to_store=True)
 
     def keep_tail(self, request: Request, num_kv: int) -> None:
@@ -209,16 +243,16 @@ class BlockTables:
         full = num_kv // size
         if full:
             request.name_of(full - 1)
-        tail = tail_of(request.root, request.names, request.tokens, num_kv, size)
+        tail = tail_of(request.root, request.names, request.tokens, num_kv, size, request.beyond)
         if tail is None or tail.name in self.distrusted or self._pool.find(tail.name) is not None:
             return
-        block = request.table[tail.index]
+        block = request.block_of(tail.index)
         if not self._pool.is_named(block):  # it is when tokens behind a stop string filled it
             self._pool.name(block, tail.name)
         self._offload(request, tail.index, tail.name, tail.content_tokens, to_store=False)
 
     def _offload(self, request: Request, index: int, name: BlockHash, num_tokens: int, *, to_store: bool) -> None:
-        block = request.table[index]
+        block = request.block_of(index)
         if self._pool.is_lossy(block):  # encoded from it, it would be encoded twice
             return
         self._pool.acquire([block])
@@ -226,7 +260,13 @@ class BlockTables:
         self._write_behind.offload(
             Offload(
                 block=block,
-                content=Content(name, num_tokens, index * self._block_tokens, request.call.codec, request.call.tenant),
+                content=Content(
+                    name,
+                    num_tokens,
+                    request.place_of(index * self._block_tokens),
+                    request.call.codec,
+                    request.call.tenant,
+                ),
                 ttl_s=request.call.block_ttl_s,
                 to_store=to_store,
                 done=lambda: self._post(lambda: self._pool.release(release)),
@@ -239,6 +279,7 @@ class BlockTables:
         """Let go of a request's blocks. What is named stays cached as long as there is room."""
         self._pool.release(request.table)
         request.table = []
+        request.stop_gathering()
 
     def distrust(self, names: Collection[BlockHash]) -> None:
         """Forget contents on the device. Nothing restores or offloads them until `trust`."""

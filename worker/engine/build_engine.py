@@ -3,24 +3,32 @@
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 from cache_store.master_keys import load_keyring
 from worker.allocator import keep_freed_memory
+from worker.attention.placing import Placer
+from worker.attention.recall_choice import representatives
 from worker.block_changes import BlockChanges
 from worker.config import WorkerConfig, parse_weights
 from worker.engine.admission import Admission
 from worker.engine.auditor import Auditor
 from worker.engine.block_tables import BlockTables
+from worker.engine.context_policies import UNIT_TOKENS, context_epochs
 from worker.engine.cost_model import CostModel
 from worker.engine.engine import Engine
+from worker.engine.gather import Gatherer
 from worker.engine.histories import Histories
 from worker.engine.inbox import Inbox
+from worker.engine.passages import Passages
 from worker.engine.planner import ComputeAll, CostPlanner, LoadAll, Planner
 from worker.engine.pool import BlockPool
+from worker.engine.representatives import Representatives
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Scheduler
 from worker.engine.self_measure import measure_prefill, measure_store
 from worker.engine.stepper import Stepper
+from worker.engine.views import Views
 from worker.model.load import LoadedModel, load_model
 from worker.model.runner import ModelRunner
 from worker.tiers.open_tiers import Tiers, open_tiers
@@ -80,6 +88,7 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         max_waiting_tokens=config.max_waiting_tokens,
         weights=weights,
     )
+    policies = context_epochs(config, loaded, tiers.device.num_blocks)
     scheduler = Scheduler(
         tables,
         planner,
@@ -89,6 +98,7 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         block_tokens=block_tokens,
         max_running=config.max_running,
         weights=weights,
+        passages=_passages(config, loaded, tiers, pool, tables, inbox) if policies else None,
     )
     runner = ModelRunner(loaded, tiers.device)
     if config.restore_plan == "auto" and config.self_measure_s:
@@ -108,8 +118,6 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         scheduler,
         tiers.write_behind,
         tiers.restorer,
-        block_tokens=block_tokens,
-        names_from=loaded.names_from,
         marks_from=loaded.marks_from,
         restore_timeout_s=config.restore_timeout_s,
         post=inbox.post,
@@ -127,7 +135,31 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         scheduler,
         stepper,
         histories,
+        policies,
     )
+
+
+def _passages(
+    config: WorkerConfig, loaded: LoadedModel, tiers: Tiers, pool: BlockPool, tables: BlockTables, inbox: Inbox
+) -> Passages:
+    assert loaded.rope is not None, "a model whose keys can't be turned has no policies"
+    gatherer = Gatherer(
+        pool,
+        tiers.restorer,
+        timeout_s=config.restore_timeout_s,
+        is_distrusted=lambda name: name in tables.distrusted,
+        take=tables.take,
+        post=inbox.post,
+    )
+    views = Views(
+        tables,
+        gatherer,
+        Placer(tiers.device.data, loaded.rope),
+        Representatives(partial(representatives, unit_tokens=UNIT_TOKENS), max_bytes=config.representative_bytes),
+        block_tokens=loaded.layout.block_tokens,
+        num_layers=loaded.layout.num_layers,
+    )
+    return Passages(tables, views)
 
 
 def _measure(

@@ -14,11 +14,13 @@ import structlog
 
 from cache_store.codecs import RAW, fidelity_of
 from cache_store.disk_tier import DiskStats
-from cache_store.ids import root_hash
+from cache_store.ids import BlockHash, root_hash
 from worker.block_changes import BlockChanges
 from worker.calls import (
+    PLAIN,
     AgeingStats,
     BlocksHeld,
+    Context,
     DropReport,
     EngineStats,
     Event,
@@ -34,7 +36,10 @@ from worker.calls import (
 from worker.config import WorkerConfig
 from worker.engine.admission import Admission
 from worker.engine.auditor import Auditor
+from worker.engine.context_policies import Policies, beyond
+from worker.engine.epochs import Beyond
 from worker.engine.histories import Histories
+from worker.engine.history import History
 from worker.engine.inbox import Inbox
 from worker.engine.pool import BlockPool
 from worker.engine.request import Request
@@ -73,6 +78,7 @@ class Engine:
         scheduler: Scheduler,
         stepper: Stepper,
         histories: Histories,
+        policies: Policies,
     ) -> None:
         self.layout = loaded.layout
         self.fingerprint = loaded.fingerprint
@@ -93,6 +99,8 @@ class Engine:
         self._scheduler = scheduler
         self._stepper = stepper
         self._histories = histories
+        self._loaded = loaded
+        self._policies = policies
         self._requests: dict[str, Request] = {}
         self._admission = admission
         self._draining = False
@@ -112,7 +120,10 @@ class Engine:
         Raises ContextTooLong, Overloaded, Draining: then nothing was queued. One that waits may hear of Overloaded
         later, when the queue is full and a tenant comes that has less in it.
         """
-        max_new_tokens = self._max_new_tokens(call)
+        num_history = len(call.history)
+        call.context.check(num_history)
+        going_on = beyond(self._policies, call.context, num_history, num_history + len(call.input))
+        max_new_tokens = self._max_new_tokens(call, going_on)
         if self._draining:
             raise Draining("this worker is leaving")
         ticket = self._admission.enter(
@@ -124,11 +135,12 @@ class Engine:
             request = Request(
                 call,
                 listener,
-                root=root_hash(self.names_from, call.tenant, fidelity_of(call.codec), self._marks_from),
+                root=self._root(call.tenant, call.codec),
                 block_tokens=self.layout.block_tokens,
                 max_new_tokens=max_new_tokens,
                 row=self._sampler.start(call.sampling, [*call.history, *call.input], call.begun),
                 ticket=ticket,
+                beyond=going_on,
             )
         except Exception:  # the accelerator has no room for what the sampler keeps, say
             self._admission.leave(ticket)
@@ -154,29 +166,62 @@ class Engine:
         self._inbox.post(lambda: self._with_request(request_id, end))
 
     def park(
-        self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, drop_host: bool, ttl_s: int
+        self,
+        tenant: str,
+        tokens: Sequence[int],
+        *,
+        codec: str = RAW.name,
+        context: Context = PLAIN,
+        drop_host: bool,
+        ttl_s: int,
     ) -> Future[ParkReport]:
-        return self._inbox.ask(lambda future: self._histories.park(tenant, tokens, codec, drop_host, ttl_s, future))
+        history = self._history(tenant, tokens, codec, context)
+        return self._inbox.ask(lambda future: self._histories.park(history, drop_host, ttl_s, future))
 
-    def warm(self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name) -> Future[WarmReport]:
-        return self._inbox.ask(lambda future: self._histories.warm(tenant, tokens, codec, future))
+    def warm(
+        self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, context: Context = PLAIN
+    ) -> Future[WarmReport]:
+        history = self._history(tenant, tokens, codec, context)
+        return self._inbox.ask(lambda future: self._histories.warm(history, future))
 
-    def flush(self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name) -> Future[None]:
-        return self._inbox.ask(lambda future: self._histories.flush(tenant, tokens, codec, future))
+    def flush(
+        self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, context: Context = PLAIN
+    ) -> Future[None]:
+        history = self._history(tenant, tokens, codec, context)
+        return self._inbox.ask(lambda future: self._histories.flush(history, future))
 
-    def locate(self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, with_redis: bool) -> Future[Located]:
-        return self._inbox.ask(lambda future: self._histories.locate(tenant, tokens, codec, with_redis, future))
+    def locate(
+        self,
+        tenant: str,
+        tokens: Sequence[int],
+        *,
+        codec: str = RAW.name,
+        context: Context = PLAIN,
+        with_redis: bool,
+    ) -> Future[Located]:
+        history = self._history(tenant, tokens, codec, context)
+        return self._inbox.ask(lambda future: self._histories.locate(history, with_redis, future))
 
     def drop(
-        self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, with_redis: bool
+        self,
+        tenant: str,
+        tokens: Sequence[int],
+        *,
+        codec: str = RAW.name,
+        context: Context = PLAIN,
+        with_redis: bool,
     ) -> Future[DropReport]:
-        return self._inbox.ask(lambda future: self._histories.drop(tenant, tokens, codec, with_redis, future))
+        history = self._history(tenant, tokens, codec, context)
+        return self._inbox.ask(lambda future: self._histories.drop(history, with_redis, future))
 
     def erase(self, tenant: str, *, with_redis: bool) -> Future[DropReport]:
         return self._inbox.ask(lambda future: self._histories.erase(tenant, with_redis, future))
 
-    def retain(self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, ttl_s: int) -> Future[int]:
-        return self._inbox.ask(lambda future: self._histories.retain(tenant, tokens, codec, ttl_s, future))
+    def retain(
+        self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, context: Context = PLAIN, ttl_s: int
+    ) -> Future[int]:
+        history = self._history(tenant, tokens, codec, context)
+        return self._inbox.ask(lambda future: self._histories.retain(history, ttl_s, future))
 
     def stats(self) -> EngineStats:
         """Counters and levels; safe from any thread (each figure is read at once, all of them nearly)."""
@@ -357,10 +402,20 @@ class Engine:
             used = self._pool.stats().used
             assert used == 0, f"{used} blocks are used by nobody"
 
-    def _max_new_tokens(self, call: GenerateCall) -> int:
+    def _root(self, tenant: str, codec: str) -> BlockHash:
+        return root_hash(self.names_from, tenant, fidelity_of(codec), self._marks_from)
+
+    def _history(self, tenant: str, tokens: Sequence[int], codec: str, context: Context) -> History:
+        context.check(len(tokens))
+        going_on = beyond(self._policies, context)
+        return History(tenant, tokens, codec, self._root(tenant, codec), self.layout.block_tokens, going_on)
+
+    def _max_new_tokens(self, call: GenerateCall, going_on: Beyond | None) -> int:
         """How many tokens the reply may have. Raises ContextTooLong, with the numbers."""
         prompt = len(call.history) + len(call.input)
         assert prompt, "an empty prompt"
+        if going_on is not None:
+            return call.max_new_tokens if call.max_new_tokens is not None else DEFAULT_NEW_TOKENS
         limit = min(self.max_context_tokens, self._pool.num_blocks * self.layout.block_tokens)
         room = limit - prompt
         wanted = call.max_new_tokens if call.max_new_tokens is not None else max(1, min(DEFAULT_NEW_TOKENS, room))

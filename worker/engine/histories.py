@@ -1,6 +1,6 @@
 """What is asked of a conversation between its turns: park, warm, flush, locate, drop, retain; and of all of a tenant's.
 
-`codec` is the session's: what is kept in another fidelity has other names. Every call comes in on the engine's thread,
+Every call comes in on the engine's thread,
 leaves the waiting to a thread of its own, and answers through a future.
 """
 
@@ -10,20 +10,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
-from cache_store.codecs import fidelity_of
 from cache_store.errors import StoreUnavailable
-from cache_store.ids import BlockHash, TenantMark, mark_of, root_hash, tenant_mark
+from cache_store.ids import BlockHash, TenantMark, mark_of, tenant_mark
 from cache_store.store import BlockStore
 from worker.calls import DropReport, Located, MissReason, ParkReport, WarmReport
 from worker.engine.block_tables import BlockTables
+from worker.engine.history import History
 from worker.engine.pool import BlockPool
-from worker.engine.prefix import Wanted, full_names, wanted_by_history
+from worker.engine.prefix import Wanted
 from worker.engine.scheduler import Scheduler
 from worker.errors import Draining
 from worker.ids import BlockId
 from worker.tiers.claims import Claims, Restored
 from worker.tiers.landing import Restore
-from worker.tiers.moves import content_of
 from worker.tiers.restore import Restorer
 from worker.tiers.write_behind import WriteBehind
 
@@ -42,8 +41,6 @@ class Histories:
         write_behind: WriteBehind,
         restorer: Restorer,
         *,
-        block_tokens: int,
-        names_from: bytes,
         marks_from: bytes,
         restore_timeout_s: float,
         post: Callable[[Callable[[], None]], None],
@@ -53,8 +50,6 @@ class Histories:
         self._scheduler = scheduler
         self._write_behind = write_behind
         self._restorer = restorer
-        self._block_tokens = block_tokens
-        self._names_from = names_from
         self._marks_from = marks_from
         self._restore_timeout_s = restore_timeout_s
         self._post = post
@@ -62,19 +57,15 @@ class Histories:
         """Of each warm under way, what it may keep of what it brings."""
         self._threads = ThreadPoolExecutor(4, "histories")
 
-    def park(
-        self, tenant: str, tokens: Sequence[int], codec: str, drop_host: bool, ttl_s: int, future: Future[ParkReport]
-    ) -> None:
+    def park(self, history: History, drop_host: bool, ttl_s: int, future: Future[ParkReport]) -> None:
         """Have it all in the store, then leave the device (and host memory, and the disk). Drops nothing if the store
         fails."""
         self._store()
-        wanted = self._wanted(tenant, tokens, codec)
+        wanted = history.wanted()
         found = [(want, self._pool.find(want.name)) for want in wanted]
         held = [block for _, block in found if block is not None]
         self._pool.acquire(held)
-        blocks = [
-            (content_of(want, self._block_tokens, codec, tenant), self._encodable(block)) for want, block in found
-        ]
+        blocks = [(history.content(want), self._encodable(block)) for want, block in found]
 
         def parked(result: tuple[set[BlockHash], int]) -> None:
             present, num_bytes = result
@@ -97,9 +88,9 @@ class Histories:
 
         self._later(park, future, parked, lambda: self._pool.release(held))
 
-    def warm(self, tenant: str, tokens: Sequence[int], codec: str, future: Future[WarmReport]) -> None:
+    def warm(self, history: History, future: Future[WarmReport]) -> None:
         """Restore what the device lacks, as far as blocks are free, and leave it cached."""
-        wanted = self._wanted(tenant, tokens, codec)
+        wanted = history.needed()
         held = [block for want in wanted if (block := self._pool.find(want.name)) is not None]
         self._pool.acquire(held)
         missing = [want for want in wanted if self._pool.find(want.name) is None and self._may_restore(want.name)]
@@ -127,23 +118,20 @@ class Histories:
             future.set_result(WarmReport(device_tokens=on_device, restored_tokens=restored))
 
         claims = Claims(len(missing), lambda: self._post(landed))
-        blocks = [
-            Restore(content_of(want, self._block_tokens, codec, tenant), target)
-            for want, target in zip(missing, targets, strict=True)
-        ]
+        blocks = [Restore(history.content(want), target) for want, target in zip(missing, targets, strict=True)]
         if blocks:
             self._restorer.restore(blocks, claims, deadline_s=time.monotonic() + self._restore_timeout_s)
         else:
             landed()
 
-    def flush(self, tenant: str, tokens: Sequence[int], codec: str, future: Future[None]) -> None:
-        names = self._names(tenant, tokens, codec)
+    def flush(self, history: History, future: Future[None]) -> None:
+        names = history.names()
         self._later(
             lambda: self._write_behind.flush(names, timeout_s=_FLUSH_S), future, lambda _: future.set_result(None)
         )
 
-    def locate(self, tenant: str, tokens: Sequence[int], codec: str, with_redis: bool, future: Future[Located]) -> None:
-        wanted = self._wanted(tenant, tokens, codec)
+    def locate(self, history: History, with_redis: bool, future: Future[Located]) -> None:
+        wanted = history.wanted()
         device = _tokens(wanted, [self._pool.find(want.name) is not None for want in wanted])
         host = _tokens(wanted, [self._write_behind.host.contains(want.name) for want in wanted])
         on_disk = self._write_behind.disk.contains if self._write_behind.disk is not None else lambda _: False
@@ -158,11 +146,9 @@ class Histories:
             lambda there: future.set_result(Located(device, host, _tokens(wanted, there), disk)),
         )
 
-    def drop(
-        self, tenant: str, tokens: Sequence[int], codec: str, with_redis: bool, future: Future[DropReport]
-    ) -> None:
+    def drop(self, history: History, with_redis: bool, future: Future[DropReport]) -> None:
         """Forget a history here. What is on its way to the store arrives first, or it would come back later."""
-        names = self._names(tenant, tokens, codec)
+        names = history.names()
 
         def gone(counts: tuple[int, int, int]) -> None:
             future.set_result(DropReport(device + self._drop_here(names), *counts))
@@ -249,8 +235,8 @@ class Histories:
 
         self._later(delete, future, gone)
 
-    def retain(self, tenant: str, tokens: Sequence[int], codec: str, ttl_s: int, future: Future[int]) -> None:
-        names, store = self._names(tenant, tokens, codec), self._store()
+    def retain(self, history: History, ttl_s: int, future: Future[int]) -> None:
+        names, store = history.names(), self._store()
 
         def retain() -> int:
             self._write_behind.flush(names, timeout_s=_FLUSH_S)
@@ -260,18 +246,6 @@ class Histories:
 
     def close(self) -> None:
         self._threads.shutdown(wait=True)
-
-    def _root(self, tenant: str, codec: str) -> BlockHash:
-        return root_hash(self._names_from, tenant, fidelity_of(codec), self._marks_from)
-
-    def _wanted(self, tenant: str, tokens: Sequence[int], codec: str) -> list[Wanted]:
-        return wanted_by_history(self._root(tenant, codec), tokens, self._block_tokens)
-
-    def _names(self, tenant: str, tokens: Sequence[int], codec: str) -> list[BlockHash]:
-        """Of every block that holds any of these tokens and no others: a last block that a later turn filled up too."""
-        names = [want.name for want in self._wanted(tenant, tokens, codec)]
-        full = full_names(self._root(tenant, codec), tokens, self._block_tokens)
-        return list(dict.fromkeys([*names, *full]))
 
     def _may_restore(self, name: BlockHash) -> bool:
         return name not in self._tables.distrusted and self._restorer.where(name) is not None

@@ -5,13 +5,18 @@ from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from itertools import pairwise
 
-from cache_store.ids import BlockHash, chain
-from worker.calls import Event, GenerateCall, MissReason, Receipt, RestorePlan
+from cache_store.ids import BlockHash
+from worker.calls import ContextReceipt, Event, GenerateCall, MissReason, Receipt, RestorePlan
 from worker.engine.admission import Ticket
 from worker.engine.audit import Recording
+from worker.engine.epochs import Beyond
+from worker.engine.gather import Gathering
 from worker.engine.plan import Span, joined, subtract
-from worker.engine.restoring import Restoring
+from worker.engine.prefix import name_of
+from worker.engine.recollection import Choice, Recollection
+from worker.engine.restoring import Lookup, Restoring
 from worker.engine.sampler import RowState
+from worker.engine.stages import Stage
 from worker.ids import BlockId
 from worker.tiers.moves import Tier
 
@@ -23,6 +28,8 @@ class Phase(Enum):
     RESTORING = auto()
     PREFILL = auto()
     DECODE = auto()
+    RECALLING = auto()
+    """It would decode, but what it attends to next is still on its way."""
     OVER = auto()
 
 
@@ -39,7 +46,9 @@ class Request:
         max_new_tokens: int,
         row: RowState,
         ticket: Ticket,
+        beyond: Beyond | None = None,
     ) -> None:
+        """`beyond` says what becomes of it beyond the window; None where it may not reach there."""
         self.call = call
         self.listener = listener
         self.root = root
@@ -51,6 +60,8 @@ class Request:
         self.num_prompt = len(call.history) + len(call.input)
         self.num_target = len(self.tokens)
         """Prefill computes up to here: the prompt, and what was generated here before a preemption, or elsewhere."""
+        self.lost_at: list[int] = []
+        """Beyond the window: positions of what was looked for and is in no tier."""
         self.names: list[BlockHash] = []
         self.table: list[BlockId] = []
         self.gaps: list[Span] = []
@@ -79,6 +90,76 @@ class Request:
         self.arrived_s = time.monotonic()
         self.admitted_s = self.restored_s = self.first_token_s = 0.0
         self._block_tokens = block_tokens
+        self.beyond = beyond
+        self.epoch = 0
+        self.first = 0
+        """Beyond the window: from here on all is computed, and before it is had from a tier or not needed."""
+        self.holes: list[Span] = []
+        """Of what is had, what is in no tier and needs nothing that is not there."""
+        self.stage: Stage | None = None
+        """What is being computed beyond the window,"""
+        self.stage_start = 0
+        self.has_asked = False
+        """and whether it is so for the second time."""
+        self.gathering: Gathering | None = None
+        self.recollection: Recollection | None = None
+        self.recalled: Choice | None = None
+        """What is in the slots for what is recalled."""
+        self.set_out()
+
+    # Beyond the window
+
+    def set_out(self) -> None:
+        """(Re)turn to where it is to begin: nothing of a turn is taken as computed whose choices are to be made."""
+        self.stop_gathering()
+        self.stage = self.recollection = self.recalled = None
+        self.holes = []
+        self.epoch = self.first = 0
+        if self.beyond is None or self.num_target <= self.beyond.epochs.reach:
+            return
+        first = len(self.tokens) if self.num_generated and not self.beyond.chooses else len(self.call.history)
+        self.first = min([max(0, first - 1), *self.lost_at])
+        if self.beyond.chooses:
+            self.first = self.beyond.turn_of(self.first)
+        self.epoch = self.beyond.epochs.epoch_of(self.first)
+
+    def stop_gathering(self) -> None:
+        """Harmless where nothing is gathered."""
+        if self.gathering is not None:
+            self.gathering.cancel()
+            self.gathering = None
+
+    @property
+    def shift(self) -> int:
+        """By how much its tokens stand below their numbers."""
+        return 0 if self.beyond is None else self.beyond.epochs.shift_of(self.epoch)
+
+    @property
+    def limit(self) -> int:
+        """Prefill computes up to here with the blocks that it has now."""
+        return self.num_target if self.beyond is None else min(self.num_target, self.beyond.epochs.end_of(self.epoch))
+
+    @property
+    def num_sinks(self) -> int:
+        """Blocks at the front that stand where they are, whatever the epoch."""
+        return 0 if self.beyond is None or not self.epoch else self.beyond.epochs.sink_tokens // self._block_tokens
+
+    def place_of(self, position: int) -> int:
+        """Where a token of it stands for the model."""
+        return position if position < self.num_sinks * self._block_tokens else position - self.shift
+
+    def block_of(self, index: int) -> BlockId:
+        """Which of its blocks has the tokens from index * block_tokens on."""
+        return self.table[self.place_of(index * self._block_tokens) // self._block_tokens]
+
+    def samples_after(self, span: Span) -> bool:
+        """Do this span's last logits choose the next token?"""
+        return span.end == len(self.tokens) and not self.only_asks
+
+    @property
+    def only_asks(self) -> bool:
+        """What it computes now only chooses what it is to be computed with."""
+        return self.stage is not None and self.stage.is_asking and not self.has_asked
 
     @property
     def tenant(self) -> str:
@@ -100,12 +181,15 @@ class Request:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that positions [0, num_target) take."""
-        return -(-self.num_target // self._block_tokens)
+        """Blocks that its prefill needs, as far as it is planned now."""
+        return -(-(self.limit - self.shift) // self._block_tokens)
 
     @property
     def num_blocks_at_most(self) -> int:
-        return -(-(self.num_prompt + self.max_new_tokens) // self._block_tokens)
+        end = self.num_prompt + self.max_new_tokens
+        if self.beyond is not None:
+            end = min(end, self.beyond.epochs.end_of(self.epoch))
+        return -(-(end - self.shift) // self._block_tokens)
 
     def name_of(self, index: int) -> BlockHash:
         """The name of the `index`-th full block of the tokens so far."""
@@ -114,7 +198,7 @@ class Request:
             start = len(self.names) * size
             assert start + size <= len(self.tokens), f"block {index} is not full"
             parent = self.names[-1] if self.names else self.root
-            self.names.append(chain(parent, self.tokens[start : start + size]))
+            self.names.append(name_of(parent, self.tokens[start : start + size], start, self.beyond))
         return self.names[index]
 
     def ran(self, spans: Sequence[Span]) -> list[int]:
@@ -137,8 +221,15 @@ class Request:
             for want in lookup.wanted
             if isinstance(tier := lookup.found[want.index], Tier)
         ]
-        gaps = complement([span for span, _ in covered], self.num_target)
-        self.may_compute([Span(max(gap.start, passed), gap.end) for gap in gaps if gap.end > passed])
+        if self.epoch:
+            covered = sorted([*covered, *self._carried(lookup)])
+        left = self._left()
+        gaps = complement(sorted([*left, *(span for span, _ in covered)]), self.num_target)
+        if self.epoch:
+            self.holes = [_upto(gap, self.first) for gap in gaps if gap.start < self.first]
+        else:
+            ahead = [Span(max(gap.start, passed), min(gap.end, self.limit)) for gap in gaps]
+            self.may_compute([gap for gap in ahead if gap.tokens > 0])
         if self.receipt is not None:
             return
         # The receipt is the prompt's, also where a part of the reply was generated elsewhere.
@@ -159,8 +250,40 @@ class Request:
             queue_ms=(self.admitted_s - self.arrived_s) * 1e3,
             restore_ms=(self.restored_s - self.admitted_s) * 1e3,
             plan=_planned(restoring),
+            context=self._context(sum(span.tokens for span in left)),
         )
         self.receipt.check(self.num_prompt)
+
+    def _carried(self, lookup: Lookup) -> list[tuple[Span, Tier]]:
+        """Of the epoch before, which came from where."""
+        size = self._block_tokens
+        return [(Span(index * size, (index + 1) * size), tier) for index, tier in lookup.carried.items()]
+
+    def _left(self) -> list[Span]:
+        """What had left the window before this turn."""
+        return [self.beyond.epochs.gone(self.epoch)] if self.beyond is not None and self.epoch else []
+
+    def _context(self, left_tokens: int) -> ContextReceipt | None:
+        if self.beyond is None or not self.epoch:
+            return None
+        return ContextReceipt(policy=self.beyond.policy, left_tokens=left_tokens)
+
+    def finished_context(self) -> ContextReceipt | None:
+        """As it is at the turn's end."""
+        if self.beyond is None or len(self.tokens) <= self.beyond.epochs.reach:
+            return None
+        known = self.receipt and self.receipt.context
+        left_tokens = known.left_tokens if known else 0
+        unit = self.beyond.epochs.unit_tokens
+        units = sorted({number for layer in self.recalled or [] for number in layer})
+        return ContextReceipt(
+            policy=self.beyond.policy,
+            left_tokens=left_tokens,
+            choices=self.recollection.choices if self.recollection is not None else 0,
+            recalled_tokens=unit * len(units),
+            recalled_starts=tuple(unit * number for number in units),
+            unit_tokens=unit if self.beyond.chooses else 0,
+        )
 
     def _misses(self, gaps: Sequence[Span], found: dict[int, Tier | MissReason]) -> dict[MissReason, int]:
         size, num_history = self._block_tokens, len(self.call.history)

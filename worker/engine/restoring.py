@@ -21,10 +21,13 @@ class Lookup:
     found: dict[int, Tier | MissReason] = field(default_factory=dict)
     restored: dict[int, Encoding] = field(default_factory=dict)
     """Those that a tier below the device had, as what payload."""
+    carried: dict[int, Tier] = field(default_factory=dict)
+    """Of an epoch before, which was copied to stand in front of the request's own."""
+    carried_bytes: int = 0
 
     @property
     def restored_bytes(self) -> int:
-        return sum(encoding.num_bytes for encoding in self.restored.values())
+        return self.carried_bytes + sum(encoding.num_bytes for encoding in self.restored.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,12 @@ Which blocks they run on is seen to in worker/engine/block_tables.py. Used by th
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice, takewhile
 from operator import is_not
+from typing import Any
 
 import structlog
 
@@ -20,16 +21,19 @@ from worker.engine.block_tables import BlockTables
 from worker.engine.cost_model import CostModel
 from worker.engine.deadlines import hopeless
 from worker.engine.fair_queue import FairQueue
+from worker.engine.passages import Passages
 from worker.engine.plan import Span
 from worker.engine.planner import Planner
 from worker.engine.request import Phase, Request
 from worker.engine.restoring import Lookup, Restoring
 from worker.errors import DeadlinePassed, DeadlineUnmeetable, TenantErased
+from worker.tiers.moves import Tier
 
 _PREFETCH_AHEAD = 8
 """Requests at the queue's front."""
 _OUTPUT_WEIGHT = 2
 """What a generated token is charged, in tokens of prompts: it takes about so much more of the device."""
+_MAY_GIVE_WAY = (Phase.PREFILL, Phase.DECODE, Phase.RECALLING)
 _LOOK_S = 0.05
 """How often it is estimated again who of those that wait will be late."""
 
@@ -48,7 +52,9 @@ class Scheduler:
         block_tokens: int,
         max_running: int,
         weights: Mapping[str, float],
+        passages: Passages | None = None,
     ) -> None:
+        """Without `passages` no request may reach beyond its window."""
         self.waiting: FairQueue[Request] = FairQueue(weights)
         self.running: list[Request] = []
         """Everything admitted, in that order: RESTORING, PREFILL and DECODE."""
@@ -63,6 +69,9 @@ class Scheduler:
         self._look_s = 0.0
         self._block_tokens = block_tokens
         self._max_running = max_running
+        self._passages = passages
+        if passages is not None:
+            passages.again, passages.decode = self._preempt, self._decode
 
     # In
 
@@ -79,6 +88,8 @@ class Scheduler:
             if lookup is None:
                 break
             self._begin(self.waiting.take(), lookup)
+            if request.is_waiting:  # it found no room further on: others must end first
+                break
         self._prefetch()
 
     def _prefetch(self) -> None:
@@ -96,7 +107,8 @@ class Scheduler:
         request.phase = Phase.RESTORING
         restoring = self._tables.ask(request, lookup, lambda: self._settled(request, restoring))
         request.restoring = restoring
-        self._planner.plan(request, restoring, _ahead(request, self.prompts))
+        if not request.epoch:  # beyond the window nothing can be computed before all is there
+            self._planner.plan(request, restoring, _ahead(request, self.prompts))
         self._tables.restore(request, restoring)
         self._advance(request, restoring)
 
@@ -107,10 +119,14 @@ class Scheduler:
 
     @property
     def is_restoring(self) -> bool:
+        if self._passages is not None and self._passages.is_waiting:
+            return True
         return any(request.restoring is not None for request in self.running)
 
     def advance(self, now_s: float) -> None:
         """Look how the restores go: what may be computed meanwhile, what is not waited for any longer."""
+        if self._passages is not None:
+            self._passages.advance(now_s)
         if not self.is_restoring:
             return
         prompts = self.prompts  # sorted once: whoever leaves it meanwhile has nothing left to compute
@@ -120,11 +136,12 @@ class Scheduler:
                 continue
             if now_s >= restoring.deadline_s:
                 restoring.claims.take_all(MissReason.LATE)
-            self._planner.plan(request, restoring, _ahead(request, prompts))
+            if not request.epoch:
+                self._planner.plan(request, restoring, _ahead(request, prompts))
             self._advance(request, restoring)
 
     def _advance(self, request: Request, restoring: Restoring) -> None:
-        if not request.cancelled and not request.distrusted:
+        if not request.cancelled and not request.distrusted and not request.epoch:
             request.may_compute(restoring.advance())
         if restoring.claims.is_settled:
             self._settled(request, restoring)
@@ -143,6 +160,19 @@ class Scheduler:
         if request.cancelled:
             self._leave(request)
             return
+        if not request.epoch:
+            self._prepared(request, restoring)
+            return
+        assert self._passages is not None
+
+        def filled(carried: Mapping[int, Tier], num_bytes: int) -> None:
+            restoring.lookup.carried, restoring.lookup.carried_bytes = dict(carried), num_bytes
+            self._prepared(request, restoring)
+
+        self._passages.fill(request, filled)
+
+    def _prepared(self, request: Request, restoring: Restoring) -> None:
+        """All that was found is where the request can attend to it."""
         first_time = request.receipt is None
         if first_time:
             request.restored_s = time.monotonic()
@@ -153,6 +183,8 @@ class Scheduler:
             for source in self.tokens_by_source:
                 self.tokens_by_source[source] += getattr(receipt, f"{source}_tokens")
         request.phase = Phase.PREFILL
+        if request.beyond is not None and self._passages is not None and (request.epoch or not request.gaps):
+            self._passages.begin(request)
 
     def _start_again(self, request: Request) -> None:
         request.distrusted = False
@@ -167,8 +199,10 @@ class Scheduler:
     def grow(self) -> None:
         """Give every decoding request the block for its next token; where there is none, the youngest waits."""
         for request in list(self.running):
+            if request.phase is Phase.DECODE and request.beyond is not None and self._passages is not None:
+                self._passages.before_token(request)
             while request.phase is Phase.DECODE and not self._tables.grow(request):
-                self._preempt(next(r for r in reversed(self.running) if r.phase in (Phase.PREFILL, Phase.DECODE)))
+                self._preempt(next(r for r in reversed(self.running) if r.phase in _MAY_GIVE_WAY))
 
     def _preempt(self, request: Request) -> None:
         """Send a request back to the queue's front. What it computed stays cached as long as there is room."""
@@ -177,23 +211,39 @@ class Scheduler:
         self._tables.close(request)
         request.gaps = []
         request.num_target = len(request.tokens)
+        request.set_out()
         request.phase = Phase.WAITING
         self.waiting.give_back(request)
 
     def computed(self, request: Request, spans: Sequence[Span]) -> None:
         """The keys and values of these positions are in the request's blocks: publish the blocks that are full."""
         if request.phase is not Phase.DECODE:
-            for index in request.ran(spans):
+            full = request.ran(spans)
+            for index in () if request.only_asks else full:
                 self._tables.seal(request, index)
             if request.phase is Phase.PREFILL and not request.gaps:
-                request.phase = Phase.DECODE
-                self.waiting.done(request)
-                self.waiting.charge(request.tenant, _OUTPUT_WEIGHT)
+                if request.beyond is None or self._passages is None:
+                    self._decode(request)
+                else:
+                    self._passages.computed(request)
             return
         self.waiting.charge(request.tenant, _OUTPUT_WEIGHT)
         end = spans[-1].end
         if end % self._block_tokens == 0:
             self._tables.seal(request, end // self._block_tokens - 1)
+        if request.beyond is not None and self._passages is not None:
+            self._passages.after_token(request)
+
+    def hears(self, request: Request, span: Span) -> Callable[[int, Any], None] | None:
+        """Who is told the queries of a part of a request, if anybody."""
+        return None if self._passages is None or request.stage is None else self._passages.hears(request, span)
+
+    def _decode(self, request: Request) -> None:
+        """All that is known of a request is computed."""
+        request.phase = Phase.DECODE
+        request.lost_at.clear()
+        self.waiting.done(request)
+        self.waiting.charge(request.tenant, _OUTPUT_WEIGHT)
 
     # Out
 
@@ -210,8 +260,9 @@ class Scheduler:
             decode_ms=(now - request.first_token_s) * 1e3,
             ttft_ms=ttft_ms,
             plan=plan and replace(plan, actual_ms=ttft_ms - request.receipt.queue_ms),
+            context=request.finished_context(),
         )
-        if request.phase is Phase.DECODE:
+        if request.phase in (Phase.DECODE, Phase.RECALLING):
             self._tables.keep_tail(request, request.num_prompt + kept - 1)
         self._drop(request)
         self._auditor.finished(request, Finished(reason, receipt, kept))

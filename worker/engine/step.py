@@ -1,7 +1,8 @@
 """What the engine says to the model runner: one step's work, in numbers. No torch here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from worker.ids import BlockId
 
@@ -20,3 +21,5 @@ class Chunk:
     block_table: Sequence[BlockId]
     wants_logits: bool
     """Of the chunk's last token."""
+    hears: Callable[[int, Any], None] | None = None
+    """Told, in each layer, its number and the chunk's queries [heads, tokens, head_dim], turned to their positions."""

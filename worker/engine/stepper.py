@@ -109,11 +109,17 @@ class Stepper:
     def _attempt(self, work: Work, audit_chunks: list[Chunk]) -> Exception | None:
         """Run it all and publish what comes of it; or return what it failed with, and nothing has come of it."""
         chunks = [
-            Chunk(request.tokens[span.start : span.end], span.start, request.table, span.end == len(request.tokens))
+            Chunk(
+                request.tokens[span.start : span.end],
+                request.place_of(span.start),
+                request.table,
+                request.samples_after(span),
+                self._scheduler.hears(request, span),
+            )
             for request, spans in work
             for span in spans
         ]
-        choosing = [request for request, spans in work if spans[-1].end == len(request.tokens)]
+        choosing = [request for request, spans in work if request.samples_after(spans[-1])]
         try:
             logits, audit_chunks = self._run(chunks, audit_chunks)
             tokens = self._sample(logits[: len(choosing)], choosing)

@@ -43,7 +43,7 @@ class ModelRunner:
                 return self._run_modules(chunks)
             # What is run by the fused step has the same bits whoever else is in the step.
             # Last: what else there is of its sequence has earlier positions.
-            fused = [self._fused_step.takes(len(chunk.token_ids)) for chunk in chunks]
+            fused = [chunk.hears is None and self._fused_step.takes(len(chunk.token_ids)) for chunk in chunks]
             others = list(compress(chunks, (not is_fused for is_fused in fused)))
             if len(others) == len(chunks):
                 return self._run_modules(chunks)
@@ -58,12 +58,13 @@ class ModelRunner:
 
     def _run_modules(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         ids, positions, slots, wanted, spans = self._inputs(chunks)
+        hearers = [(span, chunk.hears) for span, chunk in zip(spans, chunks, strict=True) if chunk.hears is not None]
         output = self._loaded.model(
             input_ids=ids[None],
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=wanted,
-            step=AttentionStep(self._backend, self._kv_cache.data, spans, slots),
+            step=AttentionStep(self._backend, self._kv_cache.data, spans, slots, hearers),
         )
         if not len(wanted) and self._loaded.device.type == "cuda":
             torch.cuda.current_stream(self._loaded.device).synchronize()

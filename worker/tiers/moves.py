@@ -17,6 +17,7 @@ from cache_store.codecs import CodecInfo, fidelity_of
 from cache_store.ids import BlockHash
 from cache_store.store import Encoding, Fetch
 from worker.calls import Moved
+from worker.engine.epochs import Beyond
 from worker.engine.prefix import Wanted
 
 log = structlog.get_logger(__name__)
@@ -41,7 +42,7 @@ class Content:
     name: BlockHash
     num_tokens: int
     first_position: int
-    """Index in the conversation of its first token."""
+    """Where its first token stands for the model: up to the window's end its index in the conversation."""
     codec: str
     """The session's: which codec the block itself is in is said by its payload's `Encoding`."""
     tenant: str
@@ -51,8 +52,10 @@ class Content:
         return fidelity_of(self.codec)
 
 
-def content_of(want: Wanted, block_tokens: int, codec: str, tenant: str) -> Content:
-    return Content(want.name, want.content_tokens, want.index * block_tokens, codec, tenant)
+def content_of(want: Wanted, block_tokens: int, codec: str, tenant: str, beyond: Beyond | None = None) -> Content:
+    position = want.index * block_tokens
+    place = position if beyond is None else beyond.epochs.place_of(position)
+    return Content(want.name, want.content_tokens, place, codec, tenant)
 
 
 def fetch_of(content: Content, into: memoryview, wanted: Callable[[], bool] | None = None) -> Fetch:

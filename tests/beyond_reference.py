@@ -1,0 +1,126 @@
+"""What a conversation beyond its window should come to, computed the slow way: no blocks, no batch, no tiers.
+
+Keeps the keys and values of every token as plain tensors, and rebuilds all that is attended to for each stage.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from worker.attention.paged import exact_attention
+from worker.attention.recall_choice import choose, representatives
+from worker.engine.epochs import Beyond
+from worker.engine.stages import Stage, next_stage
+from worker.tiers.codecs.rope import Rope
+
+
+class Reference:
+    """One conversation of a model that has this engine's attention."""
+
+    def __init__(self, model: Any, rope: Rope, beyond: Beyond, num_layers: int) -> None:
+        self.beyond = beyond
+        self._model, self._rope, self._num_layers = model, rope, num_layers
+        self._keys: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]  # of each token [kv_heads, head_dim]
+        self._values: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
+        self.choice: list[list[int]] = []
+        self._queries: list[torch.Tensor] = []
+
+    def logits_after(self, tokens: Sequence[int], bounds: tuple[int, ...]) -> torch.Tensor:
+        """Of the next token after all of `tokens`; those that were computed before are not computed again."""
+        self.beyond = Beyond(self.beyond.epochs, bounds)
+        start, logits = len(self._keys[0]), torch.empty(0)
+        while start < len(tokens):
+            stage = next_stage(self.beyond, start, len(tokens))
+            logits = self._run(tokens, start, stage)
+            start = stage.end
+        return logits
+
+    def _run(self, tokens: Sequence[int], start: int, stage: Stage) -> torch.Tensor:
+        epochs = self.beyond.epochs
+        if stage.forgets:
+            recent = epochs.recent(epochs.epoch_of(start))
+            units = list(range(recent.start // epochs.unit_tokens, recent.end // epochs.unit_tokens))
+            self.choice = [units] * self._num_layers
+        logits = self._forward(tokens, start, stage.end)
+        if stage.is_asking:
+            self._choose(start, last_alone=False)
+            for layer in range(self._num_layers):
+                del self._keys[layer][start:], self._values[layer][start:]
+            return self._forward(tokens, start, stage.end)
+        if stage.chooses:
+            self._choose(start, last_alone=True)
+        return logits
+
+    def _choose(self, start: int, *, last_alone: bool) -> None:
+        epochs = self.beyond.epochs
+        gone = epochs.gone(epochs.epoch_of(start))
+        places = [epochs.place_of(position) for position in range(gone.start, gone.end)]
+        choice = []
+        for layer in range(self._num_layers):
+            queries = self._queries[layer].transpose(0, 1)
+            keys = torch.stack(self._keys[layer][gone.start : gone.end], 1)  # [kv_heads, tokens, head_dim]
+            free = torch.stack([self._turned(keys[:, at], -place) for at, place in enumerate(places)], 1)
+            of_units = representatives(free[None], epochs.unit_tokens)[0]
+            chosen = choose(queries[-1:] if last_alone else queries, of_units, epochs.num_slots)
+            choice.append([gone.start // epochs.unit_tokens + unit for unit in chosen.tolist()])
+        self.choice = choice
+
+    def _turned(self, keys: torch.Tensor, by: int) -> torch.Tensor:
+        """[heads, head_dim] turned by so many positions."""
+        turned = keys.clone()[:, None]
+        self._rope.turn(by, 1, turned.device).apply(turned)
+        return turned[:, 0]
+
+    def _forward(self, tokens: Sequence[int], start: int, end: int) -> torch.Tensor:
+        epochs = self.beyond.epochs
+        ids = torch.tensor([list(tokens[start:end])])
+        places = torch.tensor([[epochs.place_of(position) for position in range(start, end)]])
+        self._queries = [torch.empty(0)] * self._num_layers
+        self._start = start
+        with torch.inference_mode():
+            output = self._model(input_ids=ids, position_ids=places, use_cache=False, step=self)
+        logits: torch.Tensor = output.logits[0, -1].float()
+        return logits
+
+    def attend(
+        self, module: Any, query: Any, key: Any, value: Any, *, scaling: float, window: Any, softcap: Any
+    ) -> Any:
+        layer, start = module.layer_idx, self._start
+        first_place = self.beyond.epochs.place_of(start)
+        rows = torch.arange(query.shape[2])
+        free = query[0].clone()
+        self._rope.turn(first_place, len(rows), free.device).undo(free)
+        self._queries[layer] = free
+        self._keys[layer] += list(key[0].unbind(1))
+        self._values[layer] += list(value[0].unbind(1))
+        seen = self._seen(layer, start, start + len(rows))
+        attended = exact_attention(
+            query[0],
+            torch.stack([keys for _, keys, _ in seen], 1),
+            torch.stack([values for _, _, values in seen], 1),
+            start=first_place,
+            key_positions=torch.tensor([place for place, _, _ in seen]),
+            scaling=scaling,
+            window=window,
+            softcap=softcap,
+        )
+        return attended[None]
+
+    def _seen(self, layer: int, start: int, end: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Place, key and value of all that tokens [start, end) attend to."""
+        epochs, keys, values = self.beyond.epochs, self._keys[layer], self._values[layer]
+        epoch = epochs.epoch_of(start)
+        if epoch == 0:
+            return [(position, keys[position], values[position]) for position in range(end)]
+        seen = [(position, keys[position], values[position]) for position in range(epochs.sink_tokens)]
+        for slot, unit in enumerate(self.choice[layer] if self.choice else []):
+            for at in range(epochs.unit_tokens):
+                position, place = unit * epochs.unit_tokens + at, epochs.sink_tokens + slot * epochs.unit_tokens + at
+                turned = self._turned(keys[position], place - epochs.place_of(position))
+                seen.append((place, turned, values[position]))
+        for position in range(*epochs.carried(epoch)):
+            turned = self._turned(keys[position], -epochs.epoch_tokens)
+            seen.append((epochs.place_of(position) - epochs.epoch_tokens, turned, values[position]))
+        own = range(epochs.start_of(epoch), end)
+        return seen + [(epochs.place_of(position), keys[position], values[position]) for position in own]

@@ -1,0 +1,182 @@
+"""Conversations longer than the model's window: what they attend to, and that it is the same however it came about."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from tests.beyond_reference import Reference
+from tests.engines import TENANT, EngineFactory, Turn, poison, start
+from worker.calls import Context, ContextPolicy, Sampling
+from worker.engine.engine import Engine
+from worker.engine.epochs import Beyond
+
+POLICIES = [ContextPolicy.WINDOW, ContextPolicy.RECALL]
+LONG = tuple((index * 37 + index // 7) % 500 + 5 for index in range(2000))
+TOP = Sampling(logprobs=20)
+
+
+def build(build_engine: EngineFactory, **settings: object) -> Engine:
+    return build_engine(context_tokens=256, recall_tokens=64, **settings)
+
+
+class Talk:
+    """A conversation with a policy, turn by turn."""
+
+    def __init__(self, policy: ContextPolicy) -> None:
+        self.policy = policy
+        self.history: list[int] = []
+        self.bounds: list[int] = []
+        self.turns: list[Turn] = []
+
+    @property
+    def context(self) -> Context:
+        return Context(self.policy, tuple(self.bounds))
+
+    def say(self, engine: Engine, tokens: Sequence[int], num: int = 8) -> Turn:
+        turn = start(engine, self.history, tokens, max_new_tokens=num, context=self.context, sampling=TOP).result()
+        self.bounds += [len(self.history), len(self.history) + len(tokens)]
+        self.history += [*tokens, *turn.reply]
+        self.turns.append(turn)
+        return turn
+
+    def park(self, engine: Engine) -> None:
+        parked = engine.park(TENANT, self.history, context=self.context, drop_host=True, ttl_s=60).result(30)
+        assert parked.redis_tokens == len(self.history) - 1
+        poison(engine)
+
+    def follows(self, reference: Reference) -> None:
+        """Each token is the likeliest, by about the reference's logits."""
+        at = 0
+        for turn, reply_start in zip(self.turns, self.bounds[1::2], strict=True):
+            bounds = tuple(self.bounds[: self.bounds.index(reply_start, at) + 1])
+            at += 2
+            for number, token in enumerate(turn.tokens):
+                logits = reference.logits_after(self.history[: reply_start + number], bounds)
+                likely = torch.log_softmax(logits, -1)
+                assert token.logprobs is not None
+                said = torch.tensor([logprob for _, logprob in token.logprobs.top])
+                torch.testing.assert_close(
+                    said, likely[[token_id for token_id, _ in token.logprobs.top]], atol=2e-3, rtol=0
+                )
+
+
+def reference_of(engine: Engine, policy: ContextPolicy) -> Reference:
+    loaded = engine._loaded
+    assert loaded.rope is not None
+    return Reference(loaded.model, loaded.rope, Beyond(engine._policies[policy]), loaded.layout.num_layers)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("num_input", "num_reply"), [(60, 20), (7, 45), (300, 9)])
+def test_a_conversation_beyond_its_window_attends_to_what_its_policy_says(
+    build_engine: EngineFactory, policy: ContextPolicy, num_input: int, num_reply: int
+) -> None:
+    engine, talk = build(build_engine), Talk(policy)
+    for at in range(0, 600, num_input + num_reply):
+        talk.say(engine, LONG[at : at + num_input], num_reply)
+    talk.follows(reference_of(engine, policy))
+
+
+def talk_of(engine: Engine, policy: ContextPolicy, turns: int = 8, between: "str" = "") -> Talk:
+    talk = Talk(policy)
+    for number in range(turns):
+        talk.say(engine, LONG[number * 70 : number * 70 + 70], 30)
+        if between == "park":
+            talk.park(engine)
+        elif between == "poison":
+            poison(engine)
+        engine.check()
+    return talk
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request: pytest.FixtureRequest) -> ContextPolicy:
+    chosen: ContextPolicy = request.param
+    return chosen
+
+
+def test_a_conversation_beyond_its_window_comes_back_from_redis_as_it_was(
+    build_engine: EngineFactory, redis_url: str, policy: ContextPolicy
+) -> None:
+    undisturbed = talk_of(build(build_engine), policy)
+    parked = talk_of(build(build_engine, redis_url=redis_url), policy, between="park")
+    assert parked.history == undisturbed.history
+    assert parked.turns[-1].receipt.redis_tokens > 0
+
+
+def test_another_worker_goes_on_with_it_from_redis_alone(
+    build_engine: EngineFactory, redis_url: str, policy: ContextPolicy
+) -> None:
+    undisturbed = talk_of(build(build_engine), policy)
+    talk = Talk(policy)
+    for number in range(8):
+        engine = build(build_engine, redis_url=redis_url)
+        talk.say(engine, LONG[number * 70 : number * 70 + 70], 30)
+        engine.park(TENANT, talk.history, context=talk.context, drop_host=True, ttl_s=60).result(30)
+        engine.check()
+        engine.close()
+    assert talk.history == undisturbed.history
+
+
+@pytest.mark.parametrize("num_begun", [1, 5, 8, 20, 29])
+def test_another_worker_goes_on_in_mid_reply_and_says_the_same(
+    build_engine: EngineFactory, redis_url: str, policy: ContextPolicy, num_begun: int
+) -> None:
+    engine = build(build_engine, redis_url=redis_url)
+    talk = talk_of(engine, policy, 6)
+    talk.park(engine)
+    whole = start(engine, talk.history, LONG[900:960], max_new_tokens=30, context=talk.context).result()
+    other = build(build_engine, redis_url=redis_url)
+    rest = start(
+        other,
+        talk.history,
+        LONG[900:960],
+        begun=whole.reply[:num_begun],
+        max_new_tokens=30,
+        context=talk.context,
+    ).result()
+    assert whole.reply[:num_begun] + rest.reply == whole.reply
+
+
+@pytest.mark.parametrize("lost", [0, 5, 11, 20, -3])
+def test_what_was_lost_from_every_tier_is_computed_again(
+    build_engine: EngineFactory, policy: ContextPolicy, lost: int
+) -> None:
+    engine = build(build_engine)
+    talk = talk_of(engine, policy, 6)
+    whole = start(engine, talk.history, LONG[900:960], max_new_tokens=20, context=talk.context).result()
+    names = engine._history(TENANT, talk.history, "raw", talk.context).names()
+    assert len(names) > 30
+    name = names[lost]
+
+    def lose() -> None:
+        engine._pool.drop([name])
+        engine._tiers.write_behind.forget([name])
+
+    engine._inbox.do(lose).result(10)
+    poison(engine)
+    again = start(engine, talk.history, LONG[900:960], max_new_tokens=20, context=talk.context).result()
+    assert again.reply == whole.reply
+
+
+def test_conversations_that_compete_for_a_small_device_say_the_same(
+    build_engine: EngineFactory, redis_url: str, policy: ContextPolicy
+) -> None:
+    roomy = build(build_engine)
+    block_bytes = roomy.layout.block_bytes
+    small = build(build_engine, device_cache_bytes=40 * block_bytes, redis_url=redis_url)
+    alone, crowded = [Talk(policy) for _ in range(3)], [Talk(policy) for _ in range(3)]
+    for number in range(5):
+        new = [LONG[700 * which + number * 90 :][:90] for which in range(3)]
+        for talk, tokens in zip(alone, new, strict=True):
+            talk.say(roomy, tokens, 25)
+        streams = [
+            start(small, talk.history, tokens, max_new_tokens=25, context=talk.context)
+            for talk, tokens in zip(crowded, new, strict=True)
+        ]
+        for talk, tokens, stream in zip(crowded, new, streams, strict=True):
+            reply = stream.result().reply
+            talk.bounds += [len(talk.history), len(talk.history) + len(tokens)]
+            talk.history += [*tokens, *reply]
+    assert [talk.history for talk in crowded] == [talk.history for talk in alone]

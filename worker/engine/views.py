@@ -1,0 +1,254 @@
+"""What requests beyond their window attend to: sinks, what is recalled, the epoch before, in blocks of their own.
+
+Knows where KV is to stand and gets it there; when is said by `worker/engine/passages.py`. Every copy is made from a
+block as it was computed, never from another copy. Used by the engine's thread alone.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from worker.attention.placing import Placer
+from worker.engine.block_tables import BlockTables
+from worker.engine.gather import Gatherer, Gathering
+from worker.engine.plan import Span
+from worker.engine.recollection import Choice, Recollection
+from worker.engine.representatives import Representatives
+from worker.engine.request import Request
+from worker.ids import BlockId
+from worker.tiers.moves import Content, Tier
+
+Lost = Callable[[int | None], None]
+"""Told the position from which on a request has to be computed again, what stood there being in no tier; None: the
+device has no room for it now."""
+
+
+class Views:
+    def __init__(
+        self,
+        tables: BlockTables,
+        gatherer: Gatherer,
+        placer: Placer,
+        representatives: Representatives,
+        *,
+        block_tokens: int,
+        num_layers: int,
+    ) -> None:
+        self._tables = tables
+        self._gatherer = gatherer
+        self._placer = placer
+        self._representatives = representatives
+        self._block_tokens = block_tokens
+        self._num_layers = num_layers
+
+    @property
+    def is_busy(self) -> bool:
+        return self._gatherer.is_busy
+
+    def advance(self, now_s: float) -> None:
+        self._gatherer.advance(now_s)
+
+    def fill(self, request: Request, ready: Callable[[Mapping[int, Tier], int], None], lost: Lost) -> None:
+        """Put the epoch before in front of a request's own, and get to know what is gone.
+
+        `ready` is told which blocks were read and from where, and how many bytes were restored.
+        """
+        beyond = request.beyond
+        assert beyond is not None
+        carry = self._indices(beyond.epochs.carried(request.epoch))
+
+        def use(held: Mapping[int, BlockId]) -> None:
+            for index, block in held.items():
+                if index in carry:
+                    self._carry(request, index, block)
+                self._represent(request, index, block)
+
+        def done(gathering: Gathering) -> None:
+            if self._has_lost(gathering, lost):
+                return
+            self._recollect(request)
+            ready({index: tier for index, tier in gathering.found.items() if index in carry}, gathering.restored_bytes)
+
+        gone = self._indices(beyond.epochs.gone(request.epoch)) if beyond.chooses else ()
+        unknown = [index for index in gone if self._representatives.find(request.name_of(index)) is None]
+        self._gather(request, [*unknown, *carry], use, done)
+
+    def roll(self, request: Request) -> bool:
+        """Go on to the next epoch: what was the request's own is carried from now on. False where there is no room."""
+        beyond = request.beyond
+        assert beyond is not None
+        epochs, size = beyond.epochs, self._block_tokens
+        num_sinks, first = epochs.sink_tokens // size, epochs.first_place // size
+        was = request.table
+        if request.epoch == 0:
+            fresh = self._tables.take(first - num_sinks)
+            if fresh is None:
+                return False
+            table = [*was[:num_sinks], *fresh]
+        else:
+            table = was[:first]
+        own = {index: request.block_of(index) for index in self._indices(Span(*_own(request)))}
+        leaving = was[num_sinks:] if request.epoch == 0 else was[first:]
+        request.epoch += 1
+        request.table = table
+        for index, block in own.items():
+            if index >= num_sinks:
+                self._represent(request, index, block)
+            if index in self._indices(epochs.carried(request.epoch)):
+                self._carry(request, index, block)
+        self._tables.let_go(leaving)
+        return True
+
+    def know(self, request: Request, ready: Callable[[], None], lost: Lost) -> None:
+        """Get to know what is gone since the request went on to its epoch."""
+        beyond = request.beyond
+        assert beyond is not None
+        if not beyond.chooses:
+            ready()
+            return
+        gone = self._indices(beyond.epochs.gone(request.epoch))
+        unknown = [index for index in gone if self._representatives.find(request.name_of(index)) is None]
+
+        def use(held: Mapping[int, BlockId]) -> None:
+            for index, block in held.items():
+                self._represent(request, index, block)
+
+        def done(gathering: Gathering) -> None:
+            if self._has_lost(gathering, lost):
+                return
+            self._recollect(request)
+            ready()
+
+        self._gather(request, unknown, use, done)
+
+    def recall(self, request: Request, choice: Choice, ready: Callable[[], None], lost: Lost) -> None:
+        """Put what was chosen where it is attended to; what stands there already stays."""
+        beyond = request.beyond
+        assert beyond is not None
+        unit, was = beyond.epochs.unit_tokens, request.recalled
+        moves: dict[int, list[tuple[int, int, int]]] = {}
+        for layer, units in enumerate(choice):
+            for slot, number in enumerate(units):
+                if was is None or was[layer][slot] != number:
+                    moves.setdefault(number * unit // self._block_tokens, []).append((layer, slot, number))
+        request.recalled = None  # half of it, until all is there
+
+        def use(held: Mapping[int, BlockId]) -> None:
+            self._place(request, held, (move for index in held for move in moves[index]))
+
+        def done(gathering: Gathering) -> None:
+            if self._has_lost(gathering, lost):
+                return
+            request.recalled = choice
+            ready()
+
+        self._gather(request, sorted(moves), use, done)
+
+    def latest(self, request: Request) -> Choice:
+        """What is recalled before anything is asked for."""
+        beyond = request.beyond
+        assert beyond is not None
+        recent, unit = beyond.epochs.recent(request.epoch), beyond.epochs.unit_tokens
+        return [list(range(recent.start // unit, recent.end // unit)) for _ in range(self._num_layers)]
+
+    def hear(self, request: Request, position: int) -> Callable[[int, torch.Tensor], None]:
+        """What the queries of a chunk are told to that begins at `position`."""
+        recollection, place = request.recollection, request.place_of(position)
+        assert recollection is not None
+        return lambda layer, queries: recollection.hear(layer, position, self._placer.undo(queries, place))
+
+    def _has_lost(self, gathering: Gathering, lost: Lost) -> bool:
+        if not gathering.missing and not gathering.has_no_room:
+            return False
+        lost(min(gathering.missing) * self._block_tokens if gathering.missing else None)
+        return True
+
+    def _gather(
+        self,
+        request: Request,
+        indices: Iterable[int],
+        use: Callable[[Mapping[int, BlockId]], None],
+        done: Callable[[Gathering], None],
+    ) -> None:
+        beyond = request.beyond
+        assert beyond is not None
+        wanted = {
+            index: Content(
+                request.name_of(index),
+                self._block_tokens,
+                beyond.epochs.place_of(index * self._block_tokens),
+                request.call.codec,
+                request.call.tenant,
+            )
+            for index in indices
+        }
+        request.relies_on |= {content.name for content in wanted.values()}
+        gathering = self._gatherer.gather(wanted, use, done)
+        if not gathering.is_over:  # else the request may have begun to gather something else by now
+            request.gathering = gathering
+
+    def _recollect(self, request: Request) -> None:
+        """Add what is gone to what may be recalled."""
+        beyond = request.beyond
+        assert beyond is not None
+        if not beyond.chooses:
+            return
+        epochs, size = beyond.epochs, self._block_tokens
+        if request.recollection is None:
+            request.recollection = Recollection(epochs.sink_tokens // epochs.unit_tokens, self._num_layers)
+        known = request.recollection.next_unit * epochs.unit_tokens // size
+        for index in range(known, epochs.gone(request.epoch).end // size):
+            made = self._representatives.find(request.name_of(index))
+            assert made is not None, "what is gone was just made known"
+            request.recollection.add(made)
+
+    def _represent(self, request: Request, index: int, block: BlockId) -> None:
+        beyond, size = request.beyond, self._block_tokens
+        assert beyond is not None
+        name = request.name_of(index)
+        if beyond.chooses and self._representatives.find(name) is None:
+            places = beyond.epochs.place_of(index * size) + np.arange(size)
+            self._representatives.keep(name, self._placer.unturned(self._slots(block), places))
+
+    def _carry(self, request: Request, index: int, block: BlockId) -> None:
+        beyond = request.beyond
+        assert beyond is not None
+        target = request.block_of(index)
+        self._placer.place(self._slots(block), self._slots(target), -beyond.epochs.epoch_tokens)
+
+    def _place(self, request: Request, held: Mapping[int, BlockId], moves: Iterable[tuple[int, int, int]]) -> None:
+        """Copy (layer, slot, unit) each to its slot, layer by layer."""
+        beyond = request.beyond
+        assert beyond is not None
+        epochs, size, unit = beyond.epochs, self._block_tokens, beyond.epochs.unit_tokens
+        by_layer: dict[int, list[tuple[int, int]]] = {}
+        for layer, slot, number in moves:
+            by_layer.setdefault(layer, []).append((slot, number))
+        within = np.arange(unit)
+        for layer, pairs in by_layer.items():
+            slots, numbers = np.array(pairs).T
+            source = np.array([held[number * unit // size] for number in numbers]) * size + numbers * unit % size
+            places = epochs.sink_tokens + slots * unit
+            target = np.array([request.table[place // size] for place in places]) * size + places % size
+            turned_by = places - np.array([epochs.place_of(int(number) * unit) for number in numbers])
+            self._placer.place(
+                (source[:, None] + within).ravel(),
+                (target[:, None] + within).ravel(),
+                np.repeat(turned_by, unit),
+                layer,
+            )
+
+    def _slots(self, block: BlockId) -> npt.NDArray[np.int64]:
+        return block * self._block_tokens + np.arange(self._block_tokens)
+
+    def _indices(self, span: Span) -> range:
+        return range(span.start // self._block_tokens, span.end // self._block_tokens)
+
+
+def _own(request: Request) -> tuple[int, int]:
+    """The tokens of a request's epoch, which are all there."""
+    assert request.beyond is not None
+    epochs = request.beyond.epochs
+    return epochs.start_of(request.epoch), epochs.end_of(request.epoch)
