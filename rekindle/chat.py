@@ -1,6 +1,6 @@
 """A conversation in the terminal: replies as they are generated, and after each turn where its prompt came from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -19,10 +19,13 @@ _HELP = """\
 
 
 class Chat:
-    """One user, one session at a time. Sessions are created with `codec`; `sampling` goes along with every turn."""
+    """One user, one session at a time. Sessions are created with `settings`; `sampling` goes along with every turn."""
 
-    def __init__(self, client: Client, console: Console, *, codec: str = "", **sampling: Any) -> None:
-        self._client, self._console, self._codec, self._sampling = client, console, codec, sampling
+    def __init__(
+        self, client: Client, console: Console, settings: Mapping[str, Any] | None = None, **sampling: Any
+    ) -> None:
+        """`settings` are what `Client.create_session` takes."""
+        self._client, self._console, self._settings, self._sampling = client, console, settings or {}, sampling
         self._commands: dict[str, Callable[[str], None]] = {
             "/fork": self._fork,
             "/park": self._park,
@@ -93,7 +96,7 @@ class Chat:
         return self._client.get_session(session_id, user_is_typing=True)  # whoever comes back will say something
 
     def _create(self, session_id: str = "") -> Any:
-        return self._client.create_session(session_id, codec=self._codec)
+        return self._client.create_session(session_id, **self._settings)
 
     def _show_session(self, session: Any) -> None:
         self.session_id = session.session_id

@@ -15,9 +15,10 @@ from cyclopts import App, Group, Parameter
 from cyclopts.config import Env, Toml
 from cyclopts.validators import Path as PathValidator
 
-from rekindle.cli_connection import AsJson, Connection, print_answer
+from rekindle.cli_connection import AsJson, Banks, Connection, ContextPolicy, attachments, print_answer
 from rekindle.cli_keys import keys_app
 from rekindle.cli_measure import bench_app, eval_app
+from rekindle.cli_memory import memory_app
 from rekindle.cli_sessions import sessions_app
 from rekindle.cli_tenants import tenants_app
 from rekindle.settings import Settings, all_settings
@@ -53,6 +54,7 @@ def make_app() -> App:
     app.command(chat)
     app.command(demo)
     app.command(sessions_app())
+    app.command(memory_app())
     app.command(keys_app())
     app.command(tenants_app())
     app.command(stats)
@@ -139,6 +141,8 @@ def chat(
     temperature: float = 0.0,
     seed: int | None = None,
     codec: str = "",
+    context_policy: ContextPolicy = "error",
+    banks: Banks = (),
     connection: Connection = Connection(),
 ) -> None:
     """Talk with the model. After each turn it says where the prompt's cache came from.
@@ -155,7 +159,7 @@ def chat(
         Equal seeds give equal replies.
     codec
         How a new conversation's cache is kept: raw, lossless, int8, k8v4, int4 or ladder; by default as the server
-        says.
+        says. (Context policy and banks are a new conversation's, too.)
     """
     from rich.console import Console
 
@@ -163,7 +167,8 @@ def chat(
 
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     with connection.open() as client:
-        Chat(client, Console(), codec=codec, **sampling).run(session_id, lambda: input("> "))
+        settings = {"codec": codec, "context_policy": context_policy, "banks": attachments(banks)}
+        Chat(client, Console(), settings, **sampling).run(session_id, lambda: input("> "))
 
 
 def demo(*, as_json: AsJson = False) -> int:

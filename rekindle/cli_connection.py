@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -12,6 +12,34 @@ if TYPE_CHECKING:
     from rekindle.sync_client import Client
 
 AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON object.")]
+
+
+Banks = Annotated[
+    tuple[str, ...],
+    Parameter(
+        "--bank",
+        negative="",
+        help="A bank that its turns read from and write to; NAME:read or NAME:write for one "
+        "of the two. Can be given again.",
+    ),
+]
+ContextPolicy = Annotated[
+    Literal["error", "window", "recall"],
+    Parameter(
+        help="What becomes of it beyond the model's window: error, window (the latest is attended to) or recall "
+        "(and what of the rest matters)."
+    ),
+]
+_ACCESSES = ("read", "write")
+
+
+def attachments(banks: tuple[str, ...]) -> dict[str, str]:
+    """Access by bank, of NAME, NAME:read and NAME:write."""
+    split = (bank.rpartition(":") for bank in banks)
+    return {
+        name if access in _ACCESSES else f"{name}{colon}{access}": access if access in _ACCESSES else "read_write"
+        for name, colon, access in split
+    }
 
 
 @Parameter(name="*")

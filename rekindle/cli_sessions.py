@@ -2,14 +2,75 @@
 
 from cyclopts import App
 
-from rekindle.cli_connection import AsJson, Connection, print_answer, print_message
+from rekindle.cli_connection import (
+    AsJson,
+    Banks,
+    Connection,
+    ContextPolicy,
+    attachments,
+    print_answer,
+    print_message,
+)
 
 
 def sessions_app() -> App:
-    app = App(name="sessions", help="List, show, fork, park, warm and remove conversations.")
-    for command in (ls, show, fork, park, warm, rm):
+    app = App(name="sessions", help="Create, list, show, fork, park, warm and remove conversations.")
+    for command in (create, ls, show, attach, fork, park, warm, rm):
         app.command(command)
     return app
+
+
+def create(
+    session_id: str = "",
+    /,
+    *,
+    ttl_s: int = 0,
+    pinned: bool = False,
+    codec: str = "",
+    context_policy: ContextPolicy = "error",
+    banks: Banks = (),
+    as_json: AsJson = False,
+    connection: Connection = Connection(),
+) -> None:
+    """Create a conversation. Without a name, the server makes one up.
+
+    Parameters
+    ----------
+    ttl_s
+        Seconds without use after which it goes; 0: as the server says.
+    pinned
+        Keep it, and its cache in Redis, for ever.
+    codec
+        How its cache is kept: raw, lossless, int8, k8v4, int4 or ladder; by default as the server says.
+    """
+    from rekindle.display import session_table
+
+    with connection.open() as client:
+        session = client.create_session(
+            session_id,
+            ttl_s=ttl_s,
+            pinned=pinned,
+            codec=codec,
+            context_policy=context_policy,
+            banks=attachments(banks),
+        )
+    print_answer(session_table(session), session, as_json)
+
+
+def attach(
+    session_id: str,
+    /,
+    *,
+    banks: Banks = (),
+    as_json: AsJson = False,
+    connection: Connection = Connection(),
+) -> None:
+    """Attach these banks to a conversation, instead of those that it has; none takes all away."""
+    from rekindle.display import session_table
+
+    with connection.open() as client:
+        session = client.update_session(session_id, banks=attachments(banks))
+    print_answer(session_table(session), session, as_json)
 
 
 def ls(*, as_json: AsJson = False, connection: Connection = Connection()) -> None:

@@ -18,6 +18,8 @@ def to_dict(message: Message) -> dict[str, Any]:
 
 
 def _plain(field: Any, value: Any) -> Any:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        return dict(value)
     if field.is_repeated:
         return [_plain_one(field, item) for item in value]
     return _plain_one(field, value)
@@ -60,6 +62,9 @@ def receipt_line(finished: pb.Finished) -> str:
     parts = [f"prompt of {usage.prompt_tokens} tokens: {' + '.join(sources)}"]
     if receipt.restored_bytes:
         parts.append(f"restored {size(receipt.restored_bytes)} in {receipt.restore_ms:.1f} ms")
+    if receipt.memories:
+        banks = ", ".join(sorted({source.bank for source in receipt.memories}))
+        parts.append(f"{len(receipt.memories)} memories from {banks}")
     if receipt.HasField("plan"):
         parts.append(_plan(receipt.plan))
     parts.append(f"first token after {receipt.ttft_ms:.0f} ms")
@@ -105,6 +110,12 @@ def session_table(session: pb.Session) -> Table:
     table.add_row("last used", when(session.last_used_ms))
     table.add_row("kept", _kept(session))
     table.add_row("codec", session.codec)
+    table.add_row(
+        "beyond the window", pb.ContextPolicy.Name(session.context_policy).removeprefix("CONTEXT_POLICY_").lower()
+    )
+    for attached in session.banks:
+        access = pb.BankAccess.Name(attached.access).removeprefix("BANK_ACCESS_").lower().replace("_", " and ")
+        table.add_row(f"bank {attached.bank}", access)
     table.add_row("model", session.model or "none yet")
     return table
 

@@ -217,7 +217,7 @@ def chat(
         return line
 
     with Client(address) as client:
-        talk = Chat(client, console_type(file=shown, width=200), codec=codec, max_new_tokens=2, seed=None)
+        talk = Chat(client, console_type(file=shown, width=200), {"codec": codec}, max_new_tokens=2, seed=None)
         talk.run(session_id, read_line)
     return shown.getvalue(), talk.session_id
 

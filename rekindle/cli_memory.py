@@ -1,0 +1,327 @@
+"""`rekindle memory`: banks of knowledge. Quick to import: no gRPC."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+from cyclopts.validators import Path as PathValidator
+
+from rekindle.cli_connection import AsJson, Connection, print_answer, print_message
+
+if TYPE_CHECKING:
+    from protos import rekindle_memory_pb2 as mpb
+
+Metadata = Annotated[dict[str, str] | None, Parameter(help="Pairs, as --metadata.KEY VALUE.")]
+File = Annotated[Path, Parameter(validator=PathValidator(exists=True, dir_okay=False))]
+_BATCH_BYTES = 16 << 20
+_BATCH_DOCUMENTS = 100
+_PIECE_BYTES = 1 << 20
+
+
+def memory_app() -> App:
+    app = App(name="memory", help="Keep banks of knowledge, which conversations read from and write to.")
+    for command in (create, show, remember, put, recall, forget, export, reembed, delete):
+        app.command(command)
+    app.command(list_, name="list")
+    app.command(import_, name="import")
+    return app
+
+
+def create(
+    bank: str,
+    /,
+    *,
+    description: str = "",
+    chunk_tokens: int | None = None,
+    overlap_tokens: int | None = None,
+    relevance_weight: float | None = None,
+    recency_weight: float | None = None,
+    importance_weight: float | None = None,
+    diversity: float | None = None,
+    read_tokens: int | None = None,
+    read_entries: int | None = None,
+    delete_after_s: int | None = None,
+    as_json: AsJson = False,
+    connection: Connection = Connection(),
+) -> None:
+    """Make a bank.
+
+    Parameters
+    ----------
+    chunk_tokens
+        Of documents, in the embedding model's tokens (128).
+    overlap_tokens
+        How many of them a chunk repeats of the one before (16).
+    relevance_weight
+        What being about the query weighs in a score (1).
+    recency_weight
+        What having been said or recalled lately weighs in a score (0.25).
+    importance_weight
+        What an entry's importance weighs in a score (0.25).
+    diversity
+        1 looks at the score alone, 0 at the difference from what is chosen already (0.7).
+    read_tokens
+        What is put in front of a turn at most, in the served model's tokens (512).
+    read_entries
+        The same, in entries (8).
+    delete_after_s
+        Entries that were not recalled for so long are deleted (0: never).
+    """
+    settings = {
+        "chunk_tokens": chunk_tokens,
+        "overlap_tokens": overlap_tokens,
+        "relevance_weight": relevance_weight,
+        "recency_weight": recency_weight,
+        "importance_weight": importance_weight,
+        "diversity": diversity,
+        "read_tokens": read_tokens,
+        "read_entries": read_entries,
+        "delete_after_s": delete_after_s,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    with connection.open() as client:
+        _print_bank(client.memory.create_bank(bank, description=description, **given), as_json)
+
+
+def show(bank: str, /, *, as_json: AsJson = False, connection: Connection = Connection()) -> None:
+    """Show a bank: what it has, and its settings."""
+    with connection.open() as client:
+        _print_bank(client.memory.get_bank(bank), as_json)
+
+
+def list_(*, as_json: AsJson = False, connection: Connection = Connection()) -> None:
+    """List the banks, by name."""
+    from rekindle.display_memory import banks_table
+
+    with connection.open() as client:
+        banks = list(client.memory.list_banks())
+    print_answer(banks_table(banks), banks, as_json)
+
+
+def delete(bank: str, /, *, connection: Connection = Connection()) -> None:
+    """Delete a bank with all that is in it."""
+    with connection.open() as client:
+        print(f"{client.memory.delete_bank(bank)} entries deleted")
+
+
+def remember(
+    bank: str,
+    text: str,
+    /,
+    *,
+    metadata: Metadata = None,
+    importance: float | None = None,
+    supersedes: tuple[str, ...] = (),
+    as_json: AsJson = False,
+    connection: Connection = Connection(),
+) -> None:
+    """Add one entry. One that is there already stays as it is.
+
+    Parameters
+    ----------
+    importance
+        0 to 1 (0.5).
+    supersedes
+        Ids of entries that this one corrects.
+    """
+    with connection.open() as client:
+        entry = client.memory.remember(bank, text, metadata=metadata, importance=importance, supersedes=supersedes)
+        print_message(entry, as_json)
+
+
+def put(
+    bank: str,
+    /,
+    *files: File,
+    metadata: Metadata = None,
+    importance: float | None = None,
+    connection: Connection = Connection(),
+) -> None:
+    """Put text files into a bank, cut in chunks. A file whose content is there is left alone, one that has changed
+    takes the place of what was there under its name.
+
+    Parameters
+    ----------
+    importance
+        0 to 1 (0.5).
+    """
+    from rekindle.display_memory import progress_bar
+
+    if not files:
+        raise SystemExit("rekindle: name at least one file")
+    done = chunks = new_chunks = 0
+    with connection.open() as client, progress_bar("documents", len(files)) as advance:
+        for batch in _batches(files, dict(metadata or {}), importance):
+            for progress in client.memory.put_documents(bank, batch):
+                done, chunks, new_chunks = done + 1, chunks + progress.chunks, new_chunks + progress.new_chunks
+                advance(done)
+    print(f"{done} documents: {new_chunks} new chunks")
+
+
+def recall(
+    bank: str,
+    query: str,
+    /,
+    *,
+    k: int = 8,
+    metadata: Metadata = None,
+    document_id: str = "",
+    session_id: str = "",
+    with_superseded: bool = False,
+    peek: bool = False,
+    as_json: AsJson = False,
+    connection: Connection = Connection(),
+) -> None:
+    """Show the entries that matter most to a query, best first.
+
+    Parameters
+    ----------
+    k
+        How many, at most.
+    document_id
+        Of this document only.
+    session_id
+        Of this conversation only.
+    with_superseded
+        Also what later entries have corrected.
+    peek
+        Look, and leave no trace: what is shown is not remembered any better.
+    """
+    from rekindle.display_memory import recalled_table
+
+    with connection.open() as client:
+        where = _filter(metadata, document_id, session_id)
+        recalled = client.memory.recall(bank, query, k=k, where=where, with_superseded=with_superseded, peek=peek)
+    print_answer(recalled_table(recalled), list(recalled), as_json)
+
+
+def forget(
+    bank: str,
+    /,
+    *ids: str,
+    metadata: Metadata = None,
+    document_id: str = "",
+    session_id: str = "",
+    unused_for_s: int = 0,
+    connection: Connection = Connection(),
+) -> None:
+    """Delete entries for good: those of these ids, those that the options name together, and those unused for so long.
+
+    Parameters
+    ----------
+    document_id
+        Of this document.
+    session_id
+        Of this conversation.
+    unused_for_s
+        Neither recalled nor created for so many seconds.
+    """
+    with connection.open() as client:
+        where = _filter(metadata, document_id, session_id)
+        print(f"{client.memory.forget(bank, ids=ids, where=where, unused_for_s=unused_for_s)} entries deleted")
+
+
+def export(
+    bank: str,
+    /,
+    *,
+    to: Path | None = None,
+    with_vectors: bool = False,
+    connection: Connection = Connection(),
+) -> None:
+    """Write all entries as lines of JSON, oldest first.
+
+    Parameters
+    ----------
+    to
+        The file that they go to; without one, they are printed.
+    with_vectors
+        Also the embedding model's vectors, so that an import need not make them again.
+    """
+    with connection.open() as client:
+        pieces = client.memory.export_bank(bank, with_vectors=with_vectors)
+        if to is None:
+            for piece in pieces:
+                sys.stdout.write(piece.decode())
+            return
+        with to.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+
+
+def import_(bank: str, file: File, /, *, as_json: AsJson = False, connection: Connection = Connection()) -> None:
+    """Add the entries of a file of JSON lines, as `export` writes them. What is there already is left alone."""
+    from rekindle.display_memory import progress_bar
+
+    with connection.open() as client, progress_bar("bytes", file.stat().st_size) as advance:
+        imported = client.memory.import_bank(bank, _pieces(file, advance))
+    print_message(imported, as_json)
+
+
+def reembed(bank: str, /, *, connection: Connection = Connection()) -> None:
+    """Make all vectors of a bank anew, with the embedding model that the workers have now."""
+    from rekindle.display_memory import progress_bar
+
+    entries = 0
+    with connection.open() as client, progress_bar("entries", 0) as advance:
+        for progress in client.memory.reembed(bank):
+            entries = progress.entries_in_all
+            advance(progress.entries_done, entries)
+    print(f"{entries} entries have new vectors")
+
+
+def _print_bank(bank: Any, as_json: bool) -> None:
+    from rekindle.display_memory import bank_table
+
+    print_answer(bank_table(bank), bank, as_json)
+
+
+def _filter(metadata: dict[str, str] | None, document_id: str, session_id: str) -> Any:
+    """None where nothing is asked for."""
+    from protos import rekindle_memory_pb2 as mpb
+
+    if not (metadata or document_id or session_id):
+        return None
+    return mpb.EntryFilter(metadata=metadata, document_id=document_id, session_id=session_id)
+
+
+def _batches(
+    files: tuple[Path, ...], metadata: dict[str, str], importance: float | None
+) -> "Iterator[list[mpb.Document]]":
+    """Documents by the call that takes them: a message has its bounds."""
+    from protos import rekindle_memory_pb2 as mpb
+
+    batch: list[mpb.Document] = []
+    num_bytes = 0
+    for file in files:
+        text = _text_of(file)
+        if batch and (len(batch) == _BATCH_DOCUMENTS or num_bytes + len(text) > _BATCH_BYTES):
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(mpb.Document(id=_id_of(file), text=text, metadata=metadata, importance=importance))
+        num_bytes += len(text)
+    yield batch
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"rekindle: {file} is not UTF-8") from error
+
+
+def _id_of(file: Path) -> str:
+    """The file's path as it was given, in the characters that an id may have."""
+    path = file.as_posix().replace("/", ":")
+    return "".join(one if one.isascii() and (one.isalnum() or one in "._:-") else "_" for one in path)[-128:]
+
+
+def _pieces(file: Path, advance: Any) -> Iterator[bytes]:
+    done = 0
+    with file.open("rb") as lines:
+        while piece := lines.read(_PIECE_BYTES):
+            yield piece
+            done += len(piece)
+            advance(done)
