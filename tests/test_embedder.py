@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import BertConfig, BertModel
+from transformers import AutoModel, BertConfig, BertModel, MPNetConfig, Qwen3Config, T5Config
 
 import worker.model.embedder_files as embedder_files
 from worker.errors import ModelRefused
@@ -137,6 +137,36 @@ def test_a_plain_checkpoint_is_pooled_by_the_mean_and_reads_as_far_as_it_has_pos
     (directory / "modules.json").unlink()
     files = read(directory)
     assert (files.pooling, files.max_tokens, files.dim) == ("mean", 512, WIDTH)
+
+
+OTHERS = {
+    "encoder of two": T5Config(d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=30_522),
+    "causal": Qwen3Config(
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=30_522,
+    ),
+    "positions by padding": MPNetConfig(
+        hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=30_522
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_embed_too_and_padding_is_not_seen(tmp_path: Path, kind: str) -> None:
+    directory = saved(tmp_path, pooling_mode="lasttoken" if kind == "causal" else "mean")
+    (directory / "model.safetensors").unlink()
+    AutoModel.from_config(OTHERS[kind]).save_pretrained(directory)
+    embedder = Embedder(read(directory), CPU)
+    texts = ("one two", "three four five six seven eight nine ten", "eleven")
+    alone = np.concatenate([embed(embedder, text) for text in texts])
+    assert alone.shape == (3, WIDTH)
+    assert np.abs(embed(embedder, *texts) - alone).max() < 1e-5
+    assert alone[0] @ alone[2] < 0.9999
 
 
 def test_a_linear_layer_behind_the_pooling_is_applied(tmp_path: Path) -> None:

@@ -169,6 +169,18 @@ async def test_a_short_text_does_not_wait_for_a_long_one(stub: Any, model: Lette
     await long
 
 
+async def test_a_question_comes_before_texts_that_wait(stub: Any, model: LetterModel) -> None:
+    model.may_run.clear()
+    texts = [asyncio.create_task(_embed(stub, "x" * 16)) for _ in range(5)]
+    await asyncio.sleep(0.1)
+    question = stub.Embed(wpb.EmbedRequest(texts=["y?"], is_query=True))
+    await asyncio.sleep(0.1)
+    model.may_run.set()
+    await question
+    await asyncio.gather(*texts)
+    assert [2] in model.batches[:2], "not right after the batch that ran"
+
+
 async def test_cancelling_stops_after_the_batch_that_runs(stub: Any, model: LetterModel) -> None:
     model.may_run.clear()
     call = stub.Embed(wpb.EmbedRequest(texts=["x" * 800], chunk_tokens=8))

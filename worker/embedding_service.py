@@ -1,13 +1,13 @@
 """The worker's answers to Embed: texts checked, cut and embedded, a batch at a time, on a thread of their own.
 
-The model is loaded when it is first needed. Calls take turns by batches, so that a question needn't wait for a book.
+The model is loaded when it is first needed. Calls take turns by batches, and questions come first: a turn waits for
+them, and books take long.
 """
 
 import asyncio
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ from cache_store.errors import InvalidRequest
 from protos import rekindle_worker_pb2 as wpb
 from worker.chunks import Passage, Span
 from worker.errors import Overloaded
+from worker.one_thread import OneThread
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ _log = structlog.get_logger(__name__)
 
 
 class EmbedderLike(Protocol):
-    """A worker.model.embedder.Embedder."""
+    """A worker.model.embedder.Embedder. `passages` may be called from any thread, `vectors` from one."""
 
     @property
     def batch_tokens(self) -> int: ...
@@ -53,7 +54,7 @@ class EmbeddingService:
         self.dim = dim
         self._load = load
         self._embedder: EmbedderLike | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="embed")
+        self._thread = OneThread("embed")
         self._calls = 0
 
     async def embed(self, request: wpb.EmbedRequest) -> wpb.EmbedReply:
@@ -68,33 +69,32 @@ class EmbeddingService:
             self._calls -= 1
 
     async def _embed(self, request: wpb.EmbedRequest) -> wpb.EmbedReply:
-        embedder = await self._in_thread(self._loaded)
-        by_text = [
-            await self._in_thread(
-                partial(
-                    embedder.passages,
-                    text,
-                    chunk_tokens=request.chunk_tokens,
-                    overlap_tokens=request.overlap_tokens,
-                    is_query=request.is_query,
-                )
-            )
-            for text in request.texts
-        ]
+        embedder = self._embedder or await self._in_thread(self._loaded, urgent=request.is_query)
+        cut = partial(
+            embedder.passages,
+            chunk_tokens=request.chunk_tokens,
+            overlap_tokens=request.overlap_tokens,
+            is_query=request.is_query,
+        )
+        by_text = [await asyncio.to_thread(cut, text) for text in request.texts]
         passages = [passage for of_text in by_text for passage in of_text]
         vectors = np.empty((len(passages), self.dim), "<f4")
         for batch in batches([len(passage.token_ids) for passage in passages], embedder.batch_tokens):
-            vectors[batch] = await self._in_thread(partial(embedder.vectors, [passages[at] for at in batch]))
-        reply, rows = wpb.EmbedReply(embedder=self.name), iter(vectors)
+            compute = partial(embedder.vectors, [passages[at] for at in batch])
+            vectors[batch] = await self._in_thread(compute, urgent=request.is_query)
+        return self._reply(request, by_text, vectors)
+
+    def _reply(
+        self, request: wpb.EmbedRequest, by_text: Sequence[Sequence[Passage]], vectors: NDArray[np.float32]
+    ) -> wpb.EmbedReply:
+        reply, rows, is_whole = wpb.EmbedReply(embedder=self.name), iter(vectors), not request.chunk_tokens
         for text, of_text in zip(request.texts, by_text, strict=True):
-            is_whole = not request.chunk_tokens
-            chunks = [_chunk(text, passage.span, next(rows), is_whole=is_whole) for passage in of_text]
-            reply.texts.add(chunks=chunks)
+            reply.texts.add(chunks=[_chunk(text, at.span, next(rows), is_whole=is_whole) for at in of_text])
         return reply
 
     def close(self) -> None:
-        """Let the batch that runs end, and drop the rest."""
-        self._thread.shutdown(cancel_futures=True)
+        """Wait for the batch that runs. Every call must have ended."""
+        self._thread.close()
 
     def _loaded(self) -> EmbedderLike:
         if self._embedder is None:
@@ -103,8 +103,8 @@ class EmbeddingService:
             _log.info("embedding model loaded", embedder=self.name)
         return self._embedder
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    async def _in_thread(self, work: Callable[[], T], *, urgent: bool) -> T:
+        return await asyncio.wrap_future(self._thread.submit(work, urgent=urgent))
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

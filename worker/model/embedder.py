@@ -1,6 +1,7 @@
 """A sentence-embedding model: texts as passages of tokens, and passages as vectors of unit length.
 
-Used on one thread, and keeps to it: on a CPU it wakes none of the threads that compute the served model's steps.
+Vectors are made on one thread, which keeps to itself: on a CPU it wakes none of those that compute the served model's
+steps.
 """
 
 import json
@@ -107,6 +108,7 @@ def _load_transformer(files: EmbedderFiles) -> torch.nn.Module:
         raise ModelRefused(
             f"embedder: {files.transformer} lacks weights: {', '.join(missing[:5])} ({len(missing)} in all)"
         )
+    model.config.use_cache = False  # of keys and values, which nobody would read
     loaded: torch.nn.Module = model
     return loaded
 
