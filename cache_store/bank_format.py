@@ -104,6 +104,7 @@ class BankFormat:
                 embedding_dim=int(meta[b"dim"]),
                 version=int(meta[b"version"]),
                 incarnation=meta[b"incarnation"].decode(),
+                has_vector_set=meta.get(b"has_near") == b"1",
             )
             return self._with_about(record, meta[b"about"])
 

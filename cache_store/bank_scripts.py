@@ -2,7 +2,7 @@
 
 KEYS are those of `redis_banks.BankKeys`, in their order:
 
-meta          hash: incarnation, created_ms, about, embedder, dim, version, floor, next_embedder
+meta          hash: incarnation, created_ms, about, embedder, dim, version, floor, next_embedder, has_near
 entries       hash: what was written, by id; also what is staged
 vectors       hash: by id
 changes       sorted set: each id that is or was in sight, by the version that changed it last
@@ -14,6 +14,7 @@ documents     hash: a digest and the ids of chunks, 32 characters each, by a nam
 staged        sorted set: ids that are not in sight yet, by when they were put down
 recalls, last hashes: how often an entry was recalled, and when last
 next_vectors  hash: those of an embedder that the bank is to have
+near          vector set: what is in sight, where the bank was made with one; next_near is of next_vectors
 
 ARGV[1] is the incarnation that is meant, or empty. Answers begin with OK or with what was wrong.
 """
@@ -27,7 +28,7 @@ _MOST_GONE: Final = 10_000
 _COMMON = (
     """
 local meta, entries, vectors, changes, gone, superseded, losers = unpack(KEYS, 1, 7)
-local documents, staged, recalls, last, next_vectors = unpack(KEYS, 8, 12)
+local documents, staged, recalls, last, next_vectors, near, next_near = unpack(KEYS, 8, 14)
 local incarnation = redis.call('HGET', meta, 'incarnation')
 if not incarnation or (ARGV[1] ~= '' and ARGV[1] ~= incarnation) then return {'MISSING'} end
 
@@ -51,7 +52,15 @@ local function lose(loser, winner)
   touch(loser)
 end
 
+local has_near = redis.call('HGET', meta, 'has_near') == '1'
+
+-- `value` is float32, little-endian, behind a byte that says that it is in the clear.
+local function place(set, id, value)
+  if has_near then redis.call('VADD', set, 'FP32', value:sub(2), id) end
+end
+
 local function show(id)
+  place(near, id, redis.call('HGET', vectors, id))
   redis.call('ZREM', staged, id)
   redis.call('ZREM', gone, id)
   touch(id)
@@ -63,6 +72,10 @@ local function drop(id)
   local heir, lost = redis.call('HGET', superseded, id), redis.call('HGET', losers, id) or ''
   redis.call('HDEL', superseded, id)
   redis.call('HDEL', losers, id)
+  if has_near then
+    redis.call('VREM', near, id)
+    redis.call('VREM', next_near, id)
+  end
   for at = 1, #lost, 32 do
     local loser = lost:sub(at, at + 31)
     if redis.call('HGET', superseded, loser) == id then
@@ -100,14 +113,15 @@ def _of_bank(body: str) -> Script:
     return script(_COMMON + body)
 
 
-# ARGV: -, then meta's fields and values.
+# ARGV: -, whether it is to have a vector set, if there are any, then meta's fields and values.
 CREATE = script("""
+local has_near = ARGV[2] == '1' and type(redis.pcall('VCARD', KEYS[13])) == 'number'
 if redis.call('EXISTS', KEYS[1]) == 1 then
   -- Our own, if the answer to the first try was lost.
-  return {redis.call('HGET', KEYS[1], 'incarnation') == ARGV[3] and 'OK' or 'EXISTS'}
+  return {redis.call('HGET', KEYS[1], 'incarnation') == ARGV[4] and 'OK' or 'EXISTS', has_near and 1 or 0}
 end
-redis.call('HSET', KEYS[1], unpack(ARGV, 2))
-return {'OK'}
+redis.call('HSET', KEYS[1], 'has_near', has_near and 1 or 0, unpack(ARGV, 3))
+return {'OK', has_near and 1 or 0}
 """)
 
 READ = _of_bank("return {'OK', record()}")
@@ -137,7 +151,10 @@ for at = 7 + 3 * num, #ARGV do
   if not known[ARGV[at]] and not in_sight(ARGV[at]) then missing[#missing + 1] = ARGV[at] end
 end
 if #missing > 1 then return missing end
-if num > 0 then redis.call('HSET', meta, 'embedder', ARGV[2], 'dim', ARGV[3]) end
+if num > 0 then
+  if has_near and redis.call('HGET', meta, 'embedder') ~= ARGV[2] then redis.call('UNLINK', near) end
+  redis.call('HSET', meta, 'embedder', ARGV[2], 'dim', ARGV[3])
+end
 for number = 1, num do
   local at = 4 + 3 * number
   if is_new[number] == 1 then
@@ -165,6 +182,7 @@ if refused then return refused end
 local new_ids = 0
 for at = 7, #ARGV, 3 do new_ids = new_ids + 1 - redis.call('HEXISTS', entries, ARGV[at]) end
 if new_ids > 0 and redis.call('HLEN', entries) + new_ids > tonumber(ARGV[4]) then return {'FULL'} end
+if has_near and redis.call('HGET', meta, 'embedder') ~= ARGV[2] then redis.call('UNLINK', near) end
 redis.call('HSET', meta, 'embedder', ARGV[2], 'dim', ARGV[3])
 for at = 7, #ARGV, 3 do
   local there = redis.call('HEXISTS', entries, ARGV[at]) == 1
@@ -306,7 +324,7 @@ return {'OK', removed}
 # ARGV: incarnation, embedder.
 BEGIN_REEMBED = _of_bank("""
 if redis.call('HGET', meta, 'next_embedder') ~= ARGV[2] then
-  redis.call('UNLINK', next_vectors)
+  redis.call('UNLINK', next_vectors, next_near)
   redis.call('HSET', meta, 'next_embedder', ARGV[2])
 end
 return {'OK'}
@@ -323,7 +341,10 @@ PUT_VECTORS = _of_bank(
     _NEXT
     + """
 for at = 3, #ARGV, 2 do
-  if in_sight(ARGV[at]) then redis.call('HSET', next_vectors, ARGV[at], ARGV[at + 1]) end
+  if in_sight(ARGV[at]) then
+    redis.call('HSET', next_vectors, ARGV[at], ARGV[at + 1])
+    place(next_near, ARGV[at], ARGV[at + 1])
+  end
 end
 return {'OK'}
 """
@@ -337,8 +358,9 @@ FINISH_REEMBED = _of_bank(
 if redis.call('HGET', meta, 'version') ~= ARGV[4] then return {'OK', 0} end
 redis.call('HDEL', meta, 'next_embedder')
 for _, id in ipairs(redis.call('ZRANGE', staged, 0, -1)) do redis.call('HDEL', entries, id) end
-redis.call('UNLINK', staged, vectors)
+redis.call('UNLINK', staged, vectors, near)
 if redis.call('EXISTS', next_vectors) == 1 then redis.call('RENAME', next_vectors, vectors) end
+if redis.call('EXISTS', next_near) == 1 then redis.call('RENAME', next_near, near) end
 redis.call('HSET', meta, 'embedder', ARGV[2], 'dim', ARGV[3])
 return {'OK', 1}
 """

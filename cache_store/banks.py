@@ -84,6 +84,8 @@ class BankRecord:
     """Counts changes."""
     incarnation: str = ""
     """By which a bank is told from an earlier one of the same name. The store's own."""
+    has_vector_set: bool = False
+    """Its store can say which entries are near a vector."""
 
     def check_embedder(self, embedder: str) -> None:
         """Raises EmbedderChanged, unless vectors of this embedding model can be compared with the bank's."""
@@ -265,6 +267,10 @@ class BankStore(Protocol):
 
     async def vectors(self, bank: BankRecord, ids: Sequence[str]) -> list[Vector | None]:
         """The same. Raises EmbedderChanged where the bank has another embedder by now."""
+        ...
+
+    async def near(self, bank: BankRecord, vector: Vector, most: int) -> list[str]:
+        """Ids of entries near the vector, nearly all of the nearest: of a bank that has a vector set."""
         ...
 
     async def uses(self, bank: BankRecord, ids: Sequence[str]) -> list[Use]: ...

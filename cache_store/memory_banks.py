@@ -194,6 +194,10 @@ class MemoryBanks:
         here.counted().check_embedder(bank.embedder)
         return [here.vectors.get(entry_id) for entry_id in ids]
 
+    async def near(self, bank: BankRecord, vector: Vector, most: int) -> list[str]:
+        vectors = self._same(bank).vectors
+        return sorted(vectors, key=lambda entry_id: -float(vectors[entry_id] @ vector))[:most]
+
     async def uses(self, bank: BankRecord, ids: Sequence[str]) -> list[Use]:
         here = self._same(bank)
         return [here.uses.get(entry_id, _NEVER) for entry_id in ids]

@@ -67,18 +67,28 @@ class BankKeys(NamedTuple):
     recalls: str
     last: str
     next_vectors: str
+    near: str
+    next_near: str
 
 
 class RedisBanks:
     """A `BankStore`. Every call ends within `timeout_s`."""
 
     def __init__(
-        self, client: Client, *, timeout_s: float, bank_format: BankFormat, now: Callable[[], float] = time.time
+        self,
+        client: Client,
+        *,
+        timeout_s: float,
+        bank_format: BankFormat,
+        vector_sets: bool = False,
+        now: Callable[[], float] = time.time,
     ) -> None:
+        """With `vector_sets` new banks get one, where the server has them: it keeps vectors in the clear."""
         self._client = client
         self._redis: Any = client.redis  # redis-py's own types don't agree with what its methods return
         self._asking = Asking(timeout_s)
         self._format = bank_format
+        self._vector_sets = vector_sets
         self._now = now
 
     def name_of(self, tenant: str, bank: str, *parts: str) -> str:
@@ -99,10 +109,11 @@ class RedisBanks:
             await self._redis.zadd(
                 _index_key(record.tenant), {_member(record): 0}
             )  # first: it is listed if it is there
-            status, *_ = await self._run(scripts.CREATE, record.tenant, record.name, "", *_flat(fields.items()))
+            args = [int(self._vector_sets), *_flat(fields.items())]
+            status, has_near = await self._run(scripts.CREATE, record.tenant, record.name, "", *args)
         if status == b"EXISTS":
             raise BankExists(f"bank {record.name} exists")
-        return record
+        return replace(record, has_vector_set=bool(has_near))
 
     async def get(self, tenant: str, name: str) -> BankRecord:
         [record] = await self._ask(scripts.READ, tenant, name, doing="read")
@@ -196,6 +207,12 @@ class RedisBanks:
         pairs = list(zip(ids, values, strict=True))
         read = self._format.read_vector
         return await _worked(len(pairs), lambda: [read(bank, one, value) if value else None for one, value in pairs])
+
+    async def near(self, bank: BankRecord, vector: Vector, most: int) -> list[str]:
+        key, packed = keys_of(bank.tenant, bank.name).near, vector.astype("<f4").tobytes()
+        async with self._asking(f"search bank {bank.name}"):
+            found = await self._redis.execute_command("VSIM", key, "FP32", packed, "COUNT", most)
+        return [entry_id.decode() for entry_id in found]
 
     async def uses(self, bank: BankRecord, ids: Sequence[str]) -> list[Use]:
         [flat] = await self._change(scripts.USES, bank, *ids)

@@ -101,7 +101,12 @@ class Application:
         return cls(
             config,
             records=open_records(config.redis_url, timeout_s=config.redis_timeout_s, keyring=keyring),
-            banks=open_banks(config.redis_url, timeout_s=config.redis_timeout_s, keyring=keyring),
+            banks=open_banks(
+                config.redis_url,
+                timeout_s=config.redis_timeout_s,
+                keyring=keyring,
+                vector_sets=config.bank_vector_sets,
+            ),
             directory=WorkerDirectory(
                 workers,
                 poll_s=config.worker_poll_s,

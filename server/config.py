@@ -73,6 +73,10 @@ class ServerConfig:
     bank_max_entries: int = 1_000_000
     """How many entries a bank may have."""
 
+    bank_vector_sets: bool = False
+    """Let Redis itself find what is near in large banks, where it can (Redis 8; not with master_keys). Otherwise front
+    ends do. Of banks made from then on. Each entry then takes Redis some 1 to 2 ms to keep."""
+
     memory_read_s: float = 2.0
     """How long a turn waits for what its session's banks know; what comes later is left out."""
 

@@ -92,10 +92,26 @@ class BankIndex:
             if row is not None:
                 self._columns["recalls"][row], self._columns["last_ms"][row] = use
 
-    def search(self, query: str, vector: Vector, where: EntryFilter, *, with_superseded: bool) -> Found:
-        """The most relevant entries by cosine and by BM25, both fused."""
+    def num_candidates(self, where: EntryFilter, *, with_superseded: bool) -> int:
+        """How many of the nearest somebody else may propose to `search`; 0: it needs none."""
         eligible = self._eligible(where, with_superseded=with_superseded)
-        nearest = self.vectors.nearest(vector, eligible, DEPTH)
+        return self.vectors.num_candidates(int(np.count_nonzero(eligible)), DEPTH)
+
+    def search(
+        self,
+        query: str,
+        vector: Vector,
+        where: EntryFilter,
+        *,
+        with_superseded: bool,
+        near: Sequence[str] | None = None,
+    ) -> Found:
+        """The most relevant entries by cosine and by BM25, both fused. `near` are ids that somebody else proposes."""
+        eligible = self._eligible(where, with_superseded=with_superseded)
+        proposed = None
+        if near is not None:
+            proposed = np.array([self._row_of[one] for one in near if one in self._row_of], np.intp)
+        nearest = self.vectors.nearest(vector, eligible, DEPTH, proposed)
         by_words = self._bm25.scores(query)
         ranked = scoring.best_first(np.where(eligible & (by_words > 0), by_words, -np.inf), DEPTH)
         rows = np.union1d(nearest, ranked)

@@ -35,7 +35,7 @@ class _Slot:
 class Indexes:
     def __init__(self, store: BankStore, *, max_bytes: int, exact_rows: int = EXACT_ROWS) -> None:
         """Beyond `max_bytes` the index that was used longest ago is dropped, if there is another one. A bank of more
-        than `exact_rows` gets a graph, built in the background."""
+        than `exact_rows` gets a graph, built in the background, unless its store searches."""
         self._store = store
         self._max_bytes = max_bytes
         self._exact_rows = exact_rows
@@ -68,7 +68,7 @@ class Indexes:
             self._slots[key] = slot  # again, if it was dropped while this waited
             self._slots.move_to_end(key)
             self._make_room()
-            if slot.index.vectors.lacks_graph and slot.building is None:
+            if slot.index.vectors.lacks_graph and slot.building is None and not bank.has_vector_set:
                 slot.building = asyncio.create_task(self._build(slot))
             yield Current(bank, slot.index)
 

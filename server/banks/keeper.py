@@ -205,7 +205,12 @@ class BankKeeper:
             bank.check_embedder(embedder)
             if not len(index):
                 return bank, []
-            found = await in_thread(lambda: index.search(text, vector, where, with_superseded=with_superseded))
+            near = None
+            if bank.has_vector_set and (most := index.num_candidates(where, with_superseded=with_superseded)):
+                near = await self._store.near(bank, vector, most)
+            found = await in_thread(
+                lambda: index.search(text, vector, where, with_superseded=with_superseded, near=near)
+            )
             uses = await self._uses.read(bank, found.ids)
             index.set_uses(dict(zip(found.ids, uses, strict=True)))
             return bank, index.ranked(bank, found, uses, k=k, now_ms=self._now_ms())

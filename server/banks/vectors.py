@@ -69,14 +69,23 @@ class Vectors:
             graph.add(self.matrix[len(graph) :])
         self._graph = graph
 
-    def nearest(self, query: Vector, eligible: NDArray[np.bool_], most: int) -> NDArray[np.intp]:
-        """Rows that are eligible, by cosine, the nearest first."""
+    def num_candidates(self, num_eligible: int, most: int) -> int:
+        """How many to have proposed, of all rows, to find so many of those that are eligible; 0: none are needed."""
+        if num_eligible <= self._exact_rows:
+            return 0
+        return min(self._num_rows, math.ceil(_MARGIN * most * self._num_rows / num_eligible))
+
+    def nearest(
+        self, query: Vector, eligible: NDArray[np.bool_], most: int, proposed: NDArray[np.intp] | None = None
+    ) -> NDArray[np.intp]:
+        """Rows that are eligible, by cosine, the nearest first. Candidates may be `proposed` by somebody else."""
         num_eligible = int(np.count_nonzero(eligible))
-        if self._graph is not None and num_eligible > self._exact_rows:
-            wanted = math.ceil(_MARGIN * most * self._num_rows / num_eligible)
-            near = self._graph.near(query, min(wanted, self._num_rows))
-            near = near[eligible[near]]
-            if len(near) >= most:  # else what is near is not eligible
+        candidates = self.num_candidates(num_eligible, most)
+        if proposed is None and self._graph is not None and candidates:
+            proposed = self._graph.near(query, candidates)
+        if proposed is not None:
+            near = proposed[eligible[proposed]]
+            if len(near) >= min(most, num_eligible):  # else what is near is not eligible
                 return self._by_cosine(query, np.sort(near), most)
         if 2 * num_eligible < self._num_rows:
             return self._by_cosine(query, np.flatnonzero(eligible), most)
