@@ -69,7 +69,9 @@ class EmbeddingService:
             self._calls -= 1
 
     async def _embed(self, request: wpb.EmbedRequest) -> wpb.EmbedReply:
-        embedder = self._embedder or await self._in_thread(self._loaded, urgent=request.is_query)
+        embedder = self._embedder
+        if embedder is None:
+            embedder = await self._in_thread(self._loaded, urgent=request.is_query)
         cut = partial(
             embedder.passages,
             chunk_tokens=request.chunk_tokens,
