@@ -21,7 +21,7 @@ from worker.errors import ModelRefused
 from worker.model.embedder_files import EmbedderFiles
 from worker.tiers.codecs.codec import beside_the_model
 
-_CPU_BATCH_TOKENS: Final = 1024
+_CPU_BATCH_TOKENS: Final = 512
 """Padded. A core is as fast with one passage as with many: batches are small, so that nobody waits long for a turn."""
 _CUDA_BATCH_TOKENS: Final = 32_768
 
