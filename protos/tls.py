@@ -53,6 +53,11 @@ class ServerTls:
         for path in (self.cert, self.key, self.client_ca):
             _read(path)
 
+    def stamps(self) -> list[tuple[int, int]]:
+        """What changes when a file does. Raises OSError."""
+        found = [Path(path).stat() for path in (self.cert, self.key, self.client_ca) if path]
+        return [(stat.st_mtime_ns, stat.st_ino) for stat in found]
+
 
 PLAIN_TEXT = ServerTls()
 
@@ -86,7 +91,7 @@ class _Certificate:
 
     def __init__(self, tls: ServerTls) -> None:
         self._tls = tls
-        self._stamps = self._look()
+        self._stamps = self._tls.stamps()
         self.credentials = grpc.dynamic_ssl_server_credentials(  # type: ignore[attr-defined]  # not in the stubs
             self._load(), self._renewed, require_client_authentication=bool(tls.client_ca)
         )
@@ -94,7 +99,7 @@ class _Certificate:
     def _renewed(self) -> Any:
         """What to show from now on, None for what was shown before. gRPC asks before every handshake."""
         try:
-            stamps = self._look()
+            stamps = self._tls.stamps()
             if stamps == self._stamps:
                 return None
             loaded, self._stamps = self._load(), stamps
@@ -109,12 +114,6 @@ class _Certificate:
         return grpc.ssl_server_certificate_configuration(  # type: ignore[attr-defined]
             [(key, cert)], root_certificates=_read(self._tls.client_ca)
         )
-
-    def _look(self) -> list[tuple[int, int]]:
-        """What changes when a file does."""
-        paths = (self._tls.cert, self._tls.key, self._tls.client_ca)
-        found = [Path(path).stat() for path in paths if path]
-        return [(stat.st_mtime_ns, stat.st_ino) for stat in found]
 
 
 def _read(path: str) -> bytes | None:

@@ -1,7 +1,7 @@
 """The composition root of the front end: from settings to a running server, and back to nothing."""
 
 import asyncio
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import grpc.aio
 import structlog
@@ -44,6 +44,10 @@ _UNWIND_S = 5.0
 _log = structlog.get_logger(__name__)
 
 
+if TYPE_CHECKING:
+    from server.http_app import HttpServer
+
+
 class Application:
     """A front end. `start`, then `drain`, then `aclose`; or `serve` for all three."""
 
@@ -83,11 +87,15 @@ class Application:
             default_codec=config.codec,
         )
         self._health = Health(records, directory, metrics, poll_s=config.worker_poll_s)
+        self._memory = MemoryService(self._banks, self._limits)
         self._server: grpc.aio.Server | None = None
+        self._http: HttpServer | None = None
         self.address = ""
         """host:port of the gRPC server, once started."""
         self.metrics_address = ""
         """host:port of the Prometheus endpoint, once started."""
+        self.http_address = ""
+        """host:port of the HTTP server, once started, if there is one."""
 
     @classmethod
     def build(cls, config: ServerConfig, workers: WorkerAddresses) -> Self:
@@ -127,6 +135,8 @@ class Application:
         metrics_port = self.metrics.serve(config.listen_host, config.metrics_port)
         self.address = f"{config.listen_host}:{port}"
         self.metrics_address = f"{config.listen_host}:{metrics_port}"
+        if config.http_port is not None:
+            await self._start_http(config.http_port)
         await self.directory.start()
         await self._leases.start()
         await self._holdings.start()
@@ -157,6 +167,9 @@ class Application:
             await self._server.stop(grace=None)
             await self._calls.drain(_UNWIND_S)  # cancelled calls still release their sessions
             self._server = None
+        if self._http is not None:
+            await self._http.aclose()
+            self._http = None
         await self._episodes.aclose()
         await self._sessions.aclose()
         await self._health.aclose()
@@ -167,6 +180,15 @@ class Application:
         await self._bank_store.aclose()
         await self._records.aclose()
         self.metrics.close()
+
+    async def _start_http(self, port: int) -> None:
+        from server.http_app import HttpServer  # a fifth of a second, where it is wanted
+        from server.http_memory import memory_routes
+
+        config = self._config
+        routes = memory_routes(self._memory, self._calls, self._identities, most_bytes=config.max_message_bytes)
+        self._http = HttpServer(routes, _own_tls(config))
+        self.http_address = f"{config.listen_host}:{await self._http.start(config.listen_host, port)}"
 
     def _make_server(self) -> grpc.aio.Server:
         config = self._config
@@ -184,8 +206,7 @@ class Application:
         pb_grpc.add_CacheServicer_to_server(cache, server)  # type: ignore[no-untyped-call]
         tenants = TenantsService(self._sessions, self._banks)
         pb_grpc.add_TenantsServicer_to_server(tenants, server)  # type: ignore[no-untyped-call]
-        memory = MemoryService(self._banks, self._limits)
-        mpb_grpc.add_MemoryServicer_to_server(memory, server)  # type: ignore[no-untyped-call]
+        mpb_grpc.add_MemoryServicer_to_server(self._memory, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         services = (*pb.DESCRIPTOR.services_by_name.values(), *mpb.DESCRIPTOR.services_by_name.values())
         ours = (service.full_name for service in services)

@@ -3,9 +3,10 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import grpc
@@ -14,7 +15,7 @@ import structlog
 from google.protobuf.message import DecodeError, Message
 
 from cache_store.errors import InvalidRequest
-from protos.status import abort
+from protos.status import Failure, abort
 from server.errors import ShuttingDown, TooManyStreams, Unauthenticated
 from server.identity import Caller, Identities, answer_for
 from server.metrics import FrontMetrics
@@ -91,36 +92,46 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             answer_for(caller)
-            async with self._accounted(method, context, tenant=caller.tenant, key=caller.key_id):
+            async with self.accounted(
+                method, partial(abort, context), ends_s=deadline_of(context), tenant=caller.tenant, key=caller.key_id
+            ):
                 return await behaviour(read(request), context)
 
         return answer
 
     def _counted(self, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
         async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            if self._streams >= self._max_streams:
-                raise TooManyStreams(f"{self._streams} streams are open, {self._max_streams} may be")
-            self._streams += 1
-            try:
+            with self.stream():
                 return await behaviour(request, context)
-            finally:
-                self._streams -= 1
 
         return answer
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Hold one of the streams that may be open at once. Raises TooManyStreams."""
+        if self._streams >= self._max_streams:
+            raise TooManyStreams(f"{self._streams} streams are open, {self._max_streams} may be")
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1
 
     def _refused(self, method: str, error: Unauthenticated) -> Any:
         """Answers without having received a message, be it one or many: 64 MiB of a stranger's are not read."""
 
         async def refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-            async with self._accounted(method, context):
+            async with self.accounted(method, partial(abort, context)):
                 raise error
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
     @asynccontextmanager
-    async def _accounted(
-        self, method: str, context: grpc.aio.ServicerContext[Any, Any], **bound: str
+    async def accounted(
+        self, method: str, fail: Callable[[Failure], Awaitable[None]], *, ends_s: float | None = None, **bound: str
     ) -> AsyncGenerator[None, None]:
+        """One call from its beginning to its end, by gRPC or HTTP. An error is said by `fail`. `ends_s` is its
+        deadline, of `time.monotonic()`; `bound` goes into its log lines."""
         call_id = uuid.uuid4().hex
         _request_id.set(call_id)  # each call is a task with a context of its own
         structlog.contextvars.bind_contextvars(request=call_id, method=method, **bound)
@@ -131,7 +142,6 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 raise ShuttingDown("this front end is shutting down")
             yield
         except asyncio.CancelledError:
-            ends_s = deadline_of(context)
             code = "CANCELLED" if ends_s is None or time.monotonic() < ends_s else "DEADLINE_EXCEEDED"
             raise
         except Exception as error:
@@ -141,7 +151,7 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 _log.info("call refused", code=code, error=str(error))
             else:
                 _log.error("call failed", code=code, exc_info=error)
-            await abort(context, failed)
+            await fail(failed)
         finally:
             self._leave(method, code)
 

@@ -27,6 +27,9 @@ class ServerConfig:
     metrics_port: int = 9464
     """Port of the Prometheus endpoint; 0 takes a free one."""
 
+    http_port: int | None = None
+    """Port of the HTTP server, which has banks of knowledge as JSON; 0 takes a free one. Without it there is none."""
+
     tls_cert: str = ""
     """PEM file with the certificate (and its chain) that clients are shown; a renewed one is taken up without a
     restart. Empty: plain text."""
@@ -136,11 +139,13 @@ class ServerConfig:
     """The least that is logged."""
 
     def __post_init__(self) -> None:
-        for name in ("port", "metrics_port"):
-            if not 0 <= getattr(self, name) <= 65_535:
-                raise ConfigError(f"{name} must be from 0 to 65535, got {getattr(self, name)}")
-        if self.port and self.port == self.metrics_port:
-            raise ConfigError(f"port and metrics_port must differ, both are {self.port}")
+        ports = {name: getattr(self, name) or 0 for name in ("port", "metrics_port", "http_port")}
+        for name, port in ports.items():
+            if not 0 <= port <= 65_535:
+                raise ConfigError(f"{name} must be from 0 to 65535, got {port}")
+            other = next(other for other, taken in ports.items() if taken == port)
+            if port and other != name:
+                raise ConfigError(f"{other} and {name} must differ, both are {port}")
         for name in (
             "bank_max_entries",
             "memory_read_s",

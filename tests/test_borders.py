@@ -44,6 +44,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "transformers": ("worker/", "models/", "benchmarks/"),
     "prometheus_client": ("server/metrics.py", "worker/metrics.py", "benchmarks/"),
     "jwt": ("server/tokens.py",),
+    "starlette": ("server/http_",),
+    "uvicorn": ("server/http_app.py",),
 }
 """Libraries, and the only places that know them."""
 
@@ -100,7 +102,7 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_the_front_ends_process_loads_neither_torch_nor_a_worker() -> None:
-    loaded = loaded_by("import server.app, server.ray_cluster, server.logs")
+    loaded = loaded_by("import server.app, server.http_memory, server.ray_cluster, server.logs")
     assert loaded & {"torch", "transformers", "worker"} == set()
 
 
