@@ -16,7 +16,7 @@ from server.errors import NoEmbedder, NoWorker, WorkerLost, WorkerRefused, Worke
 from server.status import failure_of
 from tests.fake_embedding import DIM, EMBEDDER, vector_of
 from tests.fake_worker import FakeWorker
-from worker.errors import Draining
+from worker.errors import Draining, ModelRefused
 
 WORDS = " ".join(f"word{number}" for number in range(30))
 
@@ -106,13 +106,17 @@ async def test_what_a_text_is_for_reaches_the_worker(workers: Workers, embedding
     assert request.is_query
 
 
-@pytest.mark.parametrize("loss", ["killed", "draining", "broken"])
+@pytest.mark.parametrize("loss", ["killed", "draining", "broken", "without its model"])
 async def test_another_worker_embeds_what_one_can_not(workers: Workers, embedding: Embedding, loss: str) -> None:
     unlucky = workers.by_id["0"]
     if loss == "killed":
         await unlucky.kill()
     else:
-        unlucky.refuse_with = Draining("leaving") if loss == "draining" else RuntimeError("out of memory")
+        unlucky.refuse_with = {
+            "draining": Draining("leaving"),
+            "broken": RuntimeError("out of memory"),
+            "without its model": ModelRefused("the disk is gone"),
+        }[loss]
     (chunks,) = (await embedding.embed([WORDS])).texts
     np.testing.assert_array_equal(chunks[0].vector, vector_of(WORDS))
 

@@ -1,6 +1,8 @@
 """A worker's Embed over real gRPC: around a scripted model, then the default one under a front end's Embedding."""
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -35,6 +37,8 @@ class LetterModel:
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
         """Lengths of the passages of each."""
+        self.niceness = 0
+        """Of the thread that computed the last one."""
         self.may_run = threading.Event()
         self.may_run.set()
 
@@ -46,6 +50,7 @@ class LetterModel:
 
     def vectors(self, passages: Sequence[Passage]) -> NDArray[np.float32]:
         assert self.may_run.wait(20)
+        self.niceness = os.getpriority(os.PRIO_PROCESS, 0)
         self.batches.append([len(passage.token_ids) for passage in passages])
         return np.array([[passage.token_ids[0], len(passage.token_ids)] for passage in passages], np.float32)
 
@@ -179,6 +184,15 @@ async def test_a_question_comes_before_texts_that_wait(stub: Any, model: LetterM
     await question
     await asyncio.gather(*texts)
     assert [2] in model.batches[:2], "not right after the batch that ran"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+async def test_where_cores_are_scarce_turns_come_before_embeddings(stub: Any, model: LetterModel) -> None:
+    await _embed(stub, "x")
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert model.niceness == min(own + 10, 19)
+    await _embed(stub, "y")
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 
 async def test_cancelling_stops_after_the_batch_that_runs(stub: Any, model: LetterModel) -> None:
