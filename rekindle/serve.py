@@ -39,7 +39,9 @@ async def _serve(settings: Settings, console: Console) -> None:
             front_end = system.front_end
             gc.collect()
             gc.freeze()  # from now on the collector looks for turns' garbage, and past what is here to stay
-            print(f"listening on {front_end.address}, metrics on http://{front_end.metrics_address}/", flush=True)
+            scheme = "https" if settings.server.tls_cert else "http"
+            http = f", HTTP on {scheme}://{front_end.http_address}/" if front_end.http_address else ""
+            print(f"listening on {front_end.address}{http}, metrics on http://{front_end.metrics_address}/", flush=True)
             await asyncio.Event().wait()  # until a signal
 
 

@@ -19,6 +19,7 @@ from protos import rekindle_pb2 as pb
 from protos import rekindle_pb2_grpc as pb_grpc
 from protos.tls import ServerTls, Tls, is_loopback, listen
 from server.banks.keeper import BankKeeper
+from server.banks.shared_questions import SharedQuestions
 from server.cache_service import CacheService
 from server.calls import Calls
 from server.config import ServerConfig
@@ -71,7 +72,7 @@ class Application:
         self._holdings = Holdings(directory)
         relay = Relay(directory, self._holdings, metrics, config)
         self._leases = Leases(records, lease_s=config.lease_s)
-        self._banks = BankKeeper(banks, Embedding(directory), max_entries=config.bank_max_entries)
+        self._banks = BankKeeper(banks, SharedQuestions(Embedding(directory)), max_entries=config.bank_max_entries)
         self._episodes = Episodes(self._banks, metrics)
         memories = Memories(self._banks, directory, metrics, read_s=config.memory_read_s)
         self._turns = Turns(self._leases, relay, memories, self._episodes, metrics)
@@ -142,7 +143,7 @@ class Application:
         await self._holdings.start()
         await self._health.start()
         await self._server.start()
-        _log.info("listening", address=self.address, metrics=self.metrics_address)
+        _log.info("listening", address=self.address, metrics=self.metrics_address, http=self.http_address)
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Start, serve until `stop` is set, then drain and close."""

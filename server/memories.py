@@ -100,7 +100,8 @@ class Memories:
             async with asyncio.timeout(until_s - time.monotonic()):
                 bank = await self._banks.get(record.tenant, name)
                 most = min(bank.settings.read_entries, _MOST_K)
-                if not (most and bank.settings.read_tokens):
+                if not (most and bank.settings.read_tokens and bank.entries):
+                    self._metrics.bank_read("empty")
                     return []
                 # What this session said itself is in its history, unless that is longer than the window.
                 own = "" if record.context_policy else record.session_id
