@@ -1,11 +1,9 @@
-"""What the front end counts, and the HTTP endpoint that shows it. Touched once a call, never once a token."""
+"""What the front end counts. Touched once a call, never once a token."""
 
-from threading import Thread
-from typing import Any
-
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from protos import rekindle_pb2 as pb
+from server.metrics_endpoint import MetricsEndpoint
 
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TPOT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -74,8 +72,7 @@ class FrontMetrics:
             "1 while Redis answers, so that sessions are served.",
             registry=self.registry,
         )
-        self._server: Any = None
-        self._thread: Thread | None = None
+        self._endpoint: MetricsEndpoint | None = None
 
     def call_began(self, method: str) -> None:
         self._in_flight.labels(method).inc()
@@ -139,15 +136,13 @@ class FrontMetrics:
 
     def serve(self, host: str, port: int) -> int:
         """Answer HTTP on a thread until `close`; return the port. Raises OSError where it is taken."""
-        self._server, self._thread = start_http_server(port, addr=host, registry=self.registry)
-        return int(self._server.server_port)
+        self._endpoint = MetricsEndpoint(self.registry, host, port)
+        return self._endpoint.port
 
     def close(self) -> None:
-        if self._thread is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
-            self._thread = None
+        if self._endpoint is not None:
+            self._endpoint.close()
+            self._endpoint = None
 
     def _count_for(self, tenant: str, tokens: Tokens, completion_tokens: int) -> None:
         is_new = tenant not in self._by_tenant

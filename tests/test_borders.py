@@ -42,7 +42,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "redis": ("cache_store/", "benchmarks/"),
     "torch": ("worker/", "models/", "benchmarks/"),
     "transformers": ("worker/", "models/", "benchmarks/"),
-    "prometheus_client": ("server/metrics.py", "worker/metrics.py", "benchmarks/"),
+    "prometheus_client": ("server/metrics.py", "server/metrics_endpoint.py", "worker/metrics.py", "benchmarks/"),
     "jwt": ("server/tokens.py",),
     "starlette": ("server/http_",),
     "uvicorn": ("server/http_app.py",),
