@@ -44,9 +44,9 @@ class BankSettings:
     overlap_tokens: int = 16
     """Of documents, in the embedder's tokens; how many of them a chunk repeats of the one before."""
     relevance_weight: float = 1.0
-    recency_weight: float = 0.25
+    recency_weight: float = 0.1
     importance_weight: float = 0.25
-    diversity: float = 0.7
+    diversity: float = 0.9
     """Maximal marginal relevance: 1 looks at the score alone, 0 at the difference from what is chosen already."""
     read_tokens: int = 512
     read_entries: int = 8

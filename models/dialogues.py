@@ -45,6 +45,9 @@ class Turn:
     """Of a question: the index of the turn in which the value was last said, by the user or in a reply."""
     corrected: bool = False
     """Of a question: whether the value was told differently before."""
+    told_turn: int | None = None
+    """Of a question or a correction: the index of the turn in which the user told the value that is asked for, or that
+    is corrected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,7 @@ class _Fact:
     """As the user says it: "my sister's dog"."""
     value: str
     said_turn: int
+    told_turn: int
     corrected: bool = False
     asked: bool = False
     """Since it was last told."""
@@ -155,7 +159,7 @@ class _Speaker:
 
     def _tell(self) -> Turn:
         kind, subject = self._new_subject()
-        fact = _Fact(kind, subject, self._value(kind, subject), self._number)
+        fact = _Fact(kind, subject, self._value(kind, subject), self._number, self._number)
         self._facts[subject] = self._latest = fact
         said = self._phrase(kind.tells, fact, slips=kind.owned)
         if self._random.random() < 0.3:
@@ -168,11 +172,11 @@ class _Speaker:
         before = fact.value
         while fact.value == before:
             fact.value = self._value(fact.kind, fact.subject)
+        told_turn, fact.told_turn = fact.told_turn, self._number
         fact.said_turn, fact.corrected, fact.asked = self._number, True, False
         self._latest = fact
-        return Turn(
-            self._careless(self._phrase(phrases, fact, slips=True)), f"Corrected: {_sentence(fact)}", Act.CORRECT
-        )
+        said = self._careless(self._phrase(phrases, fact, slips=True))
+        return Turn(said, f"Corrected: {_sentence(fact)}", Act.CORRECT, told_turn=told_turn)
 
     def _ask(self) -> Turn:
         facts = list(self._facts.values())
@@ -182,14 +186,15 @@ class _Speaker:
             facts = sorted(facts, key=lambda fact: fact.said_turn)[: -(-len(facts) // 4)]
         fact = self._random.choice(facts)
         said = self._question(fact)
-        turn = Turn(said, f"Let me see: {_sentence(fact)}", Act.ASK, fact.value, fact.said_turn, fact.corrected)
+        reply = f"Let me see: {_sentence(fact)}"
+        turn = Turn(said, reply, Act.ASK, fact.value, fact.said_turn, fact.corrected, fact.told_turn)
         fact.said_turn, fact.asked = self._number, True
         return turn
 
     def _ask_unknown(self) -> Turn:
         kind, subject = self._new_subject()
         reply = f"Let me see: {_yours(subject)}? I don't know, you haven't told me."
-        return Turn(self._question(_Fact(kind, subject, "", 0)), reply, Act.ASK_UNKNOWN)
+        return Turn(self._question(_Fact(kind, subject, "", 0, 0)), reply, Act.ASK_UNKNOWN)
 
     def _question(self, fact: _Fact) -> str:
         if self._random.random() < 0.5:

@@ -40,4 +40,9 @@ def eval_app() -> App:
         name="fidelity",
         help="What a conversation loses when its cache is parked and comes back, codec by codec.",
     )
+    evaluations.command(
+        "benchmarks.memory:evaluate",
+        name="memory",
+        help="How well what was said is found again: by words, by meaning, and as banks do it.",
+    )
     return evaluations

@@ -57,11 +57,11 @@ def create(
     relevance_weight
         What being about the query weighs in a score (1).
     recency_weight
-        What having been said or recalled lately weighs in a score (0.25).
+        What having been said or recalled lately weighs in a score (0.1).
     importance_weight
         What an entry's importance weighs in a score (0.25).
     diversity
-        1 looks at the score alone, 0 at the difference from what is chosen already (0.7).
+        1 looks at the score alone, 0 at the difference from what is chosen already (0.9).
     read_tokens
         What is put in front of a turn at most, in the served model's tokens (512).
     read_entries

@@ -150,7 +150,7 @@ _GROUPS = {
         "tenant_max_banks",
         "master_keys",
     ),
-    "Banks": ("bank_max_entries", "bank_vector_sets", "memory_read_s"),
+    "Banks": ("bank_max_entries", "bank_index_bytes", "bank_vector_sets", "memory_read_s"),
     "Batching": (
         "max_step_tokens",
         "max_prefill_tokens",

@@ -72,7 +72,12 @@ class Application:
         self._holdings = Holdings(directory)
         relay = Relay(directory, self._holdings, metrics, config)
         self._leases = Leases(records, lease_s=config.lease_s)
-        self._banks = BankKeeper(banks, SharedQuestions(Embedding(directory)), max_entries=config.bank_max_entries)
+        self._banks = BankKeeper(
+            banks,
+            SharedQuestions(Embedding(directory)),
+            max_entries=config.bank_max_entries,
+            max_index_bytes=config.bank_index_bytes,
+        )
         self._episodes = Episodes(self._banks, metrics)
         memories = Memories(self._banks, directory, metrics, read_s=config.memory_read_s)
         self._turns = Turns(self._leases, relay, memories, self._episodes, metrics)

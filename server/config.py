@@ -76,6 +76,10 @@ class ServerConfig:
     bank_max_entries: int = 1_000_000
     """How many entries a bank may have."""
 
+    bank_index_bytes: int = 2 << 30
+    """Memory for what is searched of banks. Beyond it, what was searched longest ago is dropped and read again when it
+    is needed; a larger bank is kept alone. 100,000 entries take some 250 MiB."""
+
     bank_vector_sets: bool = False
     """Let Redis itself find what is near in large banks, where it can (Redis 8; not with master_keys). Otherwise front
     ends do. Of banks made from then on. Each entry then takes Redis some 1 to 2 ms to keep."""
@@ -148,6 +152,7 @@ class ServerConfig:
                 raise ConfigError(f"{other} and {name} must differ, both are {port}")
         for name in (
             "bank_max_entries",
+            "bank_index_bytes",
             "memory_read_s",
             "redis_timeout_s",
             "lease_s",

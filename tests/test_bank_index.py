@@ -114,7 +114,7 @@ def test_a_search_finds_what_a_look_at_every_entry_finds(
         index.apply(changes(kept, [f"{number:032x}" for number in gone]))
     assert len(index) == len(there)
     query = vectors[7]
-    found = index.search("number 7", query, where, with_superseded=with_superseded)
+    found = index.search("number 7", query, where, with_superseded=with_superseded, k=50)
     expected = {
         one.id: float(vectors[number] @ query)
         for number, one in there.items()
@@ -135,7 +135,7 @@ def test_rows_of_what_is_gone_are_dropped_and_nothing_else_changes(monkeypatch: 
     other.apply(changes([Kept(entry(number), vectors[number]) for number in left], [], anew=True))
     assert len(index.vectors) == len(index) == len(left)
     for where in (EVERYTHING, EntryFilter(metadata={"rest": "2"}), EntryFilter(session_id="s")):
-        ours, theirs = (one.search("number 3", vectors[3], where, with_superseded=True) for one in (index, other))
+        ours, theirs = (one.search("number 3", vectors[3], where, k=9, with_superseded=True) for one in (index, other))
         assert ours.ids == theirs.ids
         np.testing.assert_allclose(ours.bm25, theirs.bm25)
         np.testing.assert_allclose(ours.relevance, theirs.relevance)
@@ -205,7 +205,7 @@ async def test_a_large_bank_gets_its_graph_in_the_background() -> None:
         while index.vectors.lacks_graph:  # noqa: ASYNC110 - nobody says when it is built
             await asyncio.sleep(0.01)
     async with indexes.current("t", "b") as (_, index):
-        found = index.search("", vectors[5], EVERYTHING, with_superseded=True)
+        found = index.search("", vectors[5], EVERYTHING, k=9, with_superseded=True)
     assert entry(5).id in found.ids
     await indexes.aclose()
 

@@ -98,7 +98,7 @@ def test_a_score_is_between_what_it_is_made_of(
 
 
 def test_importance_and_recency_decide_between_what_is_as_relevant() -> None:
-    settings = BankSettings()
+    settings = BankSettings(recency_weight=0.25, importance_weight=0.25)
     relevance = np.array([0.9, 0.9, 0.9])
     scores = score(settings, relevance, np.array([1.0, 0.2, 0.2]), np.array([0.5, 0.5, 1.0]))
     assert np.argsort(-scores).tolist() == [0, 2, 1]

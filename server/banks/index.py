@@ -18,8 +18,10 @@ from server.banks.vectors import EXACT_ROWS, Vectors
 
 Bools = NDArray[np.bool_]
 
-DEPTH: Final = 200
-"""How far down each of the two rankings entries are looked at."""
+_LEAST_DEPTH: Final = 20
+_MOST_DEPTH: Final = 200
+_DEPTH_PER_ENTRY: Final = 4
+"""How far down each of the two rankings entries are looked at, for each that is wanted."""
 _BYTES_PER_ROW: Final = 350
 """An id, its place in a dict, and numbers, beside vectors and words."""
 _BYTES_PER_TAG: Final = 250
@@ -92,10 +94,10 @@ class BankIndex:
             if row is not None:
                 self._columns["recalls"][row], self._columns["last_ms"][row] = use
 
-    def num_candidates(self, where: EntryFilter, *, with_superseded: bool) -> int:
+    def num_candidates(self, where: EntryFilter, *, k: int, with_superseded: bool) -> int:
         """How many of the nearest somebody else may propose to `search`; 0: it needs none."""
         eligible = self._eligible(where, with_superseded=with_superseded)
-        return self.vectors.num_candidates(int(np.count_nonzero(eligible)), DEPTH)
+        return self.vectors.num_candidates(int(np.count_nonzero(eligible)), _depth(k))
 
     def search(
         self,
@@ -103,19 +105,22 @@ class BankIndex:
         vector: Vector,
         where: EntryFilter,
         *,
+        k: int,
         with_superseded: bool,
         near: Sequence[str] | None = None,
     ) -> Found:
-        """The most relevant entries by cosine and by BM25, both fused. `near` are ids that somebody else proposes."""
+        """The most relevant entries by cosine and by BM25, both fused: enough to choose k of. `near` are ids that
+        somebody else proposes."""
+        depth = _depth(k)
         eligible = self._eligible(where, with_superseded=with_superseded)
         proposed = None
         if near is not None:
             proposed = np.array([self._row_of[one] for one in near if one in self._row_of], np.intp)
-        nearest = self.vectors.nearest(vector, eligible, DEPTH, proposed)
+        nearest = self.vectors.nearest(vector, eligible, depth, proposed)
         by_words = self._bm25.scores(query)
-        ranked = scoring.best_first(np.where(eligible & (by_words > 0), by_words, -np.inf), DEPTH)
+        ranked = scoring.best_first(np.where(eligible & (by_words > 0), by_words, -np.inf), depth)
         rows = np.union1d(nearest, ranked)
-        relevance = scoring.fused([np.searchsorted(rows, nearest), np.searchsorted(rows, ranked)], len(rows), DEPTH)
+        relevance = scoring.fused([np.searchsorted(rows, nearest), np.searchsorted(rows, ranked)], len(rows), depth)
         cosine = self.vectors.matrix[rows] @ vector
         return Found(rows, [self._ids[row] for row in rows], relevance, cosine, by_words[rows])
 
@@ -215,6 +220,10 @@ class Ranked(NamedTuple):
     use: Use
     made_of: tuple[float, float, float, float, float]
     """Score, cosine, BM25, relevance, retention."""
+
+
+def _depth(k: int) -> int:
+    return min(_MOST_DEPTH, max(_LEAST_DEPTH, _DEPTH_PER_ENTRY * k))
 
 
 def _column_of(entry: Entry) -> tuple[int | float | bool, ...]:

@@ -206,10 +206,10 @@ class BankKeeper:
             if not len(index):
                 return bank, []
             near = None
-            if bank.has_vector_set and (most := index.num_candidates(where, with_superseded=with_superseded)):
+            if bank.has_vector_set and (most := index.num_candidates(where, k=k, with_superseded=with_superseded)):
                 near = await self._store.near(bank, vector, most)
             found = await in_thread(
-                lambda: index.search(text, vector, where, with_superseded=with_superseded, near=near)
+                lambda: index.search(text, vector, where, k=k, with_superseded=with_superseded, near=near)
             )
             uses = await self._uses.read(bank, found.ids)
             index.set_uses(dict(zip(found.ids, uses, strict=True)))
