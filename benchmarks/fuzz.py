@@ -16,6 +16,7 @@ from google.protobuf.message_factory import GetMessageClass
 from benchmarks.chaos_parts import Deployment, deployment
 from benchmarks.fuzz_messages import Messages
 from benchmarks.harness import at_least, at_most, finish
+from protos import rekindle_memory_pb2 as mpb
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from protos.status import DETAILS_KEY
@@ -26,8 +27,8 @@ _AT_ONCE = 8
 _READ = 4
 """Responses of a stream that are waited for; then the caller hangs up."""
 _KEPT = 20
-_OFTEN, _OFTEN_TIMES = ("CreateSession", "Generate"), 3
-"""So that there are sessions, with turns, that the other methods can find."""
+_OFTEN, _OFTEN_TIMES = ("CreateSession", "Generate", "CreateBank", "Remember"), 3
+"""So that there are sessions with turns, and banks with entries, that the other methods can find."""
 _SPARE_DESCRIPTORS = 16
 _SPARE_BYTES = 64 << 20
 
@@ -41,6 +42,14 @@ class Answers:
     problems: list[str] = field(default_factory=list)
     """The first messages that met a bug, or whose answer was none: method, what came, and the message in hex."""
     num_problems: int = 0
+
+    def with_these(self, others: "Answers") -> "Answers":
+        return Answers(
+            self.by_status + others.by_status,
+            self.hung + others.hung,
+            (self.problems + others.problems)[:_KEPT],
+            self.num_problems + others.num_problems,
+        )
 
     def problem(self, method: str, what: str, message: bytes) -> None:
         self.num_problems += 1
@@ -84,7 +93,9 @@ async def _bombard(
     await fuzz(system.fronts[0].address, pb.DESCRIPTOR, messages=messages // 10, seed=seed + 1)  # warms what is lazy
     await fuzz(system.workers[0].address, wpb.DESCRIPTOR, messages=worker_messages // 10, seed=seed + 1, broken=False)
     before = {part.name: part.use() for part in system.parts}
-    front = await fuzz(system.fronts[0].address, pb.DESCRIPTOR, messages=messages, seed=seed)
+    front = await fuzz(system.fronts[0].address, pb.DESCRIPTOR, messages=messages * 4 // 5, seed=seed)
+    banks = await fuzz(system.fronts[0].address, mpb.DESCRIPTOR, messages=messages // 5, seed=seed)
+    front = front.with_these(banks)
     worker = await fuzz(system.workers[0].address, wpb.DESCRIPTOR, messages=worker_messages, seed=seed, broken=False)
     await asyncio.sleep(1.0)  # what was hung up on ends
     after = {part.name: part.use() for part in system.parts}

@@ -14,11 +14,12 @@ _FLOATS = (0.0, -0.0, 1.0, 0.5, -1.0, 2.5, 1e-45, 3e38, float("nan"), float("inf
 _STRINGS = ("", "x", "user", "raw", "ladder", "\0", "é🎉", "../..", "a b", "%s{}", "default", "<|end|>", "\ufffd" * 3)
 _LONG = 5000
 _DEPTH = 4
-_NEEDED = ("session_id", "text", "history", "tenant", "token_ids")
+_NEEDED = ("session_id", "text", "history", "tenant", "token_ids", "bank", "name", "query")
+_NAMES = ("session_id", "bank", "name")
 
 
 class Messages:
-    """`names` are what ids of sessions are drawn from, so that some of them exist."""
+    """`names` are what sessions and banks are called, so that some of them exist."""
 
     def __init__(self, chance: random.Random, names: Sequence[str]) -> None:
         self._random, self._names = chance, names
@@ -63,7 +64,10 @@ class Messages:
                 self._fill(getattr(message, field.name), depth - 1)
 
     def _append(self, values: Any, field: FieldDescriptor, depth: int) -> None:
-        if field.message_type is None:
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            key, value = field.message_type.fields
+            values[self._scalar(key)] = self._scalar(value)  # maps of this API have plain values
+        elif field.message_type is None:
             values.append(self._scalar(field))
         elif depth:
             self._fill(values.add(), depth - 1)
@@ -79,7 +83,7 @@ class Messages:
         draw = self._random.random()
         if field.type == FieldDescriptor.TYPE_BYTES:
             return self._random.randbytes(self._random.randrange(64))
-        if field.name.endswith("session_id") and draw < 0.9:
+        if field.name.endswith(_NAMES) and draw < 0.9:
             return self._random.choice(self._names)
         if draw < 0.02:
             return "long " * (_LONG // 5)
