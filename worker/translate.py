@@ -96,8 +96,12 @@ def call_of(
 
 
 def context_of(history: wpb.History) -> Context:
-    """What the session does beyond the window. Raises InvalidRequest for bounds that are none of its tokens."""
-    policy = ContextPolicy(history.context_policy or ContextPolicy.ERROR.value)
+    """What the session does beyond the window. Raises InvalidRequest for a policy that this worker does not know, and
+    for bounds that are none of its tokens."""
+    try:
+        policy = ContextPolicy(history.context_policy or ContextPolicy.ERROR.value)
+    except ValueError as error:
+        raise InvalidRequest("history.context_policy", str(error)) from error
     context = Context(policy, tuple(history.turn_bounds))
     context.check(len(history.token_ids))
     return context
