@@ -184,6 +184,18 @@ def test_where_nothing_near_is_eligible_a_graph_is_no_hindrance(many: Vectors) -
     assert many.nearest(query, eligible, 20).tolist() == exact(many, query, eligible)
 
 
+class SlowBanks(MemoryBanks):
+    """Each page takes 10 ms."""
+
+    num_read = 0
+
+    async def changes(self, tenant: str, name: str, seen: Seen, *, most: int) -> Changes:
+        await asyncio.sleep(0.01)
+        answer = await super().changes(tenant, name, seen, most=most)
+        self.num_read += len(answer.kept)
+        return answer
+
+
 @asynccontextmanager
 async def keeper_of(store: MemoryBanks, *, max_index_bytes: int = 1 << 30) -> AsyncIterator[BankKeeper]:
     keeper = BankKeeper(store, FakeEmbedding(), max_index_bytes=max_index_bytes)
@@ -223,6 +235,34 @@ async def test_the_bank_that_was_searched_longest_ago_makes_room() -> None:
             assert ("t", name) in indexes
         assert indexes.nbytes <= 100_000 or len(indexes) == 1
         assert len(indexes) < 3
+
+
+async def test_a_bank_that_takes_longer_to_read_than_anybody_waits_is_read_to_the_end() -> None:
+    store = SlowBanks()
+    bank = await store.create(bank_of(0, 0))
+    vectors = clustered(2000, 64)
+    await store.add(bank, [Kept(entry(number), vectors[number]) for number in range(2000)], embedder="fa4e")
+    async with keeper_of(store) as keeper:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.02):
+                await keeper.recall("t", "b", "number 3")
+        async with asyncio.timeout(10):
+            while store.num_read < 2000:  # noqa: ASYNC110 - nobody waits for it
+                await asyncio.sleep(0.01)
+        assert len(await keeper.recall("t", "b", "number 3")) == 8
+        assert store.num_read == 2000  # nothing was read twice
+
+
+async def test_what_is_read_for_nobody_ends_with_its_keeper() -> None:
+    store = SlowBanks()
+    bank = await store.create(bank_of(0, 0))
+    await store.add(bank, [Kept(entry(0), clustered(1, 64)[0])], embedder="fa4e")
+    before = asyncio.all_tasks()
+    async with keeper_of(store) as keeper:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.005):
+                await keeper.recall("t", "b", "number 3")
+    assert asyncio.all_tasks() == before
 
 
 async def test_a_search_that_is_cancelled_leaves_the_bank_searchable() -> None:

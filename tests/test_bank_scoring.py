@@ -108,10 +108,10 @@ def test_importance_and_recency_decide_between_what_is_as_relevant() -> None:
 
 def test_what_is_like_the_best_comes_after_what_is_not() -> None:
     scores = np.array([1.0, 0.95, 0.6])
-    similarity = np.array([[1.0, 0.99, 0.0], [0.99, 1.0, 0.0], [0.0, 0.0, 1.0]], np.float32)
-    assert diverse(scores, similarity, 3, 1.0) == [0, 1, 2]
-    assert diverse(scores, similarity, 3, 0.5) == [0, 2, 1]
-    assert diverse(scores, similarity, 2, 0.5) == [0, 2]
+    vectors = np.array([[1.0, 0.0], [0.99, 0.141], [0.0, 1.0]], np.float32)
+    assert diverse(scores, vectors, 3, 1.0) == [0, 1, 2]
+    assert diverse(scores, vectors, 3, 0.5) == [0, 2, 1]
+    assert diverse(scores, vectors, 2, 0.5) == [0, 2]
     assert diverse(np.zeros(0), np.zeros((0, 0), np.float32), 2, 0.5) == []
 
 

@@ -121,7 +121,7 @@ class BankIndex:
         ranked = scoring.best_first(np.where(eligible & (by_words > 0), by_words, -np.inf), depth)
         rows = np.union1d(nearest, ranked)
         relevance = scoring.fused([np.searchsorted(rows, nearest), np.searchsorted(rows, ranked)], len(rows), depth)
-        cosine = self.vectors.matrix[rows] @ vector
+        cosine = scoring.cosines(self.vectors.matrix[rows], vector)
         return Found(rows, [self._ids[row] for row in rows], relevance, cosine, by_words[rows])
 
     def ranked(self, bank: BankRecord, found: Found, uses: Sequence[Use], *, k: int, now_ms: int) -> list["Ranked"]:
@@ -132,7 +132,7 @@ class BankIndex:
         retained = scoring.retention(now_ms, last_ms, recalls)
         scores = scoring.score(bank.settings, found.relevance, retained, columns["importance"].astype(np.float64))
         vectors = self.vectors.matrix[found.rows]
-        chosen = scoring.diverse(scores, vectors @ vectors.T, k, bank.settings.diversity)
+        chosen = scoring.diverse(scores, vectors, k, bank.settings.diversity)
         made_of = np.stack([scores, found.cosine, found.bm25, found.relevance, retained], axis=1)
         return [Ranked(found.ids[place], uses[place], tuple(made_of[place].tolist())) for place in chosen]
 

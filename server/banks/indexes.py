@@ -7,11 +7,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeVar
 
+import structlog
+
 from cache_store.banks import BankRecord, BankStore
+from cache_store.errors import ServingError
 from server.banks.index import BankIndex
 from server.banks.vectors import EXACT_ROWS, GraphBuilder
 
 _Result = TypeVar("_Result")
+_log = structlog.get_logger(__name__)
 _PAGE: Final = 256
 """Changes that are read at once."""
 _FEW: Final = 8
@@ -30,6 +34,14 @@ class _Slot:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     building: asyncio.Task[None] | None = None
     """Of a graph over its vectors."""
+    reading: asyncio.Task[None] | None = None
+    """What somebody has begun to read, and did not wait for."""
+
+    def cancel(self) -> list[asyncio.Task[None]]:
+        tasks = [task for task in (self.building, self.reading) if task is not None]
+        for task in tasks:
+            task.cancel()
+        return tasks
 
 
 class Indexes:
@@ -62,7 +74,11 @@ class Indexes:
         async with slot.lock:
             try:
                 bank = await self._catch_up(tenant, name, slot.index)
-            except BaseException:
+            except asyncio.CancelledError:  # a turn waits for two seconds, and a large bank takes longer
+                if slot.reading is None and self._slots.get(key) is slot:
+                    slot.reading = asyncio.create_task(self._read_on(slot, tenant, name))
+                raise
+            except Exception:
                 self.drop(tenant, name)  # it may be half of it
                 raise
             self._slots[key] = slot  # again, if it was dropped while this waited
@@ -74,8 +90,8 @@ class Indexes:
 
     def drop(self, tenant: str, name: str) -> None:
         slot = self._slots.pop((tenant, name), None)
-        if slot is not None and slot.building is not None:
-            slot.building.cancel()
+        if slot is not None:
+            slot.cancel()
 
     def drop_tenant(self, tenant: str) -> None:
         for owner, name in list(self._slots):
@@ -83,11 +99,10 @@ class Indexes:
                 self.drop(owner, name)
 
     async def aclose(self) -> None:
-        """Stop what is built in the background."""
-        building = [slot.building for slot in self._slots.values() if slot.building is not None]
-        for one in list(self._slots):
-            self.drop(*one)
-        await asyncio.gather(*building, return_exceptions=True)
+        """Stop what goes on in the background."""
+        tasks = [task for slot in self._slots.values() for task in slot.cancel()]
+        self._slots.clear()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _catch_up(self, tenant: str, name: str, index: BankIndex) -> BankRecord:
         while True:
@@ -105,6 +120,15 @@ class Indexes:
             oldest = next(iter(self._slots))
             total -= self._slots[oldest].index.nbytes
             self.drop(*oldest)
+
+    async def _read_on(self, slot: _Slot, tenant: str, name: str) -> None:
+        try:
+            async with self.current(tenant, name):
+                pass
+        except ServingError as error:  # whoever asks next is told
+            _log.warning("a bank can't be read", bank=name, error=str(error))
+        finally:
+            slot.reading = None
 
     async def _build(self, slot: _Slot) -> None:
         try:
@@ -128,4 +152,5 @@ async def in_thread(work: Callable[[], _Result]) -> _Result:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         await asyncio.wait([running])
+        running.result()  # its own error counts more
         raise
