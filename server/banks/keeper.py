@@ -19,7 +19,7 @@ from cache_store.banks import (
     Vector,
     check_bank_name,
 )
-from cache_store.errors import EntriesMissing, InvalidRequest
+from cache_store.errors import BankNotFound, EntriesMissing, InvalidRequest
 from server.banks import checks, documents, reembedding, transfer
 from server.banks.documents import Document, DocumentDone
 from server.banks.embeds import Embeds
@@ -97,7 +97,11 @@ class BankKeeper:
         return await self._store.create(record)
 
     async def get(self, tenant: str, name: str) -> BankRecord:
-        return await self._store.get(tenant, check_bank_name(name))
+        try:
+            return await self._store.get(tenant, check_bank_name(name))
+        except BankNotFound:  # another front end has deleted it: nothing of it stays here
+            self._indexes.drop(tenant, name)
+            raise
 
     async def page(self, tenant: str, *, page_size: int, page_token: str) -> BankPage:
         return await self._store.page(tenant, page_size=page_size, page_token=page_token)
