@@ -20,6 +20,7 @@ from cache_store.banks import (
     Seen,
     Vector,
 )
+from cache_store.errors import StoreUnavailable
 from cache_store.memory_banks import MemoryBanks
 from server.banks import index as bank_index
 from server.banks.index import BankIndex
@@ -185,14 +186,18 @@ def test_where_nothing_near_is_eligible_a_graph_is_no_hindrance(many: Vectors) -
 
 
 class SlowBanks(MemoryBanks):
-    """Each page takes 10 ms."""
+    """Each page takes 10 ms, and one may fail."""
 
     num_read = 0
+    fails_after = 0
 
     async def changes(self, tenant: str, name: str, seen: Seen, *, most: int) -> Changes:
         await asyncio.sleep(0.01)
         answer = await super().changes(tenant, name, seen, most=most)
         self.num_read += len(answer.kept)
+        if 0 < self.fails_after < self.num_read:
+            self.fails_after = 0
+            raise StoreUnavailable("away for a moment")
         return answer
 
 
@@ -251,6 +256,23 @@ async def test_a_bank_that_takes_longer_to_read_than_anybody_waits_is_read_to_th
                 await asyncio.sleep(0.01)
         assert len(await keeper.recall("t", "b", "number 3")) == 8
         assert store.num_read == 2000  # nothing was read twice
+
+
+async def test_who_waits_for_a_bank_that_fails_to_be_read_reads_all_of_it() -> None:
+    store = SlowBanks()
+    bank = await store.create(bank_of(0, 0))
+    vectors = clustered(600, 64)
+    await store.add(bank, [Kept(entry(number), vectors[number]) for number in range(600)], embedder="fa4e")
+    async with keeper_of(store) as keeper:
+        store.fails_after = 300
+        first, second = await asyncio.gather(
+            *(keeper.recall("t", "b", "number 3", k=100) for _ in range(2)), return_exceptions=True
+        )
+        assert isinstance(first, StoreUnavailable)
+        assert isinstance(second, list)
+        assert len(second) == 100
+        async with keeper._indexes.current("t", "b") as (_, index):
+            assert len(index) == len(index.vectors) == 600
 
 
 async def test_what_is_read_for_nobody_ends_with_its_keeper() -> None:

@@ -79,13 +79,14 @@ class Indexes:
                     slot.reading = asyncio.create_task(self._read_on(slot, tenant, name))
                 raise
             except Exception:
-                self.drop(tenant, name)  # it may be half of it
+                slot.index = BankIndex(exact_rows=self._exact_rows)  # it may be half of it; others may wait for it
+                self.drop(tenant, name)
                 raise
-            self._slots[key] = slot  # again, if it was dropped while this waited
-            self._slots.move_to_end(key)
-            self._make_room()
-            if slot.index.vectors.lacks_graph and slot.building is None and not bank.has_vector_set:
-                slot.building = asyncio.create_task(self._build(slot))
+            if self._slots.setdefault(key, slot) is slot:  # else it was dropped while this waited, and begun anew
+                self._slots.move_to_end(key)
+                self._make_room()
+                if slot.index.vectors.lacks_graph and slot.building is None and not bank.has_vector_set:
+                    slot.building = asyncio.create_task(self._build(slot))
             yield Current(bank, slot.index)
 
     def drop(self, tenant: str, name: str) -> None:

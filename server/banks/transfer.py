@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Final, NamedTuple
 
 from cache_store.banks import BankRecord, BankStore, EntryFilter, Kept, Supersession, Use, Vector, check_bank_name
@@ -126,8 +127,8 @@ class _Import:
             if missing:
                 raise StoreUnavailable(f"chunks of document {document_id} were deleted during the import")
             self._new += new_entries
-        if self._uses:
-            await self._store.add_uses(self._bank, self._uses)
+        for names in _batched(self._uses):
+            await self._store.add_uses(self._bank, {name: self._uses[name] for name in names})
         for loser in _deepest_first(self._winners):
             if loser in self._ids and self._winners[loser] in self._ids:
                 await self._supersede(self._ids[loser], self._ids[self._winners[loser]])
@@ -169,6 +170,12 @@ class _Import:
             await self._store.add(self._bank, [], embedder=self._embedder, supersedes=pairs)
         except EntriesMissing:
             return  # forgotten in this moment
+
+
+def _batched(names: Iterable[str]) -> Iterable[list[str]]:
+    left = iter(names)
+    while batch := list(islice(left, _AT_ONCE)):
+        yield batch
 
 
 def _uses_of(lines: Iterable[Line]) -> dict[str, Use]:
