@@ -25,6 +25,8 @@ _ASKED_SHARE: Final = 0.75
 """Of the time to read, what banks have: the rest is for quoting."""
 _TEMPLATE_TOKENS: Final = 64
 _REPLY_TOKENS: Final = 256
+_TOKEN_CHARACTERS: Final = 16
+"""Text with more of them for each token, on average, is rare: it is taken for too long."""
 _MOST_K: Final = 100
 _log = structlog.get_logger(__name__)
 
@@ -120,6 +122,7 @@ class Memories:
         try:
             async with asyncio.timeout(until_s - time.monotonic()):
                 worker = self._tokenizing(record)
+                candidates = _worth_counting(candidates, worker.description.max_context_tokens)
                 quoted = await worker.client.quote([candidate.text for candidate in candidates])
                 room = await self._room(request, record, worker, sum(text.tokens for text in quoted))
         except Exception as error:  # a bug in a bank is not the turn's
@@ -181,6 +184,19 @@ def _best_first(candidates: Sequence[_Candidate]) -> list[_Candidate]:
     for candidate in ranked:
         by_text.setdefault(candidate.recalled.entry.text, candidate)
     return list(by_text.values())
+
+
+def _worth_counting(candidates: Sequence[_Candidate], window: int) -> list[_Candidate]:
+    """Those that may fit. Tokenizing takes a worker's time, and an entry may have 64 KiB."""
+    budgets = {candidate.bank.name: candidate.bank.settings.read_tokens for candidate in candidates}
+    left = _TOKEN_CHARACTERS * min(sum(budgets.values()), window)
+    worth = []
+    for candidate in candidates:
+        size = len(candidate.text)
+        if size <= min(left, _TOKEN_CHARACTERS * budgets[candidate.bank.name]):
+            left -= size
+            worth.append(candidate)
+    return worth
 
 
 def _chosen(candidates: Sequence[_Candidate], quoted: Sequence[wpb.QuotedText], room: int) -> list[_Candidate]:

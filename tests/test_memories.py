@@ -139,6 +139,13 @@ async def test_memories_leave_room_for_the_reply_in_the_window(front: FrontEnd, 
     assert not finished.receipt.memories
 
 
+async def test_an_entry_that_is_too_long_leaves_its_place_to_the_next(front: FrontEnd, client: Client) -> None:
+    await client.memory.remember("notes", "Rex is the dog of Ana and " + "barks " * 10_000)
+    await client.create_session("s", banks={"notes": "read"})
+    assert len((await say(client, "Rex is the dog of Ana and barks")).receipt.memories) == 1
+    assert DOG in given(front.workers["0"])
+
+
 async def test_a_bank_that_is_slow_gone_or_of_another_embedder_is_left_out_and_counted(
     front: FrontEnd, client: Client
 ) -> None:

@@ -462,6 +462,13 @@ async def test_tokens_are_turned_back_into_text_on_request(stub: Any) -> None:
     assert details["BadRequest"].field_violations[0].field == "token_ids"
 
 
+async def test_texts_are_quoted_but_for_such_that_no_window_could_hold(stub: Any, engine: FakeEngine) -> None:
+    most = engine.max_context_tokens * CODEC.longest_token
+    texts = ["so <|end|>", "x" * (most + 1), "héllo"]
+    quoted = (await stub.Quote(wpb.QuoteRequest(texts=texts))).texts
+    assert [(one.text, one.tokens) for one in quoted] == [("so < |end|>", 11), ("", 0), ("héllo", 6)]
+
+
 async def test_a_port_that_is_taken_is_an_error(engine: FakeEngine) -> None:
     service = WorkerService(engine, CODEC, worker_id="w-1", model="m")
     server, address = await start_server(service, "127.0.0.1")

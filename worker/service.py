@@ -219,8 +219,9 @@ class WorkerService(WorkerServicer):
 
     async def Quote(self, request: wpb.QuoteRequest, context: Context) -> wpb.QuoteReply:
         async with self._statuses(context, "Quote"):
-            self._check_length(sum(map(len, request.texts)))
-            quoted = await self._in_thread(lambda: [self._codec.quote(text) for text in request.texts])
+            most = self._engine.max_context_tokens * self._codec.longest_token
+            texts = [text if len(text) <= most else "" for text in request.texts]
+            quoted = [await self._in_thread(partial(self._codec.quote, text)) for text in texts]  # others' come between
         return wpb.QuoteReply(texts=[wpb.QuotedText(text=text, tokens=tokens) for text, tokens in quoted])
 
     async def Embed(self, request: wpb.EmbedRequest, context: Context) -> wpb.EmbedReply:
