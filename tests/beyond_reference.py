@@ -6,11 +6,13 @@ Keeps the keys and values of every token as plain tensors, and rebuilds all that
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from worker.attention.paged import exact_attention
-from worker.attention.recall_choice import choose, representatives
+from worker.attention.recall_choice import representatives
 from worker.engine.epochs import Beyond
+from worker.engine.recollection import Choice, Recollection
 from worker.engine.stages import Stage, next_stage
 from worker.tiers.codecs.rope import Rope
 
@@ -23,7 +25,11 @@ class Reference:
         self._model, self._rope, self._num_layers = model, rope, num_layers
         self._keys: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]  # of each token [kv_heads, head_dim]
         self._values: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
-        self.choice: list[list[int]] = []
+        self.choice: Choice = np.zeros((num_layers, 0, 0), dtype=np.int64)
+        self.num_asked = 0
+        """Times that tokens were run again."""
+        epochs = beyond.epochs
+        self._recollection = Recollection(epochs.sink_tokens // epochs.unit_tokens, epochs.num_slots)
         self._queries: list[torch.Tensor] = []
 
     def logits_after(self, tokens: Sequence[int], bounds: tuple[int, ...]) -> torch.Tensor:
@@ -37,34 +43,38 @@ class Reference:
         return logits
 
     def _run(self, tokens: Sequence[int], start: int, stage: Stage) -> torch.Tensor:
-        epochs = self.beyond.epochs
+        self._know(start)
         if stage.forgets:
-            recent = epochs.recent(epochs.epoch_of(start))
-            units = list(range(recent.start // epochs.unit_tokens, recent.end // epochs.unit_tokens))
-            self.choice = [units] * self._num_layers
+            self.choice = self._recollection.latest()
         logits = self._forward(tokens, start, stage.end)
-        if stage.is_asking:
-            self._choose(start, last_alone=False)
-            for layer in range(self._num_layers):
-                del self._keys[layer][start:], self._values[layer][start:]
-            return self._forward(tokens, start, stage.end)
-        if stage.chooses:
-            self._choose(start, last_alone=True)
-        return logits
-
-    def _choose(self, start: int, *, last_alone: bool) -> None:
-        epochs = self.beyond.epochs
-        gone = epochs.gone(epochs.epoch_of(start))
-        places = [epochs.place_of(position) for position in range(gone.start, gone.end)]
-        choice = []
-        for layer in range(self._num_layers):
-            queries = self._queries[layer].transpose(0, 1)
-            keys = torch.stack(self._keys[layer][gone.start : gone.end], 1)  # [kv_heads, tokens, head_dim]
-            free = torch.stack([self._turned(keys[:, at], -place) for at, place in enumerate(places)], 1)
-            of_units = representatives(free[None], epochs.unit_tokens)[0]
-            chosen = choose(queries[-1:] if last_alone else queries, of_units, epochs.num_slots)
-            choice.append([gone.start // epochs.unit_tokens + unit for unit in chosen.tolist()])
+        if not stage.asks:
+            return logits
+        for layer, queries in enumerate(self._queries):
+            self._recollection.hear(layer, start, queries)
+        choice = self._recollection.amend(self.choice) if stage.is_reply else self._recollection.choose()
+        if choice is None:
+            return logits
         self.choice = choice
+        self.num_asked += 1
+        for layer in range(self._num_layers):
+            del self._keys[layer][start:], self._values[layer][start:]
+        return self._forward(tokens, start, stage.end)
+
+    def _know(self, start: int) -> None:
+        """Representatives of all that is gone."""
+        epochs = self.beyond.epochs
+        epoch = epochs.epoch_of(start)
+        if not self.beyond.chooses or not epoch:
+            return
+        known, end = self._recollection.next_unit * epochs.unit_tokens, epochs.gone(epoch).end
+        if known < end:
+            free = torch.stack([self._free(layer, known, end) for layer in range(self._num_layers)])
+            self._recollection.add(representatives(free, epochs.unit_tokens))
+
+    def _free(self, layer: int, start: int, end: int) -> torch.Tensor:
+        """Keys before their positions, [kv_heads, tokens, head_dim]."""
+        place_of, keys = self.beyond.epochs.place_of, self._keys[layer]
+        return torch.stack([self._turned(keys[at], -place_of(at)) for at in range(start, end)], 1)
 
     def _turned(self, keys: torch.Tensor, by: int) -> torch.Tensor:
         """[heads, head_dim] turned by so many positions."""
@@ -114,11 +124,17 @@ class Reference:
         if epoch == 0:
             return [(position, keys[position], values[position]) for position in range(end)]
         seen = [(position, keys[position], values[position]) for position in range(epochs.sink_tokens)]
-        for slot, unit in enumerate(self.choice[layer] if self.choice else []):
+        for slot in range(epochs.num_slots):
             for at in range(epochs.unit_tokens):
-                position, place = unit * epochs.unit_tokens + at, epochs.sink_tokens + slot * epochs.unit_tokens + at
-                turned = self._turned(keys[position], place - epochs.place_of(position))
-                seen.append((place, turned, values[position]))
+                place = epochs.sink_tokens + slot * epochs.unit_tokens + at
+                by_head = [int(unit) * epochs.unit_tokens + at for unit in self.choice[layer, :, slot]]
+                turned = torch.cat(
+                    [
+                        self._turned(keys[position][head : head + 1], place - epochs.place_of(position))
+                        for head, position in enumerate(by_head)
+                    ]
+                )
+                seen.append((place, turned, torch.stack([values[at][head] for head, at in enumerate(by_head)])))
         for position in range(*epochs.carried(epoch)):
             turned = self._turned(keys[position], -epochs.epoch_tokens)
             seen.append((epochs.place_of(position) - epochs.epoch_tokens, turned, values[position]))

@@ -24,7 +24,6 @@ RECALL = Epochs(
     epoch_tokens=96,
     unit_tokens=16,
     asking_tokens=32,
-    every_tokens=8,
 )
 WINDOW = replace(RECALL, recall_tokens=0)
 ROOT = root_hash(b"model", "tenant")
@@ -75,7 +74,7 @@ def test_a_turn_is_computed_in_the_same_pieces_wherever_one_begins(
     for start, stage in whole:
         assert RECALL.epoch_of(start) == RECALL.epoch_of(stage.end - 1)
         assert start < RECALL.reach or beyond.turn_of(start) == beyond.turn_of(stage.end - 1)
-        assert not stage.chooses or start >= RECALL.reach
+        assert not stage.asks or start >= RECALL.reach
     run = data.draw(st.sampled_from([run for run in beyond.runs() if run < end]))
     begun_there = stages_of(beyond, run, end)
     first = max(run, RECALL.reach)
@@ -94,14 +93,11 @@ def test_what_is_recalled_depends_on_its_own_turn_alone(turns: list[tuple[int, i
         seen.add(run)
 
 
-def test_a_question_is_run_twice_and_a_reply_chooses_again_and_again() -> None:
+def test_a_question_is_run_twice_and_each_token_of_a_reply_where_it_asks() -> None:
     beyond = Beyond(RECALL, (0, 400, 420, 470))
-    stages = stages_of(beyond, 419, 500)
-    assert stages[0] == (419, Stage(438, forgets=True))
-    assert stages[1] == (438, Stage(470, chooses=True, is_asking=True))
-    assert stages[2] == (470, Stage(478, chooses=True))
-    assert stages[-1] == (494, Stage(500))
-    assert [start for start, _ in stages[2:]] == [470, 478, 486, 494]
+    stages = stages_of(beyond, 419, 474)
+    assert stages[:2] == [(419, Stage(438, forgets=True)), (438, Stage(470, asks=True))]
+    assert stages[2:] == [(at, Stage(at + 1, asks=True, is_reply=True)) for at in range(470, 474)]
 
 
 def test_names_are_those_of_any_conversation_up_to_the_reach() -> None:
@@ -135,13 +131,13 @@ def test_a_full_block_keeps_its_name_when_the_next_turn_begins_right_behind_it()
 
 
 def test_epochs_take_what_positions_there_are() -> None:
-    recall = recall_epochs(2048, 256, 512, unit=16, asking=64, every=8)
+    recall = recall_epochs(2048, 256, 512, unit=16, asking=64)
     assert recall is not None
     assert (recall.sink_tokens, recall.recall_tokens, recall.epoch_tokens) == (256, 512, 512)
     assert recall.reach <= 2048
     assert window_epochs(100, 16) == Epochs(block_tokens=16, sink_tokens=64, recall_tokens=0, epoch_tokens=16)
     assert window_epochs(90, 16) is None
-    assert recall_epochs(200, 16, 100, unit=16, asking=64, every=8) is None
+    assert recall_epochs(200, 16, 100, unit=16, asking=64) is None
 
 
 @pytest.mark.parametrize("bounds", [(0,), (1, 5), (0, 5, 4, 8), (0, 50), ()])

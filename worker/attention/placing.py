@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from worker.tiers.codecs.rope import Rope, Turn
+from worker.tiers.codecs.rope import Rope
 
-_Slots = npt.NDArray[np.int64]
+_Ints = npt.NDArray[np.int64]
 
 
 class Placer:
@@ -21,21 +21,32 @@ class Placer:
         self._pool = pool
         self._rope = rope
 
-    def place(self, source: _Slots, target: _Slots, by: _Slots | int, layer: int | None = None) -> None:
-        """Copy the KV in slots `source` to `target` (both [tokens]), each token `by` so many positions on.
+    def place(self, source: _Ints, target: _Ints, by: int) -> None:
+        """Copy the KV in slots `source` to `target` (both [tokens]), of all layers, `by` so many positions on.
 
-        Of one layer, or of all. No slot may be in both.
+        No slot may be in both.
         """
-        pool = self._pool if layer is None else self._pool[layer : layer + 1]
-        take, put = (torch.from_numpy(slots).to(pool.device) for slots in (source, target))
-        turn = self._turn(by, len(source))
-        for one in pool:
-            keys = one[0].index_select(1, take).float()
-            turn.apply(keys)
-            one[0].index_copy_(1, put, keys.to(pool.dtype))
-            one[1].index_copy_(1, put, one[1].index_select(1, take))
+        take, put = (torch.from_numpy(slots).to(self._pool.device) for slots in (source, target))
+        turn = self._rope.turns(np.array([by]), self._pool.device)
+        for keys, values in self._pool:
+            turned = keys.index_select(1, take).float()
+            turn.apply(turned)
+            keys.index_copy_(1, put, turned.to(keys.dtype))
+            values.index_copy_(1, put, values.index_select(1, take))
 
-    def unturned(self, slots: _Slots, places: _Slots) -> torch.Tensor:
+    def place_each(self, layers: _Ints, heads: _Ints, source: _Ints, target: _Ints, by: _Ints) -> None:
+        """As `place`, of one KV head of one layer each; all are [tokens]."""
+        _, _, kv_heads, slots, head_dim = self._pool.shape
+        rows = self._pool.view(-1, head_dim)
+        first = (layers * 2 * kv_heads + heads) * slots
+        take, put = (torch.from_numpy(first + at).to(rows.device) for at in (source, target))
+        turned = rows.index_select(0, take).float()
+        self._rope.turns(by, rows.device).apply(turned)
+        rows.index_copy_(0, put, turned.to(rows.dtype))
+        to_values = kv_heads * slots
+        rows.index_copy_(0, put + to_values, rows.index_select(0, take + to_values))
+
+    def unturned(self, slots: _Ints, places: _Ints) -> torch.Tensor:
         """Keys of slots that stand at `places`, as they were before their positions, in float32:
         [layers, kv_heads, tokens, head_dim]."""
         take = torch.from_numpy(slots).to(self._pool.device)
@@ -49,7 +60,3 @@ class Placer:
         free = free.clone() if free is queries else free
         self._rope.turn(first_place, queries.shape[1], queries.device).undo(free)
         return free
-
-    def _turn(self, by: _Slots | int, num_tokens: int) -> Turn:
-        deltas = np.full(num_tokens, by, dtype=np.int64) if isinstance(by, int) else by
-        return self._rope.turns(deltas, self._pool.device)

@@ -1,20 +1,42 @@
-"""Which pieces of what has left the window queries ask for: representative keys, and scores over them."""
+"""Which pieces of what has left the window queries ask for: representatives, and shares of an attention over them.
+
+Without training, after InfLLM (Xiao et al. 2024): a piece is known by a few representatives a layer and KV head, all
+queries and keys as they are before their positions. Each KV head has a choice of its own: in a small model a single
+head of a single layer may be the one that looks facts up.
+"""
 
 import torch
+from torch.nn.functional import max_pool1d
+
+REPRESENTED_TOKENS = 2
+"""So many keys that follow each other are represented by their mean."""
+_NEIGHBOUR = 0.9
+"""The share of a unit that its neighbours have, too: what is looked for may lie across an edge."""
 
 
 def representatives(keys: torch.Tensor, unit_tokens: int) -> torch.Tensor:
-    """[layers, kv_heads, tokens, head_dim] to [layers, units, kv_heads, representatives, head_dim]."""
-    layers, kv_heads, _, head_dim = keys.shape
-    return keys.view(layers, kv_heads, -1, unit_tokens, head_dim).transpose(1, 2)
+    """[layers, kv_heads, tokens, head_dim] to [layers, kv_heads, units, representatives, head_dim], in float32."""
+    layers, kv_heads, num_tokens, head_dim = keys.shape
+    each = min(REPRESENTED_TOKENS, unit_tokens)
+    means = keys.float().view(layers, kv_heads, num_tokens // each, each, head_dim).mean(3)
+    return means.view(layers, kv_heads, num_tokens // unit_tokens, unit_tokens // each, head_dim)
 
 
-def choose(queries: torch.Tensor, representatives: torch.Tensor, num: int) -> torch.Tensor:
-    """queries [rows, heads, head_dim], representatives [units, kv_heads, r, head_dim]; `num` units, oldest first."""
-    rows, heads, head_dim = queries.shape
-    units, kv_heads, r, _ = representatives.shape
-    grouped = queries.float().view(rows, kv_heads, heads // kv_heads, head_dim).permute(1, 0, 2, 3).flatten(1, 2)
-    keys = representatives.float().permute(1, 0, 2, 3).flatten(1, 2)
-    scores = torch.matmul(grouped, keys.transpose(1, 2)) * head_dim**-0.5  # [kv_heads, rows * group, units * r]
-    mass = torch.softmax(scores, -1).view(kv_heads, -1, units, r).sum(-1).amax((0, 1))
-    return mass.topk(num).indices.sort().values
+def shares(queries: torch.Tensor, representatives: torch.Tensor) -> torch.Tensor:
+    """How much each unit is asked for: queries [layers, rows, heads, head_dim] and representatives [layers, kv_heads,
+    units, representatives, head_dim], all float32, to [layers, kv_heads, units].
+
+    A query's share for a unit is the unit's part in a softmax over all units, each as near as its nearest
+    representative. Of a KV head's queries, and of all rows, the largest counts.
+    """
+    layers, rows, heads, head_dim = queries.shape
+    _, kv_heads, units, each, _ = representatives.shape
+    grouped = queries.view(layers, rows, kv_heads, heads // kv_heads, head_dim).transpose(1, 2).flatten(2, 3)
+    scores = torch.matmul(grouped, representatives.flatten(2, 3).transpose(2, 3)) * head_dim**-0.5
+    nearest = scores.view(layers, kv_heads, -1, units, each).amax(-1)
+    return torch.softmax(nearest, -1).amax(2)
+
+
+def spread(shares: torch.Tensor) -> torch.Tensor:
+    """Units' shares [layers, kv_heads, units], each with a part of its neighbours'."""
+    return torch.maximum(shares, _NEIGHBOUR * max_pool1d(shares, 3, stride=1, padding=1))

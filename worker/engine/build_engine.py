@@ -157,7 +157,6 @@ def _passages(
         Placer(tiers.device.data, loaded.rope),
         Representatives(partial(representatives, unit_tokens=UNIT_TOKENS), max_bytes=config.representative_bytes),
         block_tokens=loaded.layout.block_tokens,
-        num_layers=loaded.layout.num_layers,
     )
     return Passages(tables, views)
 

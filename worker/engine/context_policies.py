@@ -8,7 +8,6 @@ from worker.model.load import LoadedModel
 
 UNIT_TOKENS = 16
 _ASKING_TOKENS = 64
-_EVERY_TOKENS = 8
 _RECALL_SHARE = 4
 """One part in so many of the positions is for what is recalled, unless a setting says otherwise."""
 
@@ -25,7 +24,7 @@ def context_epochs(config: WorkerConfig, loaded: LoadedModel, num_device_blocks:
     found = {
         ContextPolicy.WINDOW: window_epochs(positions, block_tokens),
         ContextPolicy.RECALL: recall_epochs(
-            positions, block_tokens, recall_tokens, unit=UNIT_TOKENS, asking=_ASKING_TOKENS, every=_EVERY_TOKENS
+            positions, block_tokens, recall_tokens, unit=UNIT_TOKENS, asking=_ASKING_TOKENS
         ),
     }
     room = num_device_blocks * block_tokens

@@ -27,7 +27,7 @@ _MIN_SINK_TOKENS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epochs:
-    """All lengths are in tokens, and multiples of `block_tokens` but for the last three."""
+    """All lengths are in tokens, and multiples of `block_tokens` but for the last two."""
 
     block_tokens: int
     sink_tokens: int
@@ -38,8 +38,6 @@ class Epochs:
     """Pieces are of so many tokens; a block has a whole number of them."""
     asking_tokens: int = 1
     """The last tokens of a turn's input that choose what is recalled for themselves and for the reply's beginning."""
-    every_tokens: int = 1
-    """Of a reply, how often it is chosen anew."""
 
     def __post_init__(self) -> None:
         for tokens in (self.sink_tokens, self.recall_tokens, self.epoch_tokens):
@@ -105,8 +103,7 @@ class Epochs:
     def digest(self) -> bytes:
         """What makes KV beyond the window interchangeable, beside tokens and turns."""
         numbers = (_VERSION, self.sink_tokens, self.recall_tokens, self.epoch_tokens)
-        chosen = (self.unit_tokens, self.asking_tokens, self.every_tokens)
-        return hashlib.blake2b(repr((*numbers, *chosen)).encode(), digest_size=16).digest()
+        return hashlib.blake2b(repr((*numbers, self.unit_tokens, self.asking_tokens)).encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +154,7 @@ def window_epochs(context_tokens: int, block_tokens: int) -> Epochs | None:
 
 
 def recall_epochs(
-    context_tokens: int, block_tokens: int, recall_tokens: int, *, unit: int, asking: int, every: int
+    context_tokens: int, block_tokens: int, recall_tokens: int, *, unit: int, asking: int
 ) -> Epochs | None:
     """As `window_epochs`, with room for what is recalled. None where the positions are too few for it."""
     recall_tokens = max(1, recall_tokens // block_tokens) * block_tokens
@@ -167,7 +164,6 @@ def recall_epochs(
         recall_tokens,
         unit_tokens=min(unit, block_tokens),
         asking_tokens=asking,
-        every_tokens=every,
     )
 
 

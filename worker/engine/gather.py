@@ -55,10 +55,16 @@ class Gatherer:
     def is_busy(self) -> bool:
         return any(not gathering.is_over for gathering in self._open)
 
+    @property
+    def is_holding(self) -> bool:
+        """Will blocks be let go of, whatever comes?"""
+        return any(gathering.is_holding for gathering in self._open)
+
     def advance(self, now_s: float) -> None:
-        """Wait no longer for what is late."""
+        """Wait no longer for what is late; try again for whom there was no room."""
         for gathering in list(self._open):
             gathering.expire(now_s)
+            gathering.go_on()
         self._open = [gathering for gathering in self._open if not gathering.is_over]
 
 
@@ -86,6 +92,10 @@ class Gathering:
         self._deadline_s = 0.0
         self._is_cancelled = False
 
+    @property
+    def is_holding(self) -> bool:
+        return self._claims is not None
+
     def cancel(self) -> None:
         """Use nothing more. What is being written is let go of when that is over."""
         self._is_cancelled = True
@@ -110,11 +120,13 @@ class Gathering:
             if not self._rest:
                 self._end()
                 return
-            self.has_no_room = not self._hold(self._rest[:_AT_ONCE])
-            if self.has_no_room:
+            if self._hold(self._rest[:_AT_ONCE]):
+                self._begin()
+            elif self._gatherer.is_holding:
+                return  # what others hold will be free in a moment
+            else:
+                self.has_no_room = True
                 self._end()
-                return
-            self._begin()
 
     def _hold(self, batch: Sequence[int]) -> bool:
         """Refer to those of a batch that the device has, and to blocks for those that it may get. False where there is

@@ -19,8 +19,9 @@ _ENDLESS = 1 << 62
 
 class Passages:
     def __init__(self, tables: BlockTables, views: Views) -> None:
-        self.again: Callable[[Request], None] = lambda request: None
-        """Set by the scheduler: let go of a request's blocks and queue it, to begin at `first`."""
+        self.again: Callable[[Request, bool], None] = lambda request, needs_room: None
+        """Set by the scheduler: let go of a request's blocks and queue it, to begin where it is to: at once, or when
+        there is more room."""
         self.decode: Callable[[Request], None] = lambda request: None
         """Set by the scheduler: all that was known of a request is computed."""
         self._tables = tables
@@ -54,22 +55,32 @@ class Passages:
 
     def computed(self, request: Request) -> None:
         """A prompt's gaps are computed: go on behind them."""
-        stage = request.stage
-        if stage is None:  # epoch 0
-            self._go_on(request, request.limit)
-        elif stage.chooses:
-            self._choose(request, lambda: self._chosen(request))
-        else:
-            self._go_on(request, stage.end)
+        self._go_on(request, request.limit if request.stage is None else request.stage.end)
 
-    def _chosen(self, request: Request) -> None:
-        stage = request.stage
-        assert stage is not None
-        if stage.is_asking and not request.has_asked:
-            request.has_asked = True
-            request.gaps = [Span(request.stage_start, stage.end)]
-        else:
-            self._go_on(request, stage.end)
+    def asks_again(self, request: Request, span: Span) -> bool:
+        """A part of a request was run. Does it ask for something that was not there? Then nothing has come of it: it is
+        run again, with that."""
+        stage, recollection = request.stage, request.recollection
+        if stage is None or not stage.asks or request.has_asked or span.end != stage.end:
+            return False
+        assert recollection is not None
+        assert request.recalled is not None
+        choice = recollection.amend(request.recalled) if stage.is_reply else recollection.choose()
+        if choice is None:
+            return False
+        request.has_asked, request.gaps = True, []
+        decodes = request.phase is Phase.DECODE
+        if decodes:
+            request.phase = Phase.RECALLING
+
+        def ready() -> None:
+            if decodes:
+                request.phase = Phase.DECODE
+            else:
+                request.gaps = [Span(request.stage_start, stage.end)]
+
+        self._views.recall(request, choice, ready, partial(self._lost, request))
+        return True
 
     def _go_on(self, request: Request, position: int) -> None:
         if position == request.num_target:
@@ -83,15 +94,12 @@ class Passages:
         assert request.beyond is not None
         request.stage_start, request.has_asked = position, False
         request.stage = stage = next_stage(request.beyond, position, request.num_target)
-        if not self._tables.grow_to(request, stage.end):
-            self.again(request)
-            return
 
         def compute() -> None:
             request.gaps = [Span(position, stage.end)]
 
         if stage.forgets:
-            self._views.recall(request, self._views.latest(request), compute, partial(self._lost, request))
+            self._forget(request, compute)
         else:
             compute()
 
@@ -100,10 +108,10 @@ class Passages:
         assert request.beyond is not None
         if request.beyond.epochs.epoch_of(position) == request.epoch:
             then()
-        elif self._views.roll(request):
+        elif self._views.roll(request) and self._tables.grow_to(request, request.end_at_most):
             self._views.know(request, then, partial(self._lost, request))
         else:
-            self.again(request)
+            self.again(request, True)
 
     def before_token(self, request: Request) -> None:
         """A decoding request's last token is to be run: it may be the first of an epoch or of a stage."""
@@ -117,7 +125,7 @@ class Passages:
             request.stage_start, request.has_asked = position, False
             request.stage = stage = next_stage(beyond, position, _ENDLESS)
             if stage.forgets:
-                self._views.recall(request, self._views.latest(request), ready, partial(self._lost, request))
+                self._forget(request, ready)
             else:
                 ready()
 
@@ -126,40 +134,18 @@ class Passages:
 
         self._enter(request, position, enter)
 
-    def after_token(self, request: Request) -> None:
-        """A decoding request's token was run: it may have chosen."""
-        stage = request.stage
-        if stage is None or not stage.chooses or len(request.tokens) != stage.end:
-            return
-        request.phase = Phase.RECALLING
-
-        def ready() -> None:
-            request.phase = Phase.DECODE
-
-        self._choose(request, ready)
-
-    def _choose(self, request: Request, then: Callable[[], None]) -> None:
-        assert request.beyond is not None
-        assert request.stage is not None
+    def _forget(self, request: Request, then: Callable[[], None]) -> None:
         assert request.recollection is not None
-        if request.stage.is_asking and request.has_asked:  # it was run with what it has chosen
-            then()
-            return
-        choice = request.recollection.choose(request.beyond.epochs.num_slots, last_alone=not request.stage.is_asking)
-        self._views.recall(request, choice, then, partial(self._lost, request))
+        self._views.recall(request, request.recollection.latest(), then, partial(self._lost, request))
 
     def hears(self, request: Request, span: Span) -> Callable[[int, object], None] | None:
         """Who is told the queries of this part of a request, if anybody."""
         stage = request.stage
-        if stage is None or not stage.chooses or request.beyond is None or span.start < request.stage_start:
+        if stage is None or not stage.asks or request.has_asked or span.start < request.stage_start:
             return None
-        if stage.is_asking and not request.has_asked:
-            return self._views.hear(request, span.start)
-        if not stage.is_asking and span.end == stage.end:
-            return self._views.hear(request, span.start)
-        return None
+        return self._views.hear(request, span.start)
 
     def _lost(self, request: Request, position: int | None) -> None:
         if position is not None:
             request.lost_at.append(position)
-        self.again(request)
+        self.again(request, position is None)

@@ -1,25 +1,36 @@
-"""What one conversation recalls beyond its window: which pieces its latest queries ask for, layer by layer.
+"""What one conversation recalls beyond its window: which pieces its latest queries ask for, by layer and KV head.
 
-Knows representatives of what is gone and how queries are scored against them; no blocks, and no scheduler. Used by the
-engine's thread alone.
+Knows representatives of what is gone, and what is in the slots; no blocks, and no scheduler. Used by the engine's
+thread alone.
 """
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from worker.attention.recall_choice import choose
+from worker.attention.recall_choice import shares, spread
 
-Choice = list[list[int]]
-"""Of each layer, the units that it recalls, oldest first; unit n is tokens [n * unit_tokens, (n + 1) * unit_tokens)."""
+_ASKED_FOR = 0.05
+"""The share of one query's attention over all units from which on a unit is asked for."""
+
+_AT_ONCE = 8
+"""Units that one token may ask for."""
+
+Choice = npt.NDArray[np.int64]
+"""[layers, kv_heads, slots]: units, oldest first; unit n is tokens [n * unit_tokens, (n + 1) * unit_tokens)."""
 
 
 class Recollection:
-    def __init__(self, first_unit: int, num_layers: int) -> None:
-        """`first_unit` is the oldest that may be recalled."""
+    def __init__(self, first_unit: int, num_slots: int) -> None:
+        """`first_unit` is the oldest that may be recalled, `num_slots` of them at once."""
         self.choices = 0
         self._first_unit = first_unit
+        self._num_slots = num_slots
+        self._parts: list[torch.Tensor] = []
         self._num_units = 0
-        self._parts: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
-        self._heard: list[dict[int, torch.Tensor]] = [{} for _ in range(num_layers)]
+        self._heard: dict[int, dict[int, torch.Tensor]] = {}
+        self._asked: npt.NDArray[np.int64] | None = None
+        self._time = 0
 
     @property
     def next_unit(self) -> int:
@@ -27,34 +38,71 @@ class Recollection:
         return self._first_unit + self._num_units
 
     def add(self, representatives: torch.Tensor) -> None:
-        """Those of the units from `next_unit` on: [layers, units, kv_heads, representatives, head_dim]."""
-        for parts, layer in zip(self._parts, representatives, strict=True):
-            parts.append(layer)
-        self._num_units += representatives.shape[1]
+        """Those of the units from `next_unit` on: [layers, kv_heads, units, representatives, head_dim], float32."""
+        self._parts.append(representatives)
+        self._num_units += representatives.shape[2]
+
+    def latest(self) -> Choice:
+        """The latest units, for all alike."""
+        layers, kv_heads = self._all().shape[:2]
+        units = np.arange(self.next_unit - self._num_slots, self.next_unit)
+        self._asked = None
+        return np.broadcast_to(units, (layers, kv_heads, self._num_slots)).copy()
 
     def hear(self, layer: int, first: int, queries: torch.Tensor) -> None:
         """Queries [heads, rows, head_dim] of one layer, of tokens from `first` on, as they were before their positions.
 
         Said again, after a step that failed, they are as they were.
         """
-        self._heard[layer][first] = queries
+        self._heard.setdefault(layer, {})[first] = queries
 
-    def choose(self, num_units: int, *, last_alone: bool) -> Choice:
-        """The units that what was heard asks for, `num_units` in each layer; with `last_alone` by the last query only.
-
-        Forgets what was heard.
-        """
+    def choose(self) -> Choice:
+        """The units that are asked for most by what was heard, which is forgotten."""
         self.choices += 1
-        choice = []
-        for layer, heard in enumerate(self._heard):
-            queries = torch.cat([heard[first] for first in sorted(heard)], 1).transpose(0, 1).cpu()
-            chosen = choose(queries[-1:] if last_alone else queries, self._of(layer), num_units)
-            choice.append([self._first_unit + unit for unit in chosen.tolist()])
-            heard.clear()
-        return choice
+        self._time += 1
+        asked = spread(shares(self._queries(), self._all()))
+        units = asked.topk(self._num_slots).indices.sort().values
+        self._asked = np.full(tuple(units.shape), self._time)
+        chosen: Choice = units.numpy() + self._first_unit
+        return chosen
 
-    def _of(self, layer: int) -> torch.Tensor:
-        parts = self._parts[layer]
-        if len(parts) > 1:
-            parts[:] = [torch.cat(parts)]
-        return parts[0]
+    def amend(self, choice: Choice) -> Choice | None:
+        """`choice` with what is asked for by what was heard, and not in it, in the place of what was not asked for
+        longest. None where nothing is; what was heard is forgotten."""
+        asked = spread(shares(self._queries(), self._all())).numpy()
+        self._time += 1
+        if self._asked is None:
+            self._asked = np.zeros(choice.shape, dtype=np.int64)
+        held = np.take_along_axis(asked, choice - self._first_unit, 2)
+        self._asked[held >= _ASKED_FOR] = self._time
+        np.put_along_axis(asked, choice - self._first_unit, 0.0, 2)
+        asking = asked.max(2) >= _ASKED_FOR
+        if not asking.any():
+            return None
+        self.choices += 1
+        amended = choice.copy()
+        for layer, head in np.argwhere(asking):
+            new = np.argsort(-asked[layer, head], kind="stable")[: min(_AT_ONCE, self._num_slots)]
+            self._put(amended[layer, head], self._asked[layer, head], new + self._first_unit)
+        return amended
+
+    def _put(self, units: npt.NDArray[np.int64], asked: npt.NDArray[np.int64], new: npt.NDArray[np.int64]) -> None:
+        """Exchange the units that were not asked for longest (of these the oldest) for new ones; keep them in order."""
+        out = np.lexsort((units, asked))[: len(new)]
+        units[out], asked[out] = new, self._time
+        order = np.argsort(units)
+        units[:], asked[:] = units[order], asked[order]
+
+    def _queries(self) -> torch.Tensor:
+        """[layers, rows, heads, head_dim], float32."""
+        layers = [
+            torch.cat([heard[first] for first in sorted(heard)], 1).transpose(0, 1)
+            for _, heard in sorted(self._heard.items())
+        ]
+        self._heard.clear()
+        return torch.stack(layers).cpu()
+
+    def _all(self) -> torch.Tensor:
+        if len(self._parts) > 1:
+            self._parts = [torch.cat(self._parts, 2)]
+        return self._parts[0]

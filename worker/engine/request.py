@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from itertools import pairwise
 
+import numpy as np
+
 from cache_store.ids import BlockHash
 from worker.calls import ContextReceipt, Event, GenerateCall, MissReason, Receipt, RestorePlan
 from worker.engine.admission import Ticket
@@ -94,6 +96,8 @@ class Request:
         self.epoch = 0
         self.first = 0
         """Beyond the window: from here on all is computed, and before it is had from a tier or not needed."""
+        self.stalled_at = -1
+        """How many requests had ended when it found no room further on."""
         self.holes: list[Span] = []
         """Of what is had, what is in no tier and needs nothing that is not there."""
         self.stage: Stage | None = None
@@ -159,7 +163,7 @@ class Request:
     @property
     def only_asks(self) -> bool:
         """What it computes now only chooses what it is to be computed with."""
-        return self.stage is not None and self.stage.is_asking and not self.has_asked
+        return self.stage is not None and self.stage.asks and not (self.stage.is_reply or self.has_asked)
 
     @property
     def tenant(self) -> str:
@@ -181,15 +185,20 @@ class Request:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that its prefill needs, as far as it is planned now."""
-        return -(-(self.limit - self.shift) // self._block_tokens)
+        """Blocks that its prefill needs, as far as it is planned now; beyond the window those of its whole epoch."""
+        if self.epoch:
+            return self.num_blocks_at_most
+        return -(-self.limit // self._block_tokens)
+
+    @property
+    def end_at_most(self) -> int:
+        """Of its tokens in this epoch."""
+        end = self.num_prompt + self.max_new_tokens
+        return end if self.beyond is None else min(end, self.beyond.epochs.end_of(self.epoch))
 
     @property
     def num_blocks_at_most(self) -> int:
-        end = self.num_prompt + self.max_new_tokens
-        if self.beyond is not None:
-            end = min(end, self.beyond.epochs.end_of(self.epoch))
-        return -(-(end - self.shift) // self._block_tokens)
+        return -(-(self.end_at_most - self.shift) // self._block_tokens)
 
     def name_of(self, index: int) -> BlockHash:
         """The name of the `index`-th full block of the tokens so far."""
@@ -275,7 +284,7 @@ class Request:
         known = self.receipt and self.receipt.context
         left_tokens = known.left_tokens if known else 0
         unit = self.beyond.epochs.unit_tokens
-        units = sorted({number for layer in self.recalled or [] for number in layer})
+        units = [] if self.recalled is None else np.unique(self.recalled).tolist()
         return ContextReceipt(
             policy=self.beyond.policy,
             left_tokens=left_tokens,

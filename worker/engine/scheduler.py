@@ -70,8 +70,10 @@ class Scheduler:
         self._block_tokens = block_tokens
         self._max_running = max_running
         self._passages = passages
+        self._num_left = 0
+        """Requests that have let go of their blocks for good."""
         if passages is not None:
-            passages.again, passages.decode = self._preempt, self._decode
+            passages.again, passages.decode = self._again, self._decode
 
     # In
 
@@ -84,12 +86,12 @@ class Scheduler:
     def admit(self) -> None:
         """Move requests from the queue into the batch while there is room for them, each tenant by its share."""
         while len(self.running) < self._max_running and (request := self.waiting.front()) is not None:
+            if self.running and request.stalled_at == self._num_left:
+                break
             lookup = self._tables.open(request)
             if lookup is None:
                 break
             self._begin(self.waiting.take(), lookup)
-            if request.is_waiting:  # it found no room further on: others must end first
-                break
         self._prefetch()
 
     def _prefetch(self) -> None:
@@ -204,6 +206,12 @@ class Scheduler:
             while request.phase is Phase.DECODE and not self._tables.grow(request):
                 self._preempt(next(r for r in reversed(self.running) if r.phase in _MAY_GIVE_WAY))
 
+    def _again(self, request: Request, needs_room: bool) -> None:
+        """Start a request anew where it is to begin; where it found no room further on, when another has ended."""
+        self._preempt(request)
+        if needs_room:
+            request.stalled_at = self._num_left
+
     def _preempt(self, request: Request) -> None:
         """Send a request back to the queue's front. What it computed stays cached as long as there is room."""
         log.info("preempted", request=request.call.request_id, tokens=len(request.tokens))
@@ -231,12 +239,14 @@ class Scheduler:
         end = spans[-1].end
         if end % self._block_tokens == 0:
             self._tables.seal(request, end // self._block_tokens - 1)
-        if request.beyond is not None and self._passages is not None:
-            self._passages.after_token(request)
 
     def hears(self, request: Request, span: Span) -> Callable[[int, Any], None] | None:
         """Who is told the queries of a part of a request, if anybody."""
         return None if self._passages is None or request.stage is None else self._passages.hears(request, span)
+
+    def asks_again(self, request: Request, span: Span) -> bool:
+        """A part of a request was run: is it to be run again, with something that it asked for?"""
+        return self._passages is not None and request.stage is not None and self._passages.asks_again(request, span)
 
     def _decode(self, request: Request) -> None:
         """All that is known of a request is computed."""
@@ -322,6 +332,7 @@ class Scheduler:
             self.running.remove(request)
             self.waiting.done(request)
             self._tables.close(request)
+            self._num_left += 1
         request.phase = Phase.OVER
         request.on_over()
 

@@ -122,13 +122,15 @@ class Stepper:
         choosing = [request for request, spans in work if request.samples_after(spans[-1])]
         try:
             logits, audit_chunks = self._run(chunks, audit_chunks)
-            tokens = self._sample(logits[: len(choosing)], choosing)
+            asking = {request for request, spans in work if self._scheduler.asks_again(request, spans[-1])}
+            rows = [row for row, request in enumerate(choosing) if request not in asking]
+            tokens = self._sample(logits[rows], [choosing[row] for row in rows])
         except Exception as error:  # an accelerator out of memory, say: the step is lost, the engine is not
             log.error("a step failed", requests=len(work), exc_info=error)
             return error.with_traceback(None)  # whose frames hold the accelerator's memory
         self.num_failed = 0
         for request, spans in work:
-            if request.phase is not Phase.OVER:
+            if request.phase is not Phase.OVER and request not in asking:
                 self._scheduler.computed(request, spans)
         for request, token in tokens:
             self._publish(request, token)

@@ -20,6 +20,8 @@ from worker.engine.request import Request
 from worker.ids import BlockId
 from worker.tiers.moves import Content, Tier
 
+_Ints = npt.NDArray[np.int64]
+
 Lost = Callable[[int | None], None]
 """Told the position from which on a request has to be computed again, what stood there being in no tier; None: the
 device has no room for it now."""
@@ -34,14 +36,12 @@ class Views:
         representatives: Representatives,
         *,
         block_tokens: int,
-        num_layers: int,
     ) -> None:
         self._tables = tables
         self._gatherer = gatherer
         self._placer = placer
         self._representatives = representatives
         self._block_tokens = block_tokens
-        self._num_layers = num_layers
 
     @property
     def is_busy(self) -> bool:
@@ -125,18 +125,16 @@ class Views:
 
     def recall(self, request: Request, choice: Choice, ready: Callable[[], None], lost: Lost) -> None:
         """Put what was chosen where it is attended to; what stands there already stays."""
-        beyond = request.beyond
+        beyond, was = request.beyond, request.recalled
         assert beyond is not None
-        unit, was = beyond.epochs.unit_tokens, request.recalled
-        moves: dict[int, list[tuple[int, int, int]]] = {}
-        for layer, units in enumerate(choice):
-            for slot, number in enumerate(units):
-                if was is None or was[layer][slot] != number:
-                    moves.setdefault(number * unit // self._block_tokens, []).append((layer, slot, number))
+        layers, heads, slots = np.nonzero(np.ones(choice.shape, dtype=bool) if was is None else choice != was)
+        units = choice[layers, heads, slots]
+        blocks = units * beyond.epochs.unit_tokens // self._block_tokens
         request.recalled = None  # half of it, until all is there
 
         def use(held: Mapping[int, BlockId]) -> None:
-            self._place(request, held, (move for index in held for move in moves[index]))
+            here = np.isin(blocks, list(held))
+            self._place(request, held, layers[here], heads[here], slots[here], units[here])
 
         def done(gathering: Gathering) -> None:
             if self._has_lost(gathering, lost):
@@ -144,14 +142,7 @@ class Views:
             request.recalled = choice
             ready()
 
-        self._gather(request, sorted(moves), use, done)
-
-    def latest(self, request: Request) -> Choice:
-        """What is recalled before anything is asked for."""
-        beyond = request.beyond
-        assert beyond is not None
-        recent, unit = beyond.epochs.recent(request.epoch), beyond.epochs.unit_tokens
-        return [list(range(recent.start // unit, recent.end // unit)) for _ in range(self._num_layers)]
+        self._gather(request, np.unique(blocks).tolist(), use, done)
 
     def hear(self, request: Request, position: int) -> Callable[[int, torch.Tensor], None]:
         """What the queries of a chunk are told to that begins at `position`."""
@@ -197,7 +188,7 @@ class Views:
             return
         epochs, size = beyond.epochs, self._block_tokens
         if request.recollection is None:
-            request.recollection = Recollection(epochs.sink_tokens // epochs.unit_tokens, self._num_layers)
+            request.recollection = Recollection(epochs.sink_tokens // epochs.unit_tokens, epochs.num_slots)
         known = request.recollection.next_unit * epochs.unit_tokens // size
         for index in range(known, epochs.gone(request.epoch).end // size):
             made = self._representatives.find(request.name_of(index))
@@ -218,29 +209,29 @@ class Views:
         target = request.block_of(index)
         self._placer.place(self._slots(block), self._slots(target), -beyond.epochs.epoch_tokens)
 
-    def _place(self, request: Request, held: Mapping[int, BlockId], moves: Iterable[tuple[int, int, int]]) -> None:
-        """Copy (layer, slot, unit) each to its slot, layer by layer."""
+    def _place(
+        self, request: Request, held: Mapping[int, BlockId], layers: _Ints, heads: _Ints, slots: _Ints, units: _Ints
+    ) -> None:
+        """Copy each unit of one KV head of one layer to its slot."""
         beyond = request.beyond
         assert beyond is not None
         epochs, size, unit = beyond.epochs, self._block_tokens, beyond.epochs.unit_tokens
-        by_layer: dict[int, list[tuple[int, int]]] = {}
-        for layer, slot, number in moves:
-            by_layer.setdefault(layer, []).append((slot, number))
-        within = np.arange(unit)
-        for layer, pairs in by_layer.items():
-            slots, numbers = np.array(pairs).T
-            source = np.array([held[number * unit // size] for number in numbers]) * size + numbers * unit % size
-            places = epochs.sink_tokens + slots * unit
-            target = np.array([request.table[place // size] for place in places]) * size + places % size
-            turned_by = places - np.array([epochs.place_of(int(number) * unit) for number in numbers])
-            self._placer.place(
-                (source[:, None] + within).ravel(),
-                (target[:, None] + within).ravel(),
-                np.repeat(turned_by, unit),
-                layer,
-            )
+        within, table = np.arange(unit), np.array(request.table)
+        place_of = {number: epochs.place_of(number * unit) for number in np.unique(units).tolist()}
+        blocks = np.array([held[number * unit // size] for number in units.tolist()])
+        source = blocks * size + units * unit % size
+        places = epochs.sink_tokens + slots * unit
+        target = table[places // size] * size + places % size
+        by = places - np.array([place_of[number] for number in units.tolist()])
+        self._placer.place_each(
+            np.repeat(layers, unit),
+            np.repeat(heads, unit),
+            (source[:, None] + within).ravel(),
+            (target[:, None] + within).ravel(),
+            np.repeat(by, unit),
+        )
 
-    def _slots(self, block: BlockId) -> npt.NDArray[np.int64]:
+    def _slots(self, block: BlockId) -> _Ints:
         return block * self._block_tokens + np.arange(self._block_tokens)
 
     def _indices(self, span: Span) -> range:
