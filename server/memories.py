@@ -10,7 +10,7 @@ from typing import Final, NamedTuple, Protocol
 
 import structlog
 
-from cache_store.banks import BankRecord, EntryFilter
+from cache_store.banks import BankRecord, Entry, EntryFilter
 from cache_store.errors import EmbedderChanged, ServingError
 from cache_store.records import SessionRecord
 from protos import rekindle_pb2 as pb
@@ -113,7 +113,8 @@ class Memories:
             self._left_out(record, name, error)
             return []
         self._metrics.bank_read("read" if recalled else "empty")
-        return [_Candidate(bank, one, element(name, one.entry)) for one in recalled]
+        told = [one for one in recalled if record.context_policy or not _is_inherited(one.entry, record)]
+        return [_Candidate(bank, one, element(name, one.entry)) for one in told]
 
     async def _within(
         self, request: pb.GenerateRequest, record: SessionRecord, candidates: Sequence[_Candidate], *, until_s: float
@@ -175,6 +176,11 @@ class Memories:
             _log.warning("a turn goes without its memories", **about, error=what)
         else:
             _log.error("a turn goes without its memories", **about, exc_info=error)
+
+
+def _is_inherited(entry: Entry, record: SessionRecord) -> bool:
+    """Whether a fork has this turn of its parent's in its own history."""
+    return bool(entry.session_id) and entry.session_id == record.parent_session_id and entry.turn <= record.parent_turn
 
 
 def _best_first(candidates: Sequence[_Candidate]) -> list[_Candidate]:

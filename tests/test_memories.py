@@ -235,6 +235,8 @@ async def test_a_session_is_not_told_what_it_said_itself_and_others_are(front: F
     await say(client, chat("My dog is called Rex."))
     await written(front, 1)
     assert not (await say(client, chat("How is my dog called?"))).receipt.memories
+    await client.fork_session("s", new_session_id="fork")
+    assert not (await say(client, chat("How is my dog called?"), "fork")).receipt.memories
     await client.create_session("other", banks={"log": "read"})
     finished = await say(client, chat("How is my dog called?"), "other")
     assert [source.bank for source in finished.receipt.memories]
