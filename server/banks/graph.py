@@ -7,7 +7,6 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from usearch.index import Index
 
 from cache_store.banks import Vector
 
@@ -21,6 +20,8 @@ class Graph:
 
     def __init__(self, dim: int, *, threads: int) -> None:
         """`threads` build it."""
+        from usearch.index import Index  # 0.2 s, and a runtime of OpenMP: for who has a bank as large as that
+
         self._index = Index(
             ndim=dim,
             metric="ip",

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
+import torch
+
 _FOLDER: Final = Path(__file__).parent
 _SOURCES: Final = tuple(sorted(_FOLDER.glob("*.c")))
 _HEADERS: Final = tuple(sorted(_FOLDER.glob("*.h")))
@@ -53,11 +55,13 @@ def _may_use_amx() -> bool:
 
 
 def _openmp_of_torch() -> Path:
-    """The OpenMP runtime in this process."""
+    """The OpenMP runtime that torch uses. Others, which packages bring for themselves, are not its business."""
     mapped = {line.split(maxsplit=5)[5].strip() for line in _lines("/proc/self/maps") if "/" in line}
     runtimes = [path for path in mapped if any(name in Path(path).name for name in ("libgomp", "libomp", "libiomp"))]
+    beside_torch = Path(torch.__file__).parent
+    runtimes = [path for path in runtimes if beside_torch in Path(path).parents] or runtimes
     if len(runtimes) != 1 or "libgomp" not in Path(runtimes[0]).name:
-        raise NativeUnavailable(f"needs one GNU OpenMP runtime in the process, found {runtimes or 'none'}")
+        raise NativeUnavailable(f"needs GNU's OpenMP runtime as torch's, found {runtimes or 'none'}")
     return Path(runtimes[0])
 
 
