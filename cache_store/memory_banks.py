@@ -134,8 +134,9 @@ class MemoryBanks:
                 here.entries[entry.id], here.vectors[entry.id] = entry, vector
                 here.touch(entry.id)
         for loser, winner in supersedes:
-            here.superseded[loser] = winner
-            here.touch(loser)
+            if here.superseded.get(loser) != winner:
+                here.superseded[loser] = winner
+                here.touch(loser)
         if here.superseded.pop(stands, ""):
             here.touch(stands)
         return is_new

@@ -287,7 +287,7 @@ class RedisBanks:
             case b"FULL":
                 raise BankFull("max_bank_entries", max_entries)
             case b"ENTRIES":
-                raise EntriesMissing(tuple(entry_id.decode() for entry_id in answer))
+                raise EntriesMissing(tuple(dict.fromkeys(entry_id.decode() for entry_id in answer)))
         return answer
 
     async def _ask(self, script: Script, tenant: str, name: str, *args: Any, doing: str) -> list[Any]:

@@ -10,6 +10,7 @@ import pytest
 from cache_store.banks import BankSettings, BankStore, EntryFilter, EntryKind
 from cache_store.errors import BankFull, EmbedderChanged, InvalidRequest
 from cache_store.open_banks import open_banks
+from server.banks import checks
 from server.banks.keeper import BankKeeper, Document, DocumentDone, Imported
 from server.errors import NoWorker
 from tests.fake_embedding import FakeEmbedding
@@ -142,6 +143,20 @@ async def test_a_document_that_fits_no_more_leaves_nothing_to_see(keeper: BankKe
     record = await keeper.get("t", "b")
     assert (record.entries, record.documents) == (0, 0)
     assert await chunks_of(keeper, "d") == {}
+
+
+async def test_a_document_of_too_many_chunks_is_refused_by_name(
+    keeper: BankKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put(keeper, Document(text=LONG, id="d"))
+    lines = await exported(keeper)
+    await keeper.create("t", "copy", settings=SMALL)
+    monkeypatch.setattr(checks, "MAX_CHUNKS", 4)
+    with pytest.raises(InvalidRequest, match=r"documents\[0\]\.text: has 5 chunks"):
+        await put(keeper, Document(text=LONG, id="another"))
+    with pytest.raises(InvalidRequest, match="document d: has 5 chunks"):
+        await imported(keeper, lines, "copy")
+    assert (await keeper.get("t", "copy")).entries == 0
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from cache_store.errors import InvalidRequest
 MAX_TEXT_BYTES: Final = 65_536
 MAX_DOCUMENT_BYTES: Final = 16 << 20
 MAX_DOCUMENTS: Final = 1000
+MAX_CHUNKS: Final = 50_000
+"""Of a document: they come in sight together, for which the store stops for a second or two."""
 MAX_K: Final = 100
 _MAX_PAIRS: Final = 32
 _MAX_KEY_BYTES: Final = 64
@@ -43,6 +45,11 @@ def check_importance(importance: float, field: str = "importance") -> float:
     if not (math.isfinite(importance) and 0.0 <= importance <= 1.0):
         raise InvalidRequest(field, f"must be 0 to 1, got {importance}")
     return importance
+
+
+def check_chunks(chunks: int, field: str) -> None:
+    if chunks > MAX_CHUNKS:
+        raise InvalidRequest(field, f"has {chunks:,} chunks, and a document may have {MAX_CHUNKS:,}")
 
 
 def check_k(k: int) -> int:

@@ -107,6 +107,7 @@ async def _embed(
     [chunks] = embedded.texts
     if not chunks:
         raise InvalidRequest(field, "has nothing that the embedding model can read")
+    checks.check_chunks(len(chunks), field)
     whole = Entry(
         id="",
         text="",

@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 
 from cache_store.banks import BankRecord, BankStore, EntryFilter, Kept, Supersession, Use, Vector, check_bank_name
 from cache_store.errors import EmbedderChanged, EntriesMissing, InvalidRequest, StoreUnavailable
+from server.banks import checks
 from server.banks.embeds import Embeds
 from server.banks.entries import entry_id, vectors_of
 from server.banks.indexes import Indexes
@@ -122,6 +123,7 @@ class _Import:
 
     async def finish(self) -> Imported:
         for (document_id, digest), chunks in self._documents.items():
+            checks.check_chunks(len(chunks), f"lines: document {document_id}")
             ids = [chunk_id for _, chunk_id in sorted(chunks)]
             new_entries, missing = await self._store.commit_document(self._bank, document_id, digest, ids)
             if missing:
