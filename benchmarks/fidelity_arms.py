@@ -7,7 +7,7 @@ import asyncio
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import redis.asyncio
@@ -113,26 +113,29 @@ async def hold_all(setup: Setup, codec: str, parking: Parking, on_turn: Callable
     A system of its own, because unfull blocks of one arm, left behind in Redis, would be taken up by the next one.
     Raises RekindleError, ServingError, OSError.
     """
-    async with _system(setup) as (client, redis_url, metrics_address):
+    async with system(_worker_config(setup)) as (client, redis_url, metrics_address):
         held = [await _hold(client, setup, dialogue, codec, parking, on_turn) for dialogue in setup.dialogues]
         stored = await _stored(client, redis_url, codec, [session_id for session_id, _ in held])
         metrics = await asyncio.to_thread(_scrape, metrics_address)
     return Arm(codec, parking, tuple(replies for _, replies in held), stored, metrics)
 
 
+def _worker_config(setup: Setup) -> WorkerConfig:
+    return WorkerConfig(
+        model=setup.model,
+        block_tokens=setup.block_tokens,
+        device_cache_bytes=setup.cache_bytes,
+        host_cache_bytes=setup.cache_bytes,
+        restore_plan="load",  # what is not restored proves nothing
+    )
+
+
 @asynccontextmanager
-async def _system(setup: Setup) -> AsyncIterator[tuple[Client, str, str]]:
-    """Redis, a worker and a front end; yields a client, Redis' URL and the address of the worker's metrics."""
+async def system(config: WorkerConfig) -> AsyncIterator[tuple[Client, str, str]]:
+    """Redis, a worker on it and a front end; yields a client, Redis' URL and the address of the worker's metrics."""
     async with AsyncExitStack() as stack:
         redis_url = stack.enter_context(RedisServer()).url
-        worker_config = WorkerConfig(
-            model=setup.model,
-            block_tokens=setup.block_tokens,
-            device_cache_bytes=setup.cache_bytes,
-            host_cache_bytes=setup.cache_bytes,
-            redis_url=redis_url,
-            restore_plan="load",  # what is not restored proves nothing
-        )
+        worker_config = replace(config, redis_url=redis_url)
         worker = await WorkerApp.start("0", worker_config)
         stack.push_async_callback(worker.stop, within_s=_STOP_WITHIN_S)
         server_config = ServerConfig(port=0, metrics_port=0, redis_url=redis_url, drain_s=_STOP_WITHIN_S)

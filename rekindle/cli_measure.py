@@ -45,4 +45,9 @@ def eval_app() -> App:
         name="memory",
         help="How well what was said is found again: by words, by meaning, and as banks do it.",
     )
+    evaluations.command(
+        "benchmarks.recall:evaluate",
+        name="recall",
+        help="What is remembered of conversations many windows long, and at what cost.",
+    )
     return evaluations
