@@ -106,8 +106,8 @@ def evaluate(
     window: int = 2048,
     recall_tokens: int = 0,
     windows: Sequence[int] = (1, 4, 16, 64),
-    singles: int = 24,
-    corrected: int = 8,
+    singles: int = 48,
+    corrected: int = 16,
     other_facts: float = 0.03,
     turn_tokens: int = 1024,
     block_tokens: int = 64,
@@ -214,7 +214,8 @@ def _figures(setup: Setup, held: dict[str, Held]) -> dict[str, Any]:
     for policy in ("window", "recall"):
         one = held[policy]
         figures |= {f"{policy}, {windows} windows back": one.accuracy(windows) for windows in setup.windows}
-        figures[f"{policy}, corrected facts"] = one.accuracy(corrected=True)
+        if any(is_corrected for _, is_corrected in one.right):
+            figures[f"{policy}, corrected facts"] = one.accuracy(corrected=True)
         figures[f"{policy}, median turn (s)"] = statistics.median(one.turn_s)
         figures[f"{policy}, last turns to first ones"] = one.growth
         figures[f"{policy}, ms a token"] = statistics.median(one.token_ms)
