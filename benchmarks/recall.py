@@ -64,7 +64,7 @@ class Held:
 
     @property
     def growth(self) -> float:
-        """How many times as long the last quarter of the turns took as the second: the first is in the window in part."""
+        """What the last quarter of the turns took, in what the second did: the first is in the window in part."""
         quarter = max(1, len(self.turn_s) // 4)
         return statistics.median(self.turn_s[-quarter:]) / statistics.median(self.turn_s[quarter : 2 * quarter])
 
