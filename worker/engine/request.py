@@ -6,6 +6,7 @@ from enum import Enum, auto
 from itertools import pairwise
 
 import numpy as np
+import torch
 
 from cache_store.ids import BlockHash
 from worker.calls import ContextReceipt, Event, GenerateCall, MissReason, Receipt, RestorePlan
@@ -106,6 +107,8 @@ class Request:
         self.has_asked = False
         """and whether it is so for the second time."""
         self.gathering: Gathering | None = None
+        self.represented: dict[int, torch.Tensor] = {}
+        """Representatives of its blocks, by index, that are not gone yet."""
         self.recollection: Recollection | None = None
         self.recalled: Choice | None = None
         """What is in the slots for what is recalled."""
@@ -118,6 +121,7 @@ class Request:
         self.stop_gathering()
         self.stage = self.recollection = self.recalled = None
         self.holes = []
+        self.represented = {}
         self.epoch = self.first = 0
         if self.beyond is None or self.num_target <= self.beyond.epochs.reach:
             return

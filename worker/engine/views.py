@@ -71,9 +71,7 @@ class Views:
             self._recollect(request)
             ready({index: tier for index, tier in gathering.found.items() if index in carry}, gathering.restored_bytes)
 
-        gone = self._indices(beyond.epochs.gone(request.epoch)) if beyond.chooses else ()
-        unknown = [index for index in gone if self._representatives.find(request.name_of(index)) is None]
-        self._gather(request, [*unknown, *carry], use, done)
+        self._gather(request, [*self._unknown(request), *carry], use, done)
 
     def roll(self, request: Request) -> bool:
         """Go on to the next epoch: what was the request's own is carried from now on. False where there is no room."""
@@ -108,8 +106,6 @@ class Views:
         if not beyond.chooses:
             ready()
             return
-        gone = self._indices(beyond.epochs.gone(request.epoch))
-        unknown = [index for index in gone if self._representatives.find(request.name_of(index)) is None]
 
         def use(held: Mapping[int, BlockId]) -> None:
             for index, block in held.items():
@@ -121,7 +117,7 @@ class Views:
             self._recollect(request)
             ready()
 
-        self._gather(request, unknown, use, done)
+        self._gather(request, self._unknown(request), use, done)
 
     def recall(self, request: Request, choice: Choice, ready: Callable[[], None], lost: Lost) -> None:
         """Put what was chosen where it is attended to; what stands there already stays."""
@@ -180,28 +176,50 @@ class Views:
         if not gathering.is_over:  # else the request may have begun to gather something else by now
             request.gathering = gathering
 
+    def _unknown(self, request: Request) -> list[int]:
+        """Blocks of what is gone whose representatives have to be made. The others are the request's from now on."""
+        beyond = request.beyond
+        assert beyond is not None
+        if not beyond.chooses:
+            return []
+        if request.recollection is None:
+            epochs = beyond.epochs
+            request.recollection = Recollection(epochs.sink_tokens // epochs.unit_tokens, epochs.num_slots)
+        unknown = []
+        for index in self._indices(Span(self._num_known(request), beyond.epochs.gone(request.epoch).end)):
+            if index not in request.represented:
+                found = self._representatives.find(request.name_of(index))
+                if found is None:
+                    unknown.append(index)
+                else:
+                    request.represented[index] = found
+        return unknown
+
+    def _num_known(self, request: Request) -> int:
+        """Tokens up to which what is gone may be recalled already."""
+        assert request.beyond is not None
+        assert request.recollection is not None
+        return request.recollection.next_unit * request.beyond.epochs.unit_tokens
+
     def _recollect(self, request: Request) -> None:
         """Add what is gone to what may be recalled."""
         beyond = request.beyond
         assert beyond is not None
         if not beyond.chooses:
             return
-        epochs, size = beyond.epochs, self._block_tokens
-        if request.recollection is None:
-            request.recollection = Recollection(epochs.sink_tokens // epochs.unit_tokens, epochs.num_slots)
-        known = request.recollection.next_unit * epochs.unit_tokens // size
-        for index in range(known, epochs.gone(request.epoch).end // size):
-            made = self._representatives.find(request.name_of(index))
-            assert made is not None, "what is gone was just made known"
-            request.recollection.add(made)
+        assert request.recollection is not None
+        for index in self._indices(Span(self._num_known(request), beyond.epochs.gone(request.epoch).end)):
+            request.recollection.add(request.represented.pop(index))
 
     def _represent(self, request: Request, index: int, block: BlockId) -> None:
         beyond, size = request.beyond, self._block_tokens
         assert beyond is not None
-        name = request.name_of(index)
-        if beyond.chooses and self._representatives.find(name) is None:
-            places = beyond.epochs.place_of(index * size) + np.arange(size)
-            self._representatives.keep(name, self._placer.unturned(self._slots(block), places))
+        if beyond.chooses and index not in request.represented:
+            name, places = request.name_of(index), beyond.epochs.place_of(index * size) + np.arange(size)
+            made = self._representatives.find(name)
+            if made is None:
+                made = self._representatives.keep(name, self._placer.unturned(self._slots(block), places))
+            request.represented[index] = made
 
     def _carry(self, request: Request, index: int, block: BlockId) -> None:
         beyond = request.beyond

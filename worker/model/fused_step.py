@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 
 from worker.attention.cpu import CpuAttention
 from worker.attention.decode_kernel import DecodeKernel
-from worker.attention.paged import AttentionStep, Run, Span
+from worker.attention.paged import AttentionStep, Hearer, Run, Span
 from worker.attention.prompt_kernel import PromptKernel
 from worker.model.linear_cpu import Linear, NativeLinear
 from worker.model.load import LoadedModel
@@ -66,7 +66,7 @@ class _Batch(ctypes.Structure):
 
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("decoding", "prompts", "slots", "cos", "sin", "wanted")],
-        *[(name, ctypes.c_void_p) for name in ("hidden", "normed", "parts", "attended", "gated", "logits")],
+        *[(name, ctypes.c_void_p) for name in ("hidden", "normed", "parts", "attended", "gated", "logits", "queries")],
         *[(name, ctypes.c_int64) for name in ("rows", "num_wanted", "num_threads")],
     )
 
@@ -138,8 +138,8 @@ class FusedStep:
         """Whether a chunk of so many tokens is one for `run`."""
         return num_tokens == 1 or (self._prompt_kernel is not None and num_tokens <= _MOST_TOKENS)
 
-    def run(self, rows: Rows) -> torch.Tensor:
-        """Write the rows' KV. Returns logits [wanted, vocab], bfloat16."""
+    def run(self, rows: Rows, hearers: Sequence[tuple[Span, Hearer]] = ()) -> torch.Tensor:
+        """Write the rows' KV. Returns logits [wanted, vocab], bfloat16. `hearers` hear the queries of their spans."""
         inner = self._loaded.model.model
         hidden = inner.embed_tokens(rows.ids)
         cos, sin = (part[0].contiguous() for part in inner.rotary_emb(hidden, position_ids=rows.positions[None]))
@@ -152,12 +152,18 @@ class FusedStep:
         if not self._scratch or len(self._scratch[0]) < num_rows:
             self._scratch = [hidden.new_empty(num_rows, width) for width in self._widths]
         logits = hidden.new_empty(len(rows.wanted), self._model.head.outputs)
+        attends = self._loaded.attends
+        queries = hidden.new_empty(len(self._layers), num_rows if hearers else 0, attends.num_heads, attends.head_dim)
         batch = _Batch(
             *(steps and ctypes.addressof(steps.pointers) for steps in (decoding, prompts)),
             *(part.data_ptr() for part in (rows.slots, cos, sin, rows.wanted, hidden, *self._scratch, logits)),
+            *(queries.data_ptr() if hearers else None,),
             *(num_rows, len(rows.wanted), torch.get_num_threads()),
         )
         self._function(self._model, batch)
+        for layer, of_layer in enumerate(queries if hearers else ()):
+            for span, hear in hearers:
+                hear(layer, of_layer[span.row : span.row + span.num_queries].transpose(0, 1))
         return logits
 
     def _steps(self, kernel: _Kernel[PlanT], spans: Sequence[Span]) -> _Steps:

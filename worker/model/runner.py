@@ -10,7 +10,16 @@ import torch
 from worker.attention.cpu import CpuAttention
 from worker.attention.cuda import choose_cuda_attention
 from worker.attention.decode_kernel import DecodeKernel, load_decode_kernel
-from worker.attention.paged import AttentionBackend, AttentionStep, ExactAttention, Span, clip, runs_of, slots_of
+from worker.attention.paged import (
+    AttentionBackend,
+    AttentionStep,
+    ExactAttention,
+    Hearer,
+    Span,
+    clip,
+    runs_of,
+    slots_of,
+)
 from worker.attention.prompt_kernel import PromptKernel, load_prompt_kernel
 from worker.engine.step import Chunk
 from worker.model.fused_step import Rows, load_fused_step
@@ -43,12 +52,14 @@ class ModelRunner:
                 return self._run_modules(chunks)
             # What is run by the fused step has the same bits whoever else is in the step.
             # Last: what else there is of its sequence has earlier positions.
-            fused = [chunk.hears is None and self._fused_step.takes(len(chunk.token_ids)) for chunk in chunks]
+            fused = [self._fused_step.takes(len(chunk.token_ids)) for chunk in chunks]
             others = list(compress(chunks, (not is_fused for is_fused in fused)))
             if len(others) == len(chunks):
                 return self._run_modules(chunks)
             by_modules = self._run_modules(others) if others else None
-            by_one_call = self._fused_step.run(Rows(*self._inputs(list(compress(chunks, fused))))).float()
+            by_fused = list(compress(chunks, fused))
+            rows = Rows(*self._inputs(by_fused))
+            by_one_call = self._fused_step.run(rows, _hearers(rows.spans, by_fused)).float()
             if by_modules is None or not len(by_modules):
                 return by_one_call
             is_fused = torch.tensor(list(compress(fused, (chunk.wants_logits for chunk in chunks))))
@@ -58,13 +69,12 @@ class ModelRunner:
 
     def _run_modules(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         ids, positions, slots, wanted, spans = self._inputs(chunks)
-        hearers = [(span, chunk.hears) for span, chunk in zip(spans, chunks, strict=True) if chunk.hears is not None]
         output = self._loaded.model(
             input_ids=ids[None],
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=wanted,
-            step=AttentionStep(self._backend, self._kv_cache.data, spans, slots, hearers),
+            step=AttentionStep(self._backend, self._kv_cache.data, spans, slots, _hearers(spans, chunks)),
         )
         if not len(wanted) and self._loaded.device.type == "cuda":
             torch.cuda.current_stream(self._loaded.device).synchronize()
@@ -105,6 +115,10 @@ class ModelRunner:
             joined = joined.pin_memory().to(self._loaded.device, non_blocking=True)
         parts: Sequence[torch.Tensor] = joined.split([len(array) for array in arrays])
         return parts
+
+
+def _hearers(spans: Sequence[Span], chunks: Sequence[Chunk]) -> list[tuple[Span, Hearer]]:
+    return [(span, chunk.hears) for span, chunk in zip(spans, chunks, strict=True) if chunk.hears is not None]
 
 
 def _choose_backend(

@@ -37,7 +37,8 @@ typedef struct {
     const int64_t *wanted;        /* [num_wanted]: rows that logits are for */
     uint16_t *hidden;             /* [rows, hidden]: the tokens' embeddings, overwritten */
     uint16_t *normed, *parts, *attended, *gated; /* scratch; a row of parts: all heads of queries, keys and values */
-    uint16_t *logits; /* [num_wanted, vocab] */
+    uint16_t *logits;  /* [num_wanted, vocab] */
+    uint16_t *queries; /* [layers, rows, heads, head_dim]: a copy of them, turned; or NULL */
     int64_t rows, num_wanted, num_threads;
 } Batch;
 
@@ -67,7 +68,8 @@ INLINE void turn(const uint16_t *head, const uint16_t *cos, const uint16_t *sin,
 INLINE int64_t width_of(const Model *model) { return (model->heads + 2 * model->kv_heads) * model->head_dim; }
 
 /* One head of a row: norm and turn queries, and keys on their way into the pool; values go there as they are. */
-INLINE void place_head(const Model *model, const Layer *layer, const Batch *batch, int64_t row, int64_t head) {
+INLINE void place_head(const Model *model, const Layer *layer, const Batch *batch, int64_t number, int64_t row,
+                       int64_t head) {
     const int64_t dim = model->head_dim, key = head - model->heads, value = key - model->kv_heads;
     uint16_t *part = batch->parts + row * width_of(model) + head * dim, normed[WIDEST_HEAD];
     const int64_t place = (value >= 0 ? value : key) * model->kv_head_stride + batch->slots[row] * dim;
@@ -79,6 +81,8 @@ INLINE void place_head(const Model *model, const Layer *layer, const Batch *batc
     if (weight) norm(part, weight, dim, key >= 0 ? layer->key_epsilon : layer->query_epsilon, normed);
     else memcpy(normed, part, dim * sizeof *part);
     turn(normed, batch->cos + row * dim, batch->sin + row * dim, dim, key >= 0 ? layer->keys + place : part);
+    if (key < 0 && batch->queries)
+        memcpy(batch->queries + ((number * batch->rows + row) * model->heads + head) * dim, part, dim * sizeof *part);
 }
 
 static void norm_in_team(const Model *model, const Batch *batch, const uint16_t *weight, float epsilon) {
@@ -93,7 +97,8 @@ static void layer_in_team(const Model *model, const Layer *layer, const Batch *b
     norm_in_team(model, batch, layer->before_attention, layer->epsilon);
     linears_in_team(layer->attention_in, 3, batch->normed, rows, batch->parts, width);
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < rows * parts; item++) place_head(model, layer, batch, item / parts, item % parts);
+    for (int64_t item = 0; item < rows * parts; item++)
+        place_head(model, layer, batch, number, item / parts, item % parts);
     if (batch->decoding)
         attend_in_team(batch->decoding[number], batch->parts, width, model->head_dim, layer->keys, layer->values,
                        batch->attended, layer->scaling);
