@@ -29,7 +29,7 @@ class Reference:
         self.num_asked = 0
         """Times that tokens were run again."""
         epochs = beyond.epochs
-        self._recollection = Recollection(epochs.sink_tokens // epochs.unit_tokens, epochs.num_slots)
+        self._recollection = Recollection(epochs.sink_tokens // epochs.unit_tokens, epochs.num_slots, self._undone)
         self._queries: list[torch.Tensor] = []
 
     def logits_after(self, tokens: Sequence[int], bounds: tuple[int, ...]) -> torch.Tensor:
@@ -50,7 +50,7 @@ class Reference:
         if not stage.asks:
             return logits
         for layer, queries in enumerate(self._queries):
-            self._recollection.hear(layer, start, queries)
+            self._recollection.hear(layer, self.beyond.epochs.place_of(start), queries)
         choice = self._recollection.amend(self.choice) if stage.is_reply else self._recollection.choose()
         if choice is None:
             return logits
@@ -76,6 +76,15 @@ class Reference:
         place_of, keys = self.beyond.epochs.place_of, self._keys[layer]
         return torch.stack([self._turned(keys[at], -place_of(at)) for at in range(start, end)], 1)
 
+    def _undone(self, queries: torch.Tensor, first_place: int) -> torch.Tensor:
+        rows = [self._turned_all(queries[..., at, :], -first_place - at) for at in range(queries.shape[-2])]
+        return torch.stack(rows, -2)
+
+    def _turned_all(self, queries: torch.Tensor, by: int) -> torch.Tensor:
+        """[..., head_dim] turned by so many positions."""
+        flat = queries.reshape(-1, queries.shape[-1])
+        return self._turned(flat, by).view(queries.shape)
+
     def _turned(self, keys: torch.Tensor, by: int) -> torch.Tensor:
         """[heads, head_dim] turned by so many positions."""
         turned = keys.clone()[:, None]
@@ -98,13 +107,10 @@ class Reference:
     ) -> Any:
         layer, start = module.layer_idx, self._start
         first_place = self.beyond.epochs.place_of(start)
-        rows = torch.arange(query.shape[2])
-        free = query[0].clone()
-        self._rope.turn(first_place, len(rows), free.device).undo(free)
-        self._queries[layer] = free
+        self._queries[layer] = query[0]
         self._keys[layer] += list(key[0].unbind(1))
         self._values[layer] += list(value[0].unbind(1))
-        seen = self._seen(layer, start, start + len(rows))
+        seen = self._seen(layer, start, start + query.shape[2])
         attended = exact_attention(
             query[0],
             torch.stack([keys for _, keys, _ in seen], 1),

@@ -109,7 +109,7 @@ class WorkerConfig:
     recall_tokens: int = 0
     """How many of them are for what is recalled; 0: a quarter."""
 
-    representative_bytes: int = 256 << 20
+    representative_bytes: int = 512 << 20
     """Host memory for what tells what may be worth recalling: a small part of the keys of each block that has left its
     session's window."""
 

@@ -55,8 +55,8 @@ class Placer:
         return keys
 
     def undo(self, queries: torch.Tensor, first_place: int) -> torch.Tensor:
-        """Queries [heads, rows, head_dim] from `first_place` on, as they were before their positions, in float32."""
+        """Queries [..., rows, head_dim] from `first_place` on, as they were before their positions, in float32."""
         free = queries.float()
         free = free.clone() if free is queries else free
-        self._rope.turn(first_place, queries.shape[1], queries.device).undo(free)
+        self._rope.turn(first_place, queries.shape[-2], queries.device).undo(free)
         return free

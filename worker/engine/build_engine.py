@@ -155,7 +155,11 @@ def _passages(
         tables,
         gatherer,
         Placer(tiers.device.data, loaded.rope),
-        Representatives(partial(representatives, unit_tokens=UNIT_TOKENS), max_bytes=config.representative_bytes),
+        Representatives(
+            partial(representatives, unit_tokens=UNIT_TOKENS),
+            dtype=tiers.device.data.dtype,
+            max_bytes=config.representative_bytes,
+        ),
         block_tokens=loaded.layout.block_tokens,
     )
     return Passages(tables, views)

@@ -11,10 +11,11 @@ from cache_store.ids import BlockHash
 class Representatives:
     """Least recently used go first. Used by the engine's thread alone."""
 
-    def __init__(self, make: Callable[[torch.Tensor], torch.Tensor], *, max_bytes: int) -> None:
-        """`make` makes those of a block's units, [layers, units, kv_heads, representatives, head_dim], from its keys
-        before their positions, float32 [layers, kv_heads, tokens, head_dim]."""
+    def __init__(self, make: Callable[[torch.Tensor], torch.Tensor], *, dtype: torch.dtype, max_bytes: int) -> None:
+        """Kept in `dtype`. `make` makes those of a block's units, [layers, kv_heads, units, representatives, head_dim],
+        from its keys before their positions, float32 [layers, kv_heads, tokens, head_dim]."""
         self._make = make
+        self._dtype = dtype
         self._max_bytes = max_bytes
         self._kept: OrderedDict[BlockHash, torch.Tensor] = OrderedDict()
         self._num_bytes = 0
@@ -27,7 +28,7 @@ class Representatives:
 
     def keep(self, name: BlockHash, keys: torch.Tensor) -> torch.Tensor:
         """Make a block's from its keys. What is returned stays as it is, whatever is dropped."""
-        made = self._make(keys).cpu()
+        made = self._make(keys).to(self._dtype).cpu()
         if name not in self._kept:
             self._num_bytes += made.nbytes
         self._kept[name] = made

@@ -144,7 +144,7 @@ class Views:
         """What the queries of a chunk are told to that begins at `position`."""
         recollection, place = request.recollection, request.place_of(position)
         assert recollection is not None
-        return lambda layer, queries: recollection.hear(layer, position, self._placer.undo(queries, place))
+        return lambda layer, queries: recollection.hear(layer, place, queries)
 
     def _has_lost(self, gathering: Gathering, lost: Lost) -> bool:
         if not gathering.missing and not gathering.has_no_room:
@@ -184,7 +184,8 @@ class Views:
             return []
         if request.recollection is None:
             epochs = beyond.epochs
-            request.recollection = Recollection(epochs.sink_tokens // epochs.unit_tokens, epochs.num_slots)
+            first_unit = epochs.sink_tokens // epochs.unit_tokens
+            request.recollection = Recollection(first_unit, epochs.num_slots, self._placer.undo)
         unknown = []
         for index in self._indices(Span(self._num_known(request), beyond.epochs.gone(request.epoch).end)):
             if index not in request.represented:
