@@ -5,8 +5,6 @@ queries and keys as they are before their positions. Each KV head has a choice o
 head of a single layer may be the one that looks facts up.
 """
 
-import math
-
 import torch
 from torch.nn.functional import max_pool1d
 
@@ -24,13 +22,12 @@ def representatives(keys: torch.Tensor, unit_tokens: int) -> torch.Tensor:
     return means.view(layers, kv_heads, num_tokens // unit_tokens, unit_tokens // each, head_dim)
 
 
-def shares(queries: torch.Tensor, representatives: torch.Tensor, num_others: int = 0) -> torch.Tensor:
+def shares(queries: torch.Tensor, representatives: torch.Tensor) -> torch.Tensor:
     """How much each unit is asked for: queries [layers, rows, heads, head_dim] and representatives [layers, kv_heads,
     units, representatives, head_dim] to [layers, kv_heads, units], float32.
 
     A query's share for a unit is the unit's part in a softmax over all units, each as near as its nearest
-    representative. Of a KV head's queries, and of all rows, the largest counts. Of `num_others` units that are not
-    among these, each is taken to have as much as one of the second half of these has, on average.
+    representative. Of a KV head's queries, and of all rows, the largest counts.
     """
     layers, rows, heads, head_dim = queries.shape
     _, kv_heads, units, each, _ = representatives.shape
@@ -38,12 +35,7 @@ def shares(queries: torch.Tensor, representatives: torch.Tensor, num_others: int
     keys = representatives.flatten(2, 3).transpose(2, 3)
     scores = torch.matmul(grouped.to(keys.dtype), keys).view(layers, kv_heads, -1, units, each)
     nearest = scores.amax(-1).float() * head_dim**-0.5
-    if not num_others:
-        return torch.softmax(nearest, -1).amax(2)
-    half = nearest[..., units // 2 :]
-    others = half.logsumexp(-1) + math.log(num_others / half.shape[-1])
-    total = torch.logaddexp(nearest.logsumexp(-1), others)
-    return (nearest - total[..., None]).exp().amax(2)
+    return torch.softmax(nearest, -1).amax(2)
 
 
 def spread(shares: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ thread alone.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,38 +12,13 @@ import torch
 
 from worker.attention.recall_choice import shares, spread
 
-_ASKED_FOR = 0.05
+_ASKED_FOR = 0.02
 """The share of one query's attention over all units from which on a unit is asked for."""
-
-_AT_ONCE = 8
-"""Units that one token may ask for."""
-_LOOK_EVERY = 8
-"""Tokens of a reply for which one look at all units is enough: in between only those are looked at that the latest
-tokens before came nearest to."""
-_LOOKING = 4
-"""So many of them are asked whom they came near to;"""
-_SHORT_SHARE = 16
-"""one unit in so many is looked at,"""
-_SHORT_LEAST = 64
-"""and at least so many."""
+_AT_ONCE = 12
+"""Units that go in then: that one, and those that come next. Both numbers were tried out with the recall model."""
 
 Choice = npt.NDArray[np.int64]
 """[layers, kv_heads, slots]: units, oldest first; unit n is tokens [n * unit_tokens, (n + 1) * unit_tokens)."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Shortlist:
-    """Some units of each layer and KV head."""
-
-    units: torch.Tensor
-    """[layers, kv_heads, n], from the first that may be recalled on; the nearest first."""
-    representatives: torch.Tensor
-    """[layers, kv_heads, n, representatives, head_dim]"""
-
-    def shares(self, queries: torch.Tensor, num_units: int) -> torch.Tensor:
-        """[layers, kv_heads, num_units]: of all others none."""
-        found = shares(queries, self.representatives, num_units - self.units.shape[2])
-        return found.new_zeros(*found.shape[:2], num_units).scatter_(2, self.units, found)
 
 
 class Recollection:
@@ -60,9 +34,6 @@ class Recollection:
         self._heard: dict[int, dict[int, torch.Tensor]] = {}
         self._asked: npt.NDArray[np.int64] | None = None
         self._time = 0
-        self._latest_queries: list[torch.Tensor] = []
-        self._short: _Shortlist | None = None
-        self._num_since_look = 0
 
     @property
     def next_unit(self) -> int:
@@ -78,7 +49,7 @@ class Recollection:
         """The latest units, for all alike."""
         layers, kv_heads = self._all().shape[:2]
         units = np.arange(self.next_unit - self._num_slots, self.next_unit)
-        self._asked, self._short, self._latest_queries = None, None, []
+        self._asked = None
         return np.broadcast_to(units, (layers, kv_heads, self._num_slots)).copy()
 
     def hear(self, layer: int, first: int, queries: torch.Tensor) -> None:
@@ -90,9 +61,7 @@ class Recollection:
         """The units that are asked for most by what was heard, which is forgotten."""
         self.choices += 1
         self._time += 1
-        queries = self._queries()
-        asked = spread(shares(queries, self._all()))
-        self._look(queries[:, -_LOOKING:])
+        asked = spread(shares(self._queries(), self._all()))
         units = asked.topk(self._num_slots).indices.sort().values
         self._asked = np.full(tuple(units.shape), self._time)
         chosen: Choice = units.numpy() + self._first_unit
@@ -101,13 +70,7 @@ class Recollection:
     def amend(self, choice: Choice) -> Choice | None:
         """`choice` with what is asked for by what was heard, and not in it, in the place of what was not asked for
         longest. None where nothing is; what was heard is forgotten."""
-        queries = self._queries()
-        self._latest_queries = [*self._latest_queries[1 - _LOOKING :], queries]
-        self._num_since_look += 1
-        if self._short is None or self._num_since_look >= _LOOK_EVERY:
-            self._look(torch.cat(self._latest_queries, 1))
-        assert self._short is not None
-        asked = spread(self._short.shares(queries, self._num_units)).numpy()
+        asked = spread(shares(self._queries(), self._all())).numpy()
         self._time += 1
         if self._asked is None:
             self._asked = np.zeros(choice.shape, dtype=np.int64)
@@ -123,15 +86,6 @@ class Recollection:
             new = np.argsort(-asked[layer, head], kind="stable")[: min(_AT_ONCE, self._num_slots)]
             self._put(amended[layer, head], self._asked[layer, head], new + self._first_unit)
         return amended
-
-    def _look(self, queries: torch.Tensor) -> None:
-        """Find the units that these queries came nearest to."""
-        everything = self._all()
-        number = min(self._num_units, max(_SHORT_LEAST, self._num_units // _SHORT_SHARE))
-        nearest = shares(queries, everything).topk(number).indices
-        layers, heads = torch.meshgrid(*(torch.arange(size) for size in nearest.shape[:2]), indexing="ij")
-        self._short = _Shortlist(nearest, everything[layers[..., None], heads[..., None], nearest].float())
-        self._num_since_look = 0
 
     def _put(self, units: npt.NDArray[np.int64], asked: npt.NDArray[np.int64], new: npt.NDArray[np.int64]) -> None:
         """Exchange the units that were not asked for longest (of these the oldest) for new ones; keep them in order."""
