@@ -179,3 +179,15 @@ def test_conversations_that_compete_for_a_small_device_say_the_same(
             talk.bounds += [len(talk.history), len(talk.history) + len(tokens)]
             talk.history += [*tokens, *reply]
     assert [talk.history for talk in crowded] == [talk.history for talk in alone]
+
+
+def test_an_erased_tenants_keys_are_kept_in_no_form(build_engine: EngineFactory) -> None:
+    engine = build(build_engine)
+    talk_of(engine, ContextPolicy.RECALL)
+    kept = engine._histories._representatives
+    assert kept._kept
+    engine.erase("somebody else", with_redis=False).result(10)
+    assert kept._kept
+    engine.erase(TENANT, with_redis=False).result(10)
+    assert not kept._kept
+    assert kept._num_bytes == 0

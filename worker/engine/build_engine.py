@@ -88,6 +88,11 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         max_waiting_tokens=config.max_waiting_tokens,
         weights=weights,
     )
+    kept = Representatives(
+        partial(representatives, unit_tokens=UNIT_TOKENS),
+        dtype=tiers.device.data.dtype,
+        max_bytes=config.representative_bytes,
+    )
     policies = context_epochs(config, loaded, tiers.device.num_blocks)
     scheduler = Scheduler(
         tables,
@@ -98,7 +103,7 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         block_tokens=block_tokens,
         max_running=config.max_running,
         weights=weights,
-        passages=_passages(config, loaded, tiers, pool, tables, inbox) if policies else None,
+        passages=_passages(config, loaded, tiers, pool, tables, inbox, kept) if policies else None,
     )
     runner = ModelRunner(loaded, tiers.device)
     if config.restore_plan == "auto" and config.self_measure_s:
@@ -118,6 +123,7 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         scheduler,
         tiers.write_behind,
         tiers.restorer,
+        kept,
         marks_from=loaded.marks_from,
         restore_timeout_s=config.restore_timeout_s,
         post=inbox.post,
@@ -140,7 +146,13 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
 
 
 def _passages(
-    config: WorkerConfig, loaded: LoadedModel, tiers: Tiers, pool: BlockPool, tables: BlockTables, inbox: Inbox
+    config: WorkerConfig,
+    loaded: LoadedModel,
+    tiers: Tiers,
+    pool: BlockPool,
+    tables: BlockTables,
+    inbox: Inbox,
+    kept: Representatives,
 ) -> Passages:
     assert loaded.rope is not None, "a model whose keys can't be turned has no policies"
     gatherer = Gatherer(
@@ -155,11 +167,7 @@ def _passages(
         tables,
         gatherer,
         Placer(tiers.device.data, loaded.rope),
-        Representatives(
-            partial(representatives, unit_tokens=UNIT_TOKENS),
-            dtype=tiers.device.data.dtype,
-            max_bytes=config.representative_bytes,
-        ),
+        kept,
         block_tokens=loaded.layout.block_tokens,
     )
     return Passages(tables, views)

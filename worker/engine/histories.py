@@ -18,6 +18,7 @@ from worker.engine.block_tables import BlockTables
 from worker.engine.history import History
 from worker.engine.pool import BlockPool
 from worker.engine.prefix import Wanted
+from worker.engine.representatives import Representatives
 from worker.engine.scheduler import Scheduler
 from worker.errors import Draining
 from worker.ids import BlockId
@@ -40,6 +41,7 @@ class Histories:
         scheduler: Scheduler,
         write_behind: WriteBehind,
         restorer: Restorer,
+        representatives: Representatives,
         *,
         marks_from: bytes,
         restore_timeout_s: float,
@@ -50,6 +52,7 @@ class Histories:
         self._scheduler = scheduler
         self._write_behind = write_behind
         self._restorer = restorer
+        self._representatives = representatives
         self._marks_from = marks_from
         self._restore_timeout_s = restore_timeout_s
         self._post = post
@@ -187,6 +190,7 @@ class Histories:
         names = [name for name in self._pool.names() if mark_of(name) == mark]
         coming = [name for wanted_still in self._warming for name in wanted_still if mark_of(name) == mark]
         self._drop_here([*names, *coming])
+        self._representatives.forget_tenant(mark)
         return names
 
     def _delete_below(
@@ -208,6 +212,7 @@ class Histories:
         """Forget contents on the device, and those that a warm is bringing there."""
         for wanted_still in self._warming:
             wanted_still.difference_update(names)
+        self._representatives.forget(names)
         return self._pool.drop(names)
 
     def discard(self, names: Sequence[BlockHash], future: Future[None]) -> None:
@@ -219,6 +224,7 @@ class Histories:
         for wanted_still in self._warming:
             wanted_still.clear()  # what is on its way may be computed on what is wrong
         wrong = list(self._scheduler.distrust(names))
+        self._representatives.forget(wrong)
         store = self._write_behind.store
         self._write_behind.forget(wrong)
 

@@ -1,11 +1,11 @@
 """Representatives of blocks that have left their conversation's window, kept by the blocks' names from turn to turn."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
-from cache_store.ids import BlockHash
+from cache_store.ids import BlockHash, TenantMark, mark_of
 
 
 class Representatives:
@@ -37,8 +37,11 @@ class Representatives:
             self._num_bytes -= oldest.nbytes
         return made
 
-    def forget(self, names: list[BlockHash]) -> None:
-        """Of blocks that were wrong, or are being erased."""
+    def forget_tenant(self, mark: TenantMark) -> None:
+        self.forget([name for name in self._kept if mark_of(name) == mark])
+
+    def forget(self, names: Iterable[BlockHash]) -> None:
+        """Of blocks that were wrong, or are being deleted."""
         for name in names:
             kept = self._kept.pop(name, None)
             if kept is not None:
