@@ -191,3 +191,26 @@ def test_an_erased_tenants_keys_are_kept_in_no_form(build_engine: EngineFactory)
     engine.erase(TENANT, with_redis=False).result(10)
     assert not kept._kept
     assert kept._num_bytes == 0
+
+
+def test_a_turn_that_leaves_its_window_is_not_audited(
+    build_engine: EngineFactory, redis_url: str, policy: ContextPolicy
+) -> None:
+    engine, talk = build(build_engine, redis_url=redis_url), Talk(policy)
+    reach = engine._policies[policy].reach
+    talk.say(engine, LONG[: reach - 60], 20)
+    talk.park(engine)
+    crossing = start(engine, talk.history, LONG[:5], max_new_tokens=60, context=talk.context, audit=True).result()
+    assert crossing.receipt.redis_tokens > 0
+    assert crossing.receipt.audit is None
+    assert engine.stats().audits == {"passed": 0, "mismatched": 0, "skipped": 1}
+
+
+def test_what_has_left_the_window_takes_no_room_in_the_queue(build_engine: EngineFactory) -> None:
+    engine, talk = build(build_engine, max_running=1, max_waiting_tokens=700), Talk(ContextPolicy.WINDOW)
+    for at in range(0, 1200, 300):
+        talk.say(engine, LONG[at : at + 300])
+    streams = [
+        start(engine, talk.history, LONG[:20], max_new_tokens=20, context=talk.context) for _ in range(3)
+    ]  # two of them wait
+    assert len({stream.result().reply for stream in streams}) == 1

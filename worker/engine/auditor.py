@@ -103,7 +103,7 @@ class Auditor:
     def _is_watched(self, request: Request) -> bool:
         is_first = not request.num_generated  # never of a reply that another worker has begun
         if is_first and request.restored and (request.call.audit or self._draw() < self._rate):
-            if request.epoch:  # what was recalled would have to be chosen again from the conversation's beginning
+            if request.may_leave_window:  # what was recalled would have to be chosen again from the very beginning
                 self.counts["skipped"] += 1
             else:
                 request.recording = Recording()

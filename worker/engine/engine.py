@@ -126,8 +126,9 @@ class Engine:
         max_new_tokens = self._max_new_tokens(call, going_on)
         if self._draining:
             raise Draining("this worker is leaving")
+        num_seen = num_history if going_on is None else min(num_history, going_on.epochs.reach)
         ticket = self._admission.enter(
-            len(call.history) + len(call.input) + len(call.begun),
+            num_seen + len(call.input) + len(call.begun),
             tenant=call.tenant,
             on_displaced=lambda: self._inbox.post(lambda: self._with_request(call.request_id, self._displace)),
         )

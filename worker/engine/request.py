@@ -131,6 +131,11 @@ class Request:
             self.first = self.beyond.turn_of(self.first)
         self.epoch = self.beyond.epochs.epoch_of(self.first)
 
+    @property
+    def may_leave_window(self) -> bool:
+        """Has it, or may its reply?"""
+        return self.beyond is not None and self.num_prompt + self.max_new_tokens > self.beyond.epochs.reach
+
     def stop_gathering(self) -> None:
         """Harmless where nothing is gathered."""
         if self.gathering is not None:
