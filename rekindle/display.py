@@ -56,12 +56,15 @@ def receipt_line(finished: pb.Finished) -> str:
             ("disk", receipt.disk_tokens),
             ("redis", receipt.redis_tokens),
             ("computed", receipt.computed_tokens),
+            ("beyond the window", receipt.context.left_tokens),
         )
         if tokens
     ]
     parts = [f"prompt of {usage.prompt_tokens} tokens: {' + '.join(sources)}"]
     if receipt.restored_bytes:
         parts.append(f"restored {size(receipt.restored_bytes)} in {receipt.restore_ms:.1f} ms")
+    if receipt.context.recalled_tokens:
+        parts.append(f"recalled {receipt.context.recalled_tokens} tokens in {receipt.context.choices} choices")
     if receipt.memories:
         banks = ", ".join(sorted({source.bank for source in receipt.memories}))
         parts.append(f"{len(receipt.memories)} memories from {banks}")

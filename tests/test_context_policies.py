@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from protos import rekindle_pb2 as pb
+from rekindle.display import receipt_line
 from rekindle.errors import BadInput, TooLong
 from tests.systems import System, Turn, WorkerProcess, running_system
 
@@ -40,6 +41,9 @@ async def test_a_session_goes_on_beyond_the_window_and_says_what_it_left(undistu
     last = turns[-1].receipt.context
     assert (last.policy, last.left_tokens > 200) == (session.context_policy, True)
     assert (last.choices > 0, len(last.recalled_starts) > 0) == (policy == "recall", policy == "recall")
+    shown = receipt_line(turns[-1].finished)
+    assert f"{last.left_tokens} beyond the window" in shown
+    assert (f"recalled {last.recalled_tokens} tokens" in shown) == (policy == "recall")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
