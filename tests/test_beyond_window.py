@@ -1,15 +1,17 @@
 """Conversations longer than the model's window: what they attend to, and that it is the same however it came about."""
 
 from collections.abc import Sequence
+from itertools import count
 
 import pytest
 import torch
 
 from tests.beyond_reference import Reference
 from tests.engines import TENANT, EngineFactory, Turn, poison, start
-from worker.calls import Context, ContextPolicy, Sampling
+from worker.calls import Context, ContextPolicy, Sampling, Token
 from worker.engine.engine import Engine
 from worker.engine.epochs import Beyond
+from worker.engine.sampler import RowState
 
 POLICIES = [ContextPolicy.WINDOW, ContextPolicy.RECALL]
 LONG = tuple((index * 37 + index // 7) % 500 + 5 for index in range(2000))
@@ -214,3 +216,25 @@ def test_what_has_left_the_window_takes_no_room_in_the_queue(build_engine: Engin
         start(engine, talk.history, LONG[:20], max_new_tokens=20, context=talk.context) for _ in range(3)
     ]  # two of them wait
     assert len({stream.result().reply for stream in streams}) == 1
+
+
+@pytest.mark.parametrize("failing", [1, 4, 9])
+def test_a_step_that_fails_beyond_the_window_is_as_if_it_had_not(build_engine: EngineFactory, failing: int) -> None:
+    engine = build(build_engine)
+    talk = talk_of(engine, ContextPolicy.RECALL)
+
+    def both() -> list[tuple[int, ...]]:
+        streams = [start(engine, talk.history, LONG[at : at + 60], context=talk.context) for at in (900, 980)]
+        return [stream.result().reply for stream in streams]
+
+    undisturbed = both()
+    sample, calls = engine._sampler.sample, count(1)
+
+    def fails_once(logits: torch.Tensor, rows: Sequence[RowState]) -> list[Token]:
+        if next(calls) == failing:
+            raise RuntimeError("the accelerator is not well")
+        return sample(logits, rows)
+
+    engine._sampler.sample = fails_once  # type: ignore[method-assign]
+    assert both() == undisturbed
+    assert next(calls) > failing + 1

@@ -57,18 +57,23 @@ class Passages:
         """A prompt's gaps are computed: go on behind them."""
         self._go_on(request, request.limit if request.stage is None else request.stage.end)
 
-    def asks_again(self, request: Request, span: Span) -> bool:
+    def asks(self, request: Request, span: Span) -> bool:
         """A part of a request was run. Does it ask for something that was not there? Then nothing has come of it: it is
-        run again, with that."""
+        to be run again."""
         stage, recollection = request.stage, request.recollection
         if stage is None or not stage.asks or request.has_asked or span.end != stage.end:
             return False
         assert recollection is not None
         assert request.recalled is not None
-        choice = recollection.amend(request.recalled) if stage.is_reply else recollection.choose()
-        if choice is None:
-            return False
-        request.has_asked, request.gaps = True, []
+        request.asked = recollection.amend(request.recalled) if stage.is_reply else recollection.choose()
+        return request.asked is not None
+
+    def run_again(self, request: Request) -> None:
+        """What a request has asked for is recalled; then it is run again from its stage's beginning."""
+        stage, choice = request.stage, request.asked
+        assert stage is not None
+        assert choice is not None
+        request.has_asked, request.asked, request.gaps = True, None, []
         decodes = request.phase is Phase.DECODE
         if decodes:
             request.phase = Phase.RECALLING
@@ -80,7 +85,6 @@ class Passages:
                 request.gaps = [Span(request.stage_start, stage.end)]
 
         self._views.recall(request, choice, ready, partial(self._lost, request))
-        return True
 
     def _go_on(self, request: Request, position: int) -> None:
         if position == request.num_target:

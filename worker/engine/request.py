@@ -111,7 +111,9 @@ class Request:
         """Representatives of its blocks, by index, that are not gone yet."""
         self.recollection: Recollection | None = None
         self.recalled: Choice | None = None
-        """What is in the slots for what is recalled."""
+        """What is in the slots for what is recalled,"""
+        self.asked: Choice | None = None
+        """and what is to be there, by what was asked for."""
         self.set_out()
 
     # Beyond the window

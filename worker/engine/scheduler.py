@@ -244,9 +244,13 @@ class Scheduler:
         """Who is told the queries of a part of a request, if anybody."""
         return None if self._passages is None or request.stage is None else self._passages.hears(request, span)
 
-    def asks_again(self, request: Request, span: Span) -> bool:
+    def asks(self, request: Request, span: Span) -> bool:
         """A part of a request was run: is it to be run again, with something that it asked for?"""
-        return self._passages is not None and request.stage is not None and self._passages.asks_again(request, span)
+        return self._passages is not None and request.stage is not None and self._passages.asks(request, span)
+
+    def run_again(self, request: Request) -> None:
+        assert self._passages is not None
+        self._passages.run_again(request)
 
     def _decode(self, request: Request) -> None:
         """All that is known of a request is computed."""

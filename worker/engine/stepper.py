@@ -1,7 +1,7 @@
 """One step over the batch: plan, run, sample, publish. Used by the engine's thread alone."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import structlog
@@ -122,15 +122,16 @@ class Stepper:
         choosing = [request for request, spans in work if request.samples_after(spans[-1])]
         try:
             logits, audit_chunks = self._run(chunks, audit_chunks)
-            asking = {request for request, spans in work if self._scheduler.asks_again(request, spans[-1])}
-            rows = [row for row, request in enumerate(choosing) if request not in asking]
-            tokens = self._sample(logits[rows], [choosing[row] for row in rows])
+            asking = {request for request, spans in work if self._scheduler.asks(request, spans[-1])}
+            tokens = self._sample_all_but(asking, logits[: len(choosing)], choosing)
         except Exception as error:  # an accelerator out of memory, say: the step is lost, the engine is not
             log.error("a step failed", requests=len(work), exc_info=error)
             return error.with_traceback(None)  # whose frames hold the accelerator's memory
         self.num_failed = 0
         for request, spans in work:
-            if request.phase is not Phase.OVER and request not in asking:
+            if request in asking:
+                self._scheduler.run_again(request)
+            elif request.phase is not Phase.OVER:
                 self._scheduler.computed(request, spans)
         for request, token in tokens:
             self._publish(request, token)
@@ -192,6 +193,15 @@ class Stepper:
         if num_prefilled:
             return 0
         return min(-(-self._max_step_tokens // _AUDITS_SHARE), self._max_step_tokens - num_decoding)
+
+    def _sample_all_but(
+        self, asking: Collection[Request], logits: torch.Tensor, requests: Sequence[Request]
+    ) -> list[tuple[Request, Token]]:
+        """The next token of each request that is not run again."""
+        if not asking:
+            return self._sample(logits, requests)
+        rows = [row for row, request in enumerate(requests) if request not in asking]
+        return self._sample(logits[rows], [requests[row] for row in rows])
 
     def _sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[tuple[Request, Token]]:
         """The next token of each request ([n, vocab] logits). A request whose logits are not finite fails, alone."""
