@@ -1,6 +1,8 @@
 """`rekindle eval recall`: conversations whose facts lie as far back as is said, and what is reported of them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -55,9 +57,14 @@ def test_accuracy_is_that_of_a_distance_or_of_corrected_facts() -> None:
     assert (held.accuracy(), held.accuracy(4), held.accuracy(corrected=False)) == (0.75, 0.5, 1.0)
 
 
-def test_a_short_conversation_is_held_by_the_real_server_and_judged(capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate(window=768, windows=(1,), singles=2, corrected=0, turn_tokens=400, other_facts=0.0, as_json=True)
-    report = json.loads(capsys.readouterr().out)
+def test_a_short_conversation_is_held_by_the_real_server_and_judged() -> None:
+    # In a process of its own: the command sets up the logs of the one that it runs in.
+    options = {"window": 768, "windows": 1, "singles": 2, "corrected": 0, "turn-tokens": 400, "other-facts": 0.0}
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "rekindle", "eval", "recall", "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr
+    report = json.loads(done.stdout)
     assert report["figures"]["inside the window"] >= 0.5
     assert report["figures"]["window, 1 windows back"] == 0.0
     assert {bar["name"] for bar in report["bars"]} >= {"RECALL, 1 windows back", "WINDOW"}
