@@ -45,7 +45,8 @@ class FairQueue(Generic[T]):
         self._numbers = count()
 
     def __len__(self) -> int:
-        return len(self._returned) + sum(map(len, self._queues.values()))
+        queues = list(self._queues.values())  # at once: other threads ask, too, for their figures
+        return len(self._returned) + sum(map(len, queues))
 
     def __iter__(self) -> Iterator[T]:
         yield from self._returned
