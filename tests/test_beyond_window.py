@@ -1,7 +1,10 @@
 """Conversations longer than the model's window: what they attend to, and that it is the same however it came about."""
 
+import time
 from collections.abc import Sequence
 from itertools import count
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from worker.calls import Context, ContextPolicy, Sampling, Token
 from worker.engine.engine import Engine
 from worker.engine.epochs import Beyond
 from worker.engine.sampler import RowState
+from worker.errors import TenantErased
+from worker.tiers.coder import BlockCoder
 
 POLICIES = [ContextPolicy.WINDOW, ContextPolicy.RECALL]
 LONG = tuple((index * 37 + index // 7) % 500 + 5 for index in range(2000))
@@ -195,6 +200,36 @@ def test_an_erased_tenants_keys_are_kept_in_no_form(build_engine: EngineFactory)
     assert kept._num_bytes == 0
 
 
+def test_what_is_being_recalled_while_its_tenant_is_erased_arrives_nowhere(
+    build_engine: EngineFactory, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build(build_engine, redis_url=redis_url)
+    talk = talk_of(engine, ContextPolicy.RECALL)
+    talk.park(engine)
+    writing, may_write, decode, passages = Event(), Event(), BlockCoder.decode, engine._scheduler._passages
+    assert passages is not None
+
+    def decode_late(coder: BlockCoder, *block: Any) -> None:
+        if passages.is_waiting:  # not what the turn begins with
+            writing.set()
+            may_write.wait(30)
+        decode(coder, *block)
+
+    monkeypatch.setattr(BlockCoder, "decode", decode_late)
+    turn = start(engine, talk.history, LONG[900:960], context=talk.context)
+    assert writing.wait(30)
+    erased = engine.erase(TENANT, with_redis=False)
+    with pytest.raises(TenantErased):
+        turn.result()
+    may_write.set()
+    erased.result(10)
+    give_up = time.monotonic() + 10
+    while passages.is_waiting:
+        assert time.monotonic() < give_up, "it is still being written"
+        time.sleep(0.01)
+    assert engine.blocks_held().result(10).device == []
+
+
 def test_a_turn_that_leaves_its_window_is_not_audited(
     build_engine: EngineFactory, redis_url: str, policy: ContextPolicy
 ) -> None:
@@ -238,3 +273,15 @@ def test_a_step_that_fails_beyond_the_window_is_as_if_it_had_not(build_engine: E
     engine._sampler.sample = fails_once  # type: ignore[method-assign]
     assert both() == undisturbed
     assert next(calls) > failing + 1
+
+
+def test_two_that_begin_alike_and_ask_different_things_share_no_kv_that_depends_on_it(
+    build_engine: EngineFactory,
+) -> None:
+    engine = build(build_engine)
+    talk, other = talk_of(engine, ContextPolicy.RECALL), Talk(ContextPolicy.RECALL)
+    other.history, other.bounds, other.turns = [*talk.history], [*talk.bounds], [*talk.turns]
+    other.say(engine, [*LONG[900:925], *LONG[30:54]])  # what its last tokens recall, all of its question has seen
+    talk.say(engine, [*LONG[900:925], *LONG[1300:1324]])
+    talk.say(engine, LONG[1500:1520])
+    talk.follows(reference_of(engine, ContextPolicy.RECALL))

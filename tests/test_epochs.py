@@ -73,9 +73,9 @@ def test_a_turn_is_computed_in_the_same_pieces_wherever_one_begins(
     whole = stages_of(beyond, 0, end)
     for start, stage in whole:
         assert RECALL.epoch_of(start) == RECALL.epoch_of(stage.end - 1)
-        assert start < RECALL.reach or beyond.turn_of(start) == beyond.turn_of(stage.end - 1)
+        assert start < RECALL.reach or beyond.turn_at(start) == beyond.turn_at(stage.end - 1)
         assert not stage.asks or start >= RECALL.reach
-    run = data.draw(st.sampled_from([run for run in beyond.runs() if run < end]))
+    run = data.draw(st.sampled_from([turn.run for turn in beyond.turns if turn.run < end]))
     begun_there = stages_of(beyond, run, end)
     first = max(run, RECALL.reach)
     assert [piece for piece in begun_there if piece[0] >= first] == [piece for piece in whole if piece[0] >= first]
@@ -88,7 +88,7 @@ def test_what_is_recalled_depends_on_its_own_turn_alone(turns: list[tuple[int, i
     for start, stage in stages_of(beyond, 0, end):
         if start < RECALL.reach:
             continue
-        run = beyond.turn_of(start)
+        run = beyond.turn_at(start).run
         assert stage.forgets == (run not in seen)
         seen.add(run)
 
@@ -118,8 +118,8 @@ def test_names_depend_on_where_turns_begin_where_kv_does() -> None:
 
     assert names(WINDOW, 0, 500) == names(WINDOW, 0, 600)
     one, other = names(RECALL, 0, 500), names(RECALL, 0, 600)
-    assert one[:31] == other[:31]
-    assert not set(one[31:]) & set(other)
+    assert one[:29] == other[:29]  # a question's last 32 tokens are computed with what all of them asked for
+    assert not set(one[29:]) & set(other)
     assert names(RECALL, 0, 600, 700, 710)[:43] == other[:43]  # what comes later changes nothing before it
     assert names(RECALL, 0, 200)[20:] == names(RECALL, 0, 300)[20:]  # nor does what was within the window
 
@@ -128,6 +128,51 @@ def test_a_full_block_keeps_its_name_when_the_next_turn_begins_right_behind_it()
     tokens = list(range(480))
     before, after = Beyond(RECALL, (0, 400)), Beyond(RECALL, (0, 400, 481, 490))
     assert full_names(ROOT, tokens, 16, before) == full_names(ROOT, tokens, 16, after)
+
+
+def test_a_block_of_an_asking_group_is_named_by_all_of_it_and_none_before_it_is() -> None:
+    tokens = list(range(520))  # reach 320, epochs of 96; the group is the last 32 tokens of the input: 468 to 500
+    beyond = Beyond(RECALL, (0, 300, 330, 500))
+    names = full_names(ROOT, tokens, 16, beyond)
+    other_end = full_names(ROOT, [*tokens[:499], 7, *tokens[500:]], 16, beyond)
+    assert other_end[:29] == names[:29]
+    assert not set(other_end[29:]) & set(names)
+    longer = full_names(ROOT, tokens, 16, Beyond(RECALL, (0, 300, 330, 501)))
+    assert longer[:29] == names[:29]
+    assert not set(longer[29:]) & set(names)
+    behind = full_names(ROOT, [*tokens[:500], 7, *tokens[501:]], 16, beyond)
+    assert behind[:31] == names[:31]  # what a reply says is behind all that its question saw
+
+
+def test_names_say_whether_the_window_ends_in_a_question_or_in_a_reply() -> None:
+    tokens = list(range(360))
+    asked, said = (full_names(ROOT, tokens, 16, Beyond(RECALL, (0, reply))) for reply in (360, 319))
+    assert asked[:20] == said[:20]
+    assert not set(asked[20:]) & set(said)
+    sooner = full_names(ROOT, tokens, 16, Beyond(RECALL, (0, 5, 100, 200)))
+    assert sooner == said  # where in the window it began says nothing
+
+
+def test_names_depend_on_the_numbers_by_which_is_chosen() -> None:
+    tokens = list(range(360))
+    one, other = (
+        full_names(ROOT, tokens, 16, Beyond(replace(RECALL, chosen_by=(share, 12)), (0, 319))) for share in (0.02, 0.03)
+    )
+    assert one[:20] == other[:20]
+    assert not set(one[20:]) & set(other)
+
+
+@given(turns, st.integers(0, 1500))
+def test_names_are_shared_exactly_where_all_that_was_seen_is_the_same(turns: list[tuple[int, int]], at: int) -> None:
+    beyond, end = Beyond(RECALL, bounds_of(turns)), sum(map(sum, turns))
+    at = min(at, end - 1)
+    tokens = list(range(end))
+    names = full_names(ROOT, tokens, 16, beyond)
+    others = full_names(ROOT, [*tokens[:at], end, *tokens[at + 1 :]], 16, beyond)
+    start, stage = next(piece for piece in stages_of(beyond, 0, end) if at < piece[1].end)
+    num_alike = (start if stage.asks else at) // 16
+    assert names[:num_alike] == others[:num_alike]
+    assert not set(names[num_alike:]) & set(others)
 
 
 def test_epochs_take_what_positions_there_are() -> None:

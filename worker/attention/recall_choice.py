@@ -10,7 +10,7 @@ from torch.nn.functional import max_pool1d
 
 REPRESENTED_TOKENS = 2
 """So many keys that follow each other are represented by their mean."""
-_NEIGHBOUR = 0.9
+NEIGHBOUR = 0.9
 """The share of a unit that its neighbours have, too: what is looked for may lie across an edge."""
 
 
@@ -40,4 +40,4 @@ def shares(queries: torch.Tensor, representatives: torch.Tensor) -> torch.Tensor
 
 def spread(shares: torch.Tensor) -> torch.Tensor:
     """Units' shares [layers, kv_heads, units], each with a part of its neighbours'."""
-    return torch.maximum(shares, _NEIGHBOUR * max_pool1d(shares, 3, stride=1, padding=1))
+    return torch.maximum(shares, NEIGHBOUR * max_pool1d(shares, 3, stride=1, padding=1))

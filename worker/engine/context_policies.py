@@ -4,6 +4,7 @@ from cache_store.errors import InvalidRequest
 from worker.calls import Context, ContextPolicy
 from worker.config import WorkerConfig
 from worker.engine.epochs import Beyond, Epochs, recall_epochs, window_epochs
+from worker.engine.recollection import CHOSEN_BY
 from worker.model.load import LoadedModel
 
 UNIT_TOKENS = 16
@@ -24,7 +25,7 @@ def context_epochs(config: WorkerConfig, loaded: LoadedModel, num_device_blocks:
     found = {
         ContextPolicy.WINDOW: window_epochs(positions, block_tokens),
         ContextPolicy.RECALL: recall_epochs(
-            positions, block_tokens, recall_tokens, unit=UNIT_TOKENS, asking=_ASKING_TOKENS
+            positions, block_tokens, recall_tokens, unit=UNIT_TOKENS, asking=_ASKING_TOKENS, chosen_by=CHOSEN_BY
         ),
     }
     room = num_device_blocks * block_tokens

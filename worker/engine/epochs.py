@@ -14,20 +14,25 @@ from its number alone. With RECALL the pieces are chosen anew in the course of e
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
 
 from worker.calls import ContextPolicy
 from worker.engine.plan import Span
 
-_VERSION = 1
+_VERSION = 2
 """Counts changes of what the KV beyond the window depends on."""
 _MIN_SINK_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epochs:
-    """All lengths are in tokens, and multiples of `block_tokens` but for the last two."""
+    """All lengths are in tokens, and multiples of `block_tokens` but for `unit_tokens` and `asking_tokens`."""
 
     block_tokens: int
     sink_tokens: int
@@ -38,6 +43,8 @@ class Epochs:
     """Pieces are of so many tokens; a block has a whole number of them."""
     asking_tokens: int = 1
     """The last tokens of a turn's input that choose what is recalled for themselves and for the reply's beginning."""
+    chosen_by: tuple[float, ...] = ()
+    """The numbers by which is chosen: where they are others, what is recalled is, and so is the KV."""
 
     def __post_init__(self) -> None:
         for tokens in (self.sink_tokens, self.recall_tokens, self.epoch_tokens):
@@ -102,11 +109,23 @@ class Epochs:
     @property
     def digest(self) -> bytes:
         """What makes KV beyond the window interchangeable, beside tokens and turns."""
-        numbers = (_VERSION, self.sink_tokens, self.recall_tokens, self.epoch_tokens)
-        return hashlib.blake2b(repr((*numbers, self.unit_tokens, self.asking_tokens)).encode(), digest_size=16).digest()
+        lengths = (self.sink_tokens, self.recall_tokens, self.epoch_tokens, self.unit_tokens, self.asking_tokens)
+        content = repr((_VERSION, *lengths, *self.chosen_by))
+        return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
-@dataclass(frozen=True, slots=True)
+class Turn(NamedTuple):
+    """Where a turn's pieces begin, as numbers of tokens."""
+
+    run: int
+    """Its computing: with the last token of the turn before, which was never run."""
+    asking: int
+    """Its asking group, the end of its input: what that asks for, all of it is computed with."""
+    reply: int
+    """Its reply; the asking group ends here."""
+
+
+@dataclass(frozen=True)
 class Beyond:
     """What becomes of one conversation beyond the window."""
 
@@ -122,30 +141,49 @@ class Beyond:
     def policy(self) -> ContextPolicy:
         return ContextPolicy.RECALL if self.chooses else ContextPolicy.WINDOW
 
-    def salt(self, start: int, num_tokens: int) -> bytes:
-        """What the name of the block of tokens [start, start + num_tokens) depends on beside all tokens up to there.
+    def salt(self, tokens: Sequence[int], start: int, end: int) -> bytes:
+        """What the name of the block of `tokens[start:end]` depends on beside those and all before them.
 
-        Below the window's reach nothing: names are those of any conversation. Where KV depends on what was chosen, it
-        depends on where turns begin and end. (That a turn ends, or begins, right behind the block says nothing of it;
-        that its input does, does.)
+        Below the window's reach nothing: names are those of any conversation. Beyond it, where KV depends on what was
+        chosen, it depends on where turns and their replies begin, and a block of an asking group on all of that group:
+        also on what comes behind the block. (That a turn ends or begins right behind a block says nothing of it.)
         """
-        if start < self.epochs.reach:
+        epochs = self.epochs
+        if start < epochs.reach:
             return b""
-        salt = self.epochs.digest if start == self.epochs.reach else b""
-        if self.chooses:
-            starts, replies = self.runs(), self.bounds[1::2]
-            inside = [f"t{at - start}" for at in starts if start <= at < start + num_tokens]
-            inside += [f"r{at - start}" for at in replies if start < at <= start + num_tokens]
-            salt += " ".join(inside).encode()
-        return salt
+        salt = epochs.digest if start == epochs.reach else b""
+        if not self.chooses:
+            return salt
+        marks = []
+        for turn in self.turns[self._index(start) :]:
+            if turn.run >= end:
+                break
+            if turn.run >= start:
+                marks.append(f"t{turn.run - start}")
+            if start < turn.reply <= end or start == epochs.reach >= turn.reply:
+                marks.append(f"r{max(0, turn.reply - start)}")
+            if turn.asking < end and turn.reply > start:
+                assert turn.reply <= len(tokens), "a block's name needs its whole asking group"
+                group = np.asarray(tokens[turn.asking : turn.reply], dtype="<u4").tobytes()
+                marks.append(f"a{turn.asking - start}:{hashlib.blake2b(group, digest_size=16).hexdigest()}")
+        return salt + " ".join(marks).encode()
 
-    def runs(self) -> Sequence[int]:
-        """Where the computing of each turn begins: with the last token of the one before, which was never run."""
-        return [max(0, start - 1) for start in self.bounds[0::2]]
+    @cached_property
+    def turns(self) -> Sequence[Turn]:
+        starts_and_replies = zip(self.bounds[0::2], self.bounds[1::2], strict=True)
+        return [self._turn(max(0, start - 1), reply) for start, reply in starts_and_replies]
 
-    def turn_of(self, position: int) -> int:
-        """Where the computing of the turn began that runs the token at `position`."""
-        return max((start for start in self.runs() if start <= position), default=0)
+    def turn_at(self, position: int) -> Turn:
+        """The turn whose computing runs the token at `position`."""
+        return self.turns[self._index(position)]
+
+    def _index(self, position: int) -> int:
+        return max(0, bisect_right(self.turns, position, key=lambda turn: turn.run) - 1)
+
+    def _turn(self, run: int, reply: int) -> Turn:
+        epochs = self.epochs
+        asking = max(run, reply - epochs.asking_tokens, epochs.start_of(epochs.epoch_of(max(0, reply - 1))))
+        return Turn(run, asking, reply)
 
 
 def window_epochs(context_tokens: int, block_tokens: int) -> Epochs | None:
@@ -154,7 +192,13 @@ def window_epochs(context_tokens: int, block_tokens: int) -> Epochs | None:
 
 
 def recall_epochs(
-    context_tokens: int, block_tokens: int, recall_tokens: int, *, unit: int, asking: int
+    context_tokens: int,
+    block_tokens: int,
+    recall_tokens: int,
+    *,
+    unit: int,
+    asking: int,
+    chosen_by: tuple[float, ...] = (),
 ) -> Epochs | None:
     """As `window_epochs`, with room for what is recalled. None where the positions are too few for it."""
     recall_tokens = max(1, recall_tokens // block_tokens) * block_tokens
@@ -164,10 +208,19 @@ def recall_epochs(
         recall_tokens,
         unit_tokens=min(unit, block_tokens),
         asking_tokens=asking,
+        chosen_by=chosen_by,
     )
 
 
-def _epochs(context_tokens: int, block_tokens: int, recall_tokens: int, **choice: int) -> Epochs | None:
+def _epochs(
+    context_tokens: int,
+    block_tokens: int,
+    recall_tokens: int,
+    *,
+    unit_tokens: int = 1,
+    asking_tokens: int = 1,
+    chosen_by: tuple[float, ...] = (),
+) -> Epochs | None:
     sinks = -(-_MIN_SINK_TOKENS // block_tokens) * block_tokens
     epoch = (context_tokens - sinks - recall_tokens) // (2 * block_tokens) * block_tokens
     if epoch < max(block_tokens, recall_tokens):
@@ -177,5 +230,7 @@ def _epochs(context_tokens: int, block_tokens: int, recall_tokens: int, **choice
         sink_tokens=sinks,
         recall_tokens=recall_tokens,
         epoch_tokens=epoch,
-        **choice,
+        unit_tokens=unit_tokens,
+        asking_tokens=asking_tokens,
+        chosen_by=chosen_by,
     )

@@ -173,7 +173,7 @@ class Gathering:
         pool = self._gatherer.pool
         for index, outcome in zip(self._coming, claims.outcomes(), strict=True):
             name, block = self._wanted[index].name, self._held[index]
-            if isinstance(outcome, Restored) and not self._gatherer.is_distrusted(name):
+            if isinstance(outcome, Restored) and not (self._is_cancelled or self._gatherer.is_distrusted(name)):
                 if outcome.encoding.codec.lossy:
                     pool.mark_lossy(block)
                 pool.name(block, name)

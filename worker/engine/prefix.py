@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cache_store.ids import BlockHash, chain
+from cache_store.ids import BlockHash, chain, full_block_hashes
 from worker.engine.epochs import Beyond
 
 
@@ -22,17 +22,19 @@ class Wanted:
     """How many of them the prompt can use. Less than a whole block: it is copied, as the sequence writes on behind."""
 
 
-def name_of(parent: BlockHash, tokens: Sequence[int], start: int, beyond: Beyond | None) -> BlockHash:
-    """The name of the block of `tokens`, which are those from `start` on."""
-    return chain(parent, tokens, b"" if beyond is None else beyond.salt(start, len(tokens)))
+def name_of(parent: BlockHash, tokens: Sequence[int], start: int, end: int, beyond: Beyond | None) -> BlockHash:
+    """The name of the block of `tokens[start:end]`; `tokens` are the conversation's."""
+    return chain(parent, tokens[start:end], b"" if beyond is None else beyond.salt(tokens, start, end))
 
 
 def full_names(
     root: BlockHash, tokens: Sequence[int], block_tokens: int, beyond: Beyond | None = None
 ) -> list[BlockHash]:
+    if beyond is None:
+        return list(full_block_hashes(root, tokens, block_tokens))
     names: list[BlockHash] = []
     for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
-        names.append(name_of(names[-1] if names else root, tokens[start : start + block_tokens], start, beyond))
+        names.append(name_of(names[-1] if names else root, tokens, start, start + block_tokens, beyond))
     return names
 
 
@@ -49,7 +51,7 @@ def tail_of(
     if rest == 0:
         return None
     parent, start = names[index - 1] if index else root, index * block_tokens
-    return Wanted(index, name_of(parent, tokens[start:num_kv], start, beyond), rest, rest)
+    return Wanted(index, name_of(parent, tokens, start, num_kv, beyond), rest, rest)
 
 
 def wanted_by_prompt(
@@ -82,8 +84,8 @@ def wanted_by_history(
     root: BlockHash, tokens: Sequence[int], block_tokens: int, beyond: Beyond | None = None
 ) -> list[Wanted]:
     """All blocks of a committed history (which has KV for all tokens but its last): full ones, and the unfull one."""
-    kv_tokens = tokens[: max(0, len(tokens) - 1)]
-    names = full_names(root, kv_tokens, block_tokens, beyond)
-    tail = tail_of(root, names, kv_tokens, len(kv_tokens), block_tokens, beyond)
+    num_kv = max(0, len(tokens) - 1)
+    names = full_names(root, tokens, block_tokens, beyond)[: num_kv // block_tokens]
+    tail = tail_of(root, names, tokens, num_kv, block_tokens, beyond)
     wanted = [Wanted(index, name, block_tokens, block_tokens) for index, name in enumerate(names)]
     return wanted if tail is None else [*wanted, tail]

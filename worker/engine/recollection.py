@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from worker.attention.recall_choice import shares, spread
+from worker.attention.recall_choice import NEIGHBOUR, REPRESENTED_TOKENS, shares, spread
 
 _ASKED_FOR = 0.02
 """The share of one query's attention over all units from which on a unit is asked for."""
 _AT_ONCE = 12
 """Units that go in then: that one, and those that come next. Both numbers were tried out with the recall model."""
+CHOSEN_BY = (_ASKED_FOR, _AT_ONCE, NEIGHBOUR, REPRESENTED_TOKENS)
+"""All that a choice depends on beside queries and keys."""
 
 Choice = npt.NDArray[np.int64]
 """[layers, kv_heads, slots]: units, oldest first; unit n is tokens [n * unit_tokens, (n + 1) * unit_tokens)."""

@@ -130,7 +130,7 @@ class Request:
         first = len(self.tokens) if self.num_generated and not self.beyond.chooses else len(self.call.history)
         self.first = min([max(0, first - 1), *self.lost_at])
         if self.beyond.chooses:
-            self.first = self.beyond.turn_of(self.first)
+            self.first = self.beyond.turn_at(self.first).run
         self.epoch = self.beyond.epochs.epoch_of(self.first)
 
     @property
@@ -218,7 +218,7 @@ class Request:
             start = len(self.names) * size
             assert start + size <= len(self.tokens), f"block {index} is not full"
             parent = self.names[-1] if self.names else self.root
-            self.names.append(name_of(parent, self.tokens[start : start + size], start, self.beyond))
+            self.names.append(name_of(parent, self.tokens, start, start + size, self.beyond))
         return self.names[index]
 
     def ran(self, spans: Sequence[Span]) -> list[int]:

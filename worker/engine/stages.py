@@ -42,17 +42,10 @@ def next_stage(beyond: Beyond, start: int, num_target: int) -> Stage:
         return Stage(end)
     if start < epochs.reach:
         return Stage(min(end, epochs.reach))  # epoch 0 sees all of itself
-    run_start = beyond.turn_of(start)
-    reply_start = _reply_of(beyond, run_start)
-    forgets = start == max(run_start, epochs.reach)
-    if start >= reply_start:
+    turn = beyond.turn_at(start)
+    forgets = start == max(turn.run, epochs.reach)
+    if start >= turn.reply:
         return Stage(start + 1, forgets=forgets, asks=True, is_reply=True)
-    asking = max(run_start, reply_start - epochs.asking_tokens, epochs.start_of(epochs.epoch_of(reply_start - 1)))
-    if start < asking:
-        return Stage(min(end, asking), forgets=forgets)
-    return Stage(min(end, reply_start), forgets=forgets, asks=True)
-
-
-def _reply_of(beyond: Beyond, run_start: int) -> int:
-    """Where the reply of the turn begins whose computing began at `run_start`."""
-    return next(reply for run, reply in zip(beyond.runs(), beyond.bounds[1::2], strict=True) if run == run_start)
+    if start < turn.asking:
+        return Stage(min(end, turn.asking), forgets=forgets)
+    return Stage(min(end, turn.reply), forgets=forgets, asks=True)

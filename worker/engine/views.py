@@ -14,11 +14,12 @@ from worker.attention.placing import Placer
 from worker.engine.block_tables import BlockTables
 from worker.engine.gather import Gatherer, Gathering
 from worker.engine.plan import Span
+from worker.engine.prefix import Wanted
 from worker.engine.recollection import Choice, Recollection
 from worker.engine.representatives import Representatives
 from worker.engine.request import Request
 from worker.ids import BlockId
-from worker.tiers.moves import Content, Tier
+from worker.tiers.moves import Tier, content_of
 
 _Ints = npt.NDArray[np.int64]
 
@@ -58,20 +59,7 @@ class Views:
         beyond = request.beyond
         assert beyond is not None
         carry = self._indices(beyond.epochs.carried(request.epoch))
-
-        def use(held: Mapping[int, BlockId]) -> None:
-            for index, block in held.items():
-                if index in carry:
-                    self._carry(request, index, block)
-                self._represent(request, index, block)
-
-        def done(gathering: Gathering) -> None:
-            if self._has_lost(gathering, lost):
-                return
-            self._recollect(request)
-            ready({index: tier for index, tier in gathering.found.items() if index in carry}, gathering.restored_bytes)
-
-        self._gather(request, [*self._unknown(request), *carry], use, done)
+        self._know(request, carry, ready, lost)
 
     def roll(self, request: Request) -> bool:
         """Go on to the next epoch: what was the request's own is carried from now on. False where there is no room."""
@@ -103,21 +91,27 @@ class Views:
         """Get to know what is gone since the request went on to its epoch."""
         beyond = request.beyond
         assert beyond is not None
-        if not beyond.chooses:
+        if beyond.chooses:
+            self._know(request, range(0), lambda found, num_bytes: ready(), lost)
+        else:
             ready()
-            return
 
+    def _know(
+        self, request: Request, carry: range, ready: Callable[[Mapping[int, Tier], int], None], lost: Lost
+    ) -> None:
         def use(held: Mapping[int, BlockId]) -> None:
             for index, block in held.items():
+                if index in carry:
+                    self._carry(request, index, block)
                 self._represent(request, index, block)
 
         def done(gathering: Gathering) -> None:
             if self._has_lost(gathering, lost):
                 return
             self._recollect(request)
-            ready()
+            ready({index: tier for index, tier in gathering.found.items() if index in carry}, gathering.restored_bytes)
 
-        self._gather(request, self._unknown(request), use, done)
+        self._gather(request, [*self._unknown(request), *carry], use, done)
 
     def recall(self, request: Request, choice: Choice, ready: Callable[[], None], lost: Lost) -> None:
         """Put what was chosen where it is attended to; what stands there already stays."""
@@ -159,15 +153,10 @@ class Views:
         use: Callable[[Mapping[int, BlockId]], None],
         done: Callable[[Gathering], None],
     ) -> None:
-        beyond = request.beyond
-        assert beyond is not None
+        call, size = request.call, self._block_tokens
         wanted = {
-            index: Content(
-                request.name_of(index),
-                self._block_tokens,
-                beyond.epochs.place_of(index * self._block_tokens),
-                request.call.codec,
-                request.call.tenant,
+            index: content_of(
+                Wanted(index, request.name_of(index), size, size), size, call.codec, call.tenant, request.beyond
             )
             for index in indices
         }
