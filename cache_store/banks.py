@@ -27,13 +27,13 @@ class EntryKind(IntEnum):
     """protos' EntryKind."""
 
     FACT = 1
-    """By Remember."""
+    """By Remember, or written by the served model of a turn."""
     DOCUMENT = 2
     """A chunk of a document."""
     EPISODE = 3
     """What was said in a turn."""
     SUMMARY = 4
-    """What a model made of turns."""
+    """Of a turn, written by the served model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,9 @@ class BankSettings:
     """What is put in front of a turn's input, at most."""
     delete_after_s: int = 0
     """Entries that were not recalled for so long are deleted; 0: never."""
+    write_facts: int = 0
+    write_summary_tokens: int = 0
+    """What the served model writes of a turn, at most; 0: it is not asked."""
 
     def __post_init__(self) -> None:
         _within("chunk_tokens", self.chunk_tokens, 16, 4096)
@@ -63,6 +66,8 @@ class BankSettings:
         _within("read_tokens", self.read_tokens, 0, 8192)
         _within("read_entries", self.read_entries, 0, 100)
         _within("delete_after_s", self.delete_after_s, 0, 10 * 365 * 86_400)
+        _within("write_facts", self.write_facts, 0, 32)
+        _within("write_summary_tokens", self.write_summary_tokens, 16 if self.write_summary_tokens else 0, 1024)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,7 +43,7 @@ class Bank(_message.Message):
     def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., created_ms: _Optional[int] = ..., entries: _Optional[int] = ..., documents: _Optional[int] = ..., embedder: _Optional[str] = ..., embedding_dim: _Optional[int] = ..., version: _Optional[int] = ..., settings: _Optional[_Union[BankSettings, _Mapping]] = ...) -> None: ...
 
 class BankSettings(_message.Message):
-    __slots__ = ("chunk_tokens", "overlap_tokens", "relevance_weight", "recency_weight", "importance_weight", "diversity", "read_tokens", "read_entries", "delete_after_s")
+    __slots__ = ("chunk_tokens", "overlap_tokens", "relevance_weight", "recency_weight", "importance_weight", "diversity", "read_tokens", "read_entries", "delete_after_s", "write_facts", "write_summary_tokens")
     CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OVERLAP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RELEVANCE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,8 @@ class BankSettings(_message.Message):
     READ_TOKENS_FIELD_NUMBER: _ClassVar[int]
     READ_ENTRIES_FIELD_NUMBER: _ClassVar[int]
     DELETE_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    WRITE_FACTS_FIELD_NUMBER: _ClassVar[int]
+    WRITE_SUMMARY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     chunk_tokens: int
     overlap_tokens: int
     relevance_weight: float
@@ -62,7 +64,9 @@ class BankSettings(_message.Message):
     read_tokens: int
     read_entries: int
     delete_after_s: int
-    def __init__(self, chunk_tokens: _Optional[int] = ..., overlap_tokens: _Optional[int] = ..., relevance_weight: _Optional[float] = ..., recency_weight: _Optional[float] = ..., importance_weight: _Optional[float] = ..., diversity: _Optional[float] = ..., read_tokens: _Optional[int] = ..., read_entries: _Optional[int] = ..., delete_after_s: _Optional[int] = ...) -> None: ...
+    write_facts: int
+    write_summary_tokens: int
+    def __init__(self, chunk_tokens: _Optional[int] = ..., overlap_tokens: _Optional[int] = ..., relevance_weight: _Optional[float] = ..., recency_weight: _Optional[float] = ..., importance_weight: _Optional[float] = ..., diversity: _Optional[float] = ..., read_tokens: _Optional[int] = ..., read_entries: _Optional[int] = ..., delete_after_s: _Optional[int] = ..., write_facts: _Optional[int] = ..., write_summary_tokens: _Optional[int] = ...) -> None: ...
 
 class CreateBankRequest(_message.Message):
     __slots__ = ("name", "description", "settings")

@@ -43,6 +43,8 @@ def create(
     read_tokens: int | None = None,
     read_entries: int | None = None,
     delete_after_s: int | None = None,
+    write_facts: int | None = None,
+    write_summary_tokens: int | None = None,
     as_json: AsJson = False,
     connection: Connection = Connection(),
 ) -> None:
@@ -68,6 +70,10 @@ def create(
         The same, in entries (8).
     delete_after_s
         Entries that were not recalled for so long are deleted (0: never).
+    write_facts
+        How many facts the served model writes down after a turn of a conversation that writes here, at most (0).
+    write_summary_tokens
+        The length of the summary that it writes of the turn, in its tokens (0: it writes none).
     """
     settings = {
         "chunk_tokens": chunk_tokens,
@@ -79,6 +85,8 @@ def create(
         "read_tokens": read_tokens,
         "read_entries": read_entries,
         "delete_after_s": delete_after_s,
+        "write_facts": write_facts,
+        "write_summary_tokens": write_summary_tokens,
     }
     given = {name: value for name, value in settings.items() if value is not None}
     with connection.open() as client:

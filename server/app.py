@@ -34,6 +34,7 @@ from server.limits import Limits
 from server.memories import Memories
 from server.memory_service import MemoryService
 from server.metrics import FrontMetrics
+from server.notes import Notes
 from server.relay import Relay
 from server.service import InferenceService
 from server.sessions import SessionKeeper
@@ -79,8 +80,9 @@ class Application:
             max_index_bytes=config.bank_index_bytes,
         )
         self._episodes = Episodes(self._banks, metrics)
+        self._notes = Notes(self._banks, directory, self._holdings, metrics)
         memories = Memories(self._banks, directory, metrics, read_s=config.memory_read_s)
-        self._turns = Turns(self._leases, relay, memories, self._episodes, metrics)
+        self._turns = Turns(self._leases, relay, memories, metrics, remembered_by=(self._episodes, self._notes))
         self._sessions = SessionKeeper(
             records,
             self._leases,
@@ -176,6 +178,7 @@ class Application:
         if self._http is not None:
             await self._http.aclose()
             self._http = None
+        await self._notes.aclose()
         await self._episodes.aclose()
         await self._sessions.aclose()
         await self._health.aclose()

@@ -11,10 +11,8 @@ import structlog
 
 from cache_store.banks import EntryKind
 from cache_store.errors import ServingError
-from cache_store.records import SessionRecord
-from protos import rekindle_pb2 as pb
 from server.banks.checks import MAX_TEXT_BYTES
-from server.memory_text import episode_of, said_in
+from server.exchanges import Exchange
 from server.metrics import FrontMetrics
 
 _MOST_WAITING: Final = 1000
@@ -48,17 +46,14 @@ class Episodes:
         self._places = asyncio.Semaphore(_AT_ONCE)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def add(self, record: SessionRecord, turn: int, request: pb.GenerateRequest, reply: str) -> None:
-        """The session's `turn` was committed. `request` is as it came; one of tokens is not remembered."""
-        if not said_in(request).strip():
-            return
-        for bank in (attached.bank for attached in record.banks if attached.access.writes):
+    def add(self, exchange: Exchange) -> None:
+        for bank in exchange.banks:
             if len(self._tasks) >= self._most_waiting:
                 self._metrics.episode_written("full", 0.0)
-                _log.warning("a turn is not remembered: too many wait", session=record.session_id, bank=bank)
+                session = exchange.record.session_id
+                _log.warning("a turn is not remembered: too many wait", session=session, bank=bank)
                 continue
-            text = episode_of(request, reply, most_bytes=MAX_TEXT_BYTES)
-            task = asyncio.create_task(self._write(record.tenant, bank, text, record.session_id, turn))
+            task = asyncio.create_task(self._write(exchange, bank))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -75,15 +70,24 @@ class Episodes:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _write(self, tenant: str, bank: str, text: str, session_id: str, turn: int) -> None:
+    async def _write(self, exchange: Exchange, bank: str) -> None:
         began_s, result = time.monotonic(), "failed"
+        session, turn = exchange.record.session_id, exchange.turn
         try:
             async with self._places:
-                await self._banks.remember(
-                    tenant, bank, text=text, metadata={}, kind=EntryKind.EPISODE, session_id=session_id, turn=turn
-                )
-            result = "written"
+                text = await exchange.text(most_bytes=MAX_TEXT_BYTES)
+                if text:
+                    await self._banks.remember(
+                        exchange.record.tenant,
+                        bank,
+                        text=text,
+                        metadata={},
+                        kind=EntryKind.EPISODE,
+                        session_id=session,
+                        turn=turn,
+                    )
+            result = "written" if text else "empty"
         except ServingError as error:
-            _log.warning("a turn is not remembered", session=session_id, turn=turn, bank=bank, error=str(error))
+            _log.warning("a turn is not remembered", session=session, turn=turn, bank=bank, error=str(error))
         finally:
             self._metrics.episode_written(result, time.monotonic() - began_s)

@@ -86,6 +86,11 @@ class Holdings:
         worker_id = chosen_model.choose(prompt, by_id.keys(), last_worker_id)
         return by_id.get(worker_id) if worker_id is not None else None
 
+    def queue_s(self, worker: Worker) -> float:
+        """What a new turn would wait for there; 0 where nothing is known."""
+        model = self._models.get(worker.description.fingerprint)
+        return model.queue_s(worker.worker_id) if model is not None else 0.0
+
     async def _follow_all(self) -> None:
         while True:
             for worker in self._directory.living():
@@ -173,6 +178,10 @@ class _Model:
 
     def leave(self, worker_id: str) -> None:
         self.index.leave(worker_id)
+
+    def queue_s(self, worker_id: str) -> float:
+        self._pass_time()
+        return self.index.queue_s(worker_id)
 
     def choose(self, prompt: Prompt, able: Collection[str], last_worker_id: str) -> str | None:
         if last_worker_id in able and not self.index.knows(last_worker_id):

@@ -27,7 +27,8 @@ _ours = re.compile(r"<(?=/?memory)", re.IGNORECASE)
 
 
 def said_in(request: pb.GenerateRequest) -> str:
-    """What the user says in a turn: text, or all new messages of the user's. Empty where it is tokens."""
+    """What the user says in a turn: text, or all new messages of the user's. Empty where it is tokens, which only a
+    worker can tell."""
     match request.WhichOneof("input"):
         case "text":
             return request.text
@@ -70,10 +71,10 @@ def put_in_front(request: pb.GenerateRequest, elements: Sequence[str]) -> pb.Gen
     return changed
 
 
-def episode_of(request: pb.GenerateRequest, reply: str, *, most_bytes: int) -> str:
-    """An exchange as it is remembered. `request` is as it came, without memories."""
-    said, half = said_in(request), most_bytes // 2 - 32
-    if request.HasField("chat"):
+def transcript(said: str, reply: str, *, is_chat: bool, most_bytes: int) -> str:
+    """An exchange as it is remembered, each side cut where it is long."""
+    half = most_bytes // 2 - 32
+    if is_chat:
         return f"User: {_cut(said, half)}\nAssistant: {_cut(reply, half)}"
     return _cut(said, half) + _cut(reply, half)
 

@@ -66,6 +66,8 @@ class FrontMetrics:
             buckets=_TTFT_BUCKETS_S,
             registry=self.registry,
         )
+        self._notes = self._counter("notes", "Notes of turns that banks asked for, by what came of it.", "result")
+        self._note_tokens = self._counter("note_tokens", "Tokens of prompts and replies to write notes.", "source")
         self._workers = Gauge("rekindle_front_workers", "Workers known, by state.", ["state"], registry=self.registry)
         self._redis_available = Gauge(
             "rekindle_front_redis_available",
@@ -121,10 +123,19 @@ class FrontMetrics:
         self._memory_seconds.observe(seconds)
 
     def episode_written(self, result: str, seconds: float) -> None:
-        """written, failed or full (too many waited)."""
+        """written, empty (the user said nothing), failed or full (too many waited)."""
         self._episodes.labels(result).inc()
         if result == "written":
             self._episode_seconds.observe(seconds)
+
+    def note_written(self, result: str) -> None:
+        """written, empty (there was nothing to keep), busy (no worker had time), full (too many waited) or failed."""
+        self._notes.labels(result).inc()
+
+    def note_asked(self, usage: pb.Usage) -> None:
+        """What it cost that a model wrote one."""
+        self._note_tokens.labels("prompt").inc(usage.prompt_tokens)
+        self._note_tokens.labels("completion").inc(usage.completion_tokens)
 
     def workers_seen(self, *, accepting: int, draining: int, down: int) -> None:
         self._workers.labels("accepting").set(accepting)

@@ -150,6 +150,11 @@ class RoutingIndex:
         """It has so much more to do than it last reported."""
         self._costs.queue_s[self._slots[worker_id]] += work_s
 
+    def queue_s(self, worker_id: str) -> float:
+        """What a worker has to do, infinite where nothing may go; 0 for one that has not reported."""
+        slot = self._slots.get(worker_id)
+        return self._costs.queue_s.item(slot) if slot is not None else 0.0
+
     def pass_time(self, seconds: float) -> None:
         """Workers work off what they have to do. (Knows no clock: call it before reports and choices.)"""
         self._costs.work_off(seconds)

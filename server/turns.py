@@ -5,16 +5,17 @@ workers it takes, nor who calls, nor what banks know.
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Protocol
 
 import structlog
 
 from cache_store.records import SessionRecord, TurnRecord
 from protos import rekindle_pb2 as pb
-from server.episodes import Episodes
 from server.errors import NoWorker, WorkerFault, WorkerLost, WorkerRefused
+from server.exchanges import Exchange
 from server.lease import Leases
 from server.memories import Memories
 from server.metrics import FrontMetrics, kind_of_turn
@@ -23,16 +24,28 @@ from server.relay import Relay, Turn
 _log = structlog.get_logger(__name__)
 
 
+class Remembers(Protocol):
+    def add(self, exchange: Exchange) -> None:
+        """A turn was committed. Returns at once, and never fails."""
+        ...
+
+
 class Turns:
     """Runs turns, with a session or without."""
 
     def __init__(
-        self, leases: Leases, workers: Relay, memories: Memories, episodes: Episodes, metrics: FrontMetrics
+        self,
+        leases: Leases,
+        workers: Relay,
+        memories: Memories,
+        metrics: FrontMetrics,
+        *,
+        remembered_by: Sequence[Remembers],
     ) -> None:
         self._leases = leases
         self._workers = workers
         self._memories = memories
-        self._episodes = episodes
+        self._remembered_by = remembered_by
         self._metrics = metrics
 
     async def run(
@@ -152,7 +165,9 @@ class Turns:
         number = len(turn.record.turns) + 1
         if turn.reading is not None:
             self._memories.committed(turn.reading)
-            self._episodes.add(turn.record, number, turn.reading.asked, "".join(turn.reply_text))
+            exchange = Exchange(turn.record, number, turn.reading.asked, "".join(turn.reply_text), turn.worker)
+            for one in self._remembered_by:
+                one.add(exchange)
         return number
 
 

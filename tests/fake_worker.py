@@ -69,6 +69,10 @@ class FakeWorker(WorkerServicer):
         """End the stream with `failure` after this many deltas."""
         self.failure: Exception = RuntimeError("CUDA error: misaligned address")
         self.miscount = 0
+        self.says = ""
+        """To who asks without a session, instead of what follows by arithmetic."""
+        self.may_say = asyncio.Event()
+        self.may_say.set()
         self.generated: list[wpb.WorkerGenerateRequest] = []
         self.calls: list[str] = []
         self.codecs: list[str] = []
@@ -101,6 +105,10 @@ class FakeWorker(WorkerServicer):
         self.generated.append(request)
         await self._asked("generate", request.history, context)
         new = _input_ids(request)
+        if self.says and not request.session_id:
+            for event in await self._told(new):
+                yield event
+            return
         prompt = (*request.history.token_ids, *new)
         receipt = self._receipt(prompt, len(new))
         count = request.sampling.max_new_tokens if request.sampling.HasField("max_new_tokens") else 8
@@ -128,6 +136,16 @@ class FakeWorker(WorkerServicer):
         yield wpb.WorkerEvent(
             finished=pb.Finished(reason=pb.FINISH_REASON_LENGTH, usage=usage, receipt=receipt, seed=7)
         )
+
+    async def _told(self, new: Sequence[int]) -> list[wpb.WorkerEvent]:
+        await self.may_say.wait()
+        tokens = tokenize(self.says)
+        usage = pb.Usage(prompt_tokens=len(new), completion_tokens=len(tokens), input_tokens=len(new))
+        return [
+            wpb.WorkerEvent(started=wpb.Started(input_token_ids=new)),
+            wpb.WorkerEvent(delta=pb.Delta(text=self.says, token_ids=tokens)),
+            wpb.WorkerEvent(finished=pb.Finished(reason=pb.FINISH_REASON_EOS, usage=usage)),
+        ]
 
     async def Park(self, request: wpb.ParkRequest, context: Any) -> wpb.ParkReply:
         await self._asked("park", request.history, context)

@@ -13,9 +13,13 @@ from protos import rekindle_memory_pb2 as mpb
 from protos import rekindle_pb2 as pb
 from rekindle.client import Client
 from rekindle.errors import RekindleError
+from server.directory import Worker
 from server.episodes import Episodes
-from server.memory_text import episode_of, put_in_front, query_of
+from server.exchanges import Exchange
+from server.memory_text import put_in_front, query_of, said_in, transcript
 from server.metrics import FrontMetrics
+from server.tenants import DEFAULT_TENANT
+from server.worker_client import WorkerClient
 from tests.fake_worker import FakeWorker, FrontEnd, front_end
 from tests.systems import chat, eventually
 from tests.test_front_metrics import scrape
@@ -229,6 +233,16 @@ async def test_an_exchange_is_remembered_as_it_was_said(front: FrontEnd, client:
     assert (episode.kind, episode.session_id, episode.turn) == (mpb.ENTRY_KIND_EPISODE, "s", 1)
 
 
+async def test_what_tokens_say_is_remembered_as_text(front: FrontEnd, client: Client) -> None:
+    await client.memory.create_bank("log")
+    await client.create_session("s", banks={"log": "write"})
+    await say(client, [1, 2, 3])
+    reply = (await client.get_session("s", with_token_ids=True)).token_ids[-2:]
+    await written(front, 1)
+    (episode,) = await entries_of(client, "log")
+    assert episode.text == f"<1><2><3><{reply[0]}><{reply[1]}>"
+
+
 async def test_a_session_is_not_told_what_it_said_itself_and_others_are(front: FrontEnd, client: Client) -> None:
     await client.memory.create_bank("log")
     await client.create_session("s", banks={"log": "read_write"})
@@ -275,9 +289,8 @@ HELLO = pb.GenerateRequest(text="hello ")
 async def test_episodes_wait_within_bounds_and_are_written_before_the_end() -> None:
     banks, metrics = SlowBanks(), FrontMetrics()
     episodes = Episodes(banks, metrics, most_waiting=2)
-    record = record_with(BankAccess.WRITE)
     for turn in range(3):
-        episodes.add(record, turn, HELLO, str(turn))
+        episodes.add(exchange(str(turn)))
     assert not await episodes.drain(0.01)
     banks.go.set()
     assert await episodes.drain(5)
@@ -288,24 +301,31 @@ async def test_episodes_wait_within_bounds_and_are_written_before_the_end() -> N
 async def test_episodes_that_fail_or_are_cut_off_are_counted() -> None:
     banks, metrics = SlowBanks(), FrontMetrics()
     episodes = Episodes(banks, metrics)
-    episodes.add(record_with(BankAccess.WRITE), 1, HELLO, "a")
+    episodes.add(exchange("a"))
     await asyncio.sleep(0)
     await episodes.aclose()
     banks.go.set()
     banks.error = StoreUnavailable("down")
-    episodes.add(record_with(BankAccess.WRITE), 1, HELLO, "b")
-    episodes.add(record_with(BankAccess.READ), 1, HELLO, "c")
-    episodes.add(record_with(BankAccess.WRITE), 1, pb.GenerateRequest(tokens=pb.TokenInput(token_ids=[1])), "d")
+    episodes.add(exchange("b"))
+    episodes.add(exchange("c", access=BankAccess.READ))
+    episodes.add(exchange("d", request=pb.GenerateRequest(text=" ")))
     assert await episodes.drain(5)
-    assert results_of(metrics) == {"failed": 2}
+    assert results_of(metrics) == {"failed": 2, "empty": 1}
 
 
-def record_with(access: BankAccess) -> Any:
-    return replace(new_record(), banks=(BankAttachment("notes", access),))
+def exchange(
+    reply: str,
+    *,
+    request: pb.GenerateRequest = HELLO,
+    access: BankAccess = BankAccess.WRITE,
+    worker: Worker | None = None,
+) -> Exchange:
+    record = replace(new_record(), tenant=DEFAULT_TENANT, banks=(BankAttachment("notes", access),))
+    return Exchange(record, 1, request, reply, worker or Worker("0", WorkerClient("127.0.0.1:1", max_message_bytes=1)))
 
 
-def results_of(metrics: FrontMetrics) -> dict[str, float]:
-    (family,) = (family for family in metrics.registry.collect() if family.name == "rekindle_front_episodes")
+def results_of(metrics: FrontMetrics, name: str = "episodes") -> dict[str, float]:
+    (family,) = (family for family in metrics.registry.collect() if family.name == f"rekindle_front_{name}")
     return {one.labels["result"]: one.value for one in family.samples if one.name.endswith("_total")}
 
 
@@ -320,14 +340,14 @@ def test_a_chat_is_asked_about_its_last_user_and_answered_there() -> None:
     request = pb.GenerateRequest(chat=pb.ChatInput(messages=messages))
     assert query_of(request) == "three"
     assert put_in_front(request, ["M"]).chat.messages[2].content.endswith("\nM\n\nthree")
-    assert episode_of(request, "five", most_bytes=1000) == "User: one\nthree\nAssistant: five"
+    told = transcript(said_in(request), "five", is_chat=True, most_bytes=1000)
+    assert told == "User: one\nthree\nAssistant: five"
     nobody = pb.GenerateRequest(chat=pb.ChatInput(messages=messages[1:2]))
     assert query_of(nobody) == ""
 
 
 def test_an_episode_keeps_both_sides_of_a_long_exchange() -> None:
-    request = pb.GenerateRequest(chat=pb.ChatInput(messages=[pb.ChatMessage(role="user", content="é" * 50_000)]))
-    episode = episode_of(request, "ü" * 50_000, most_bytes=65_536)
+    episode = transcript("é" * 50_000, "ü" * 50_000, is_chat=True, most_bytes=65_536)
     assert len(episode.encode()) <= 65_536
     assert min(episode.count("é"), episode.count("ü")) > 16_000
 

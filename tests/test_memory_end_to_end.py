@@ -26,7 +26,8 @@ async def test_what_was_said_or_put_in_a_bank_is_known_in_other_sessions(redis_u
         client = system.client
         for bank in ("talk", "handbook"):
             await client.memory.create_bank(bank)
-        await client.create_session("first", banks={"talk": "write"})
+        await client.memory.create_bank("noted", write_facts=1)
+        await client.create_session("first", banks={"talk": "write", "noted": "write"})
         await system.say(chat("My name is Walter."), "first", max_new_tokens=20)
         await system.say(chat("I like rainy days."), "first", max_new_tokens=20)
 
@@ -34,6 +35,13 @@ async def test_what_was_said_or_put_in_a_bank_is_known_in_other_sessions(redis_u
             return (await client.memory.get_bank("talk")).entries == 2
 
         await eventually(is_remembered, within_s=30)
+
+        async def is_noted() -> bool:
+            told = [one.entry for one in await client.memory.recall("noted", "name", k=10)]
+            facts = [entry for entry in told if entry.kind == mpb.ENTRY_KIND_FACT]
+            return any("Walter" in fact.text and (fact.session_id, fact.turn) == ("first", 1) for fact in facts)
+
+        await eventually(is_noted, within_s=30)
         await client.create_session("second", banks={"talk": "read", "handbook": "read"})
         turn = await system.say(chat("Do you know my name?"), "second", max_new_tokens=20)
         best = turn.finished.receipt.memories[0]
