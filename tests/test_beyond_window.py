@@ -14,8 +14,10 @@ from tests.engines import TENANT, EngineFactory, Turn, poison, start
 from worker.calls import Context, ContextPolicy, Sampling, Token
 from worker.engine.engine import Engine
 from worker.engine.epochs import Beyond
+from worker.engine.request import Request
 from worker.engine.sampler import RowState
 from worker.errors import TenantErased
+from worker.ids import BlockId
 from worker.tiers.coder import BlockCoder
 
 POLICIES = [ContextPolicy.WINDOW, ContextPolicy.RECALL]
@@ -164,6 +166,31 @@ def test_what_was_lost_from_every_tier_is_computed_again(
     poison(engine)
     again = start(engine, talk.history, LONG[900:960], max_new_tokens=20, context=talk.context).result()
     assert again.reply == whole.reply
+
+
+@pytest.mark.parametrize("num_begun", [0, 15])
+def test_a_block_is_published_once_all_of_it_is_computed(
+    build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, policy: ContextPolicy, num_begun: int
+) -> None:
+    engine = build_engine(context_tokens=512, recall_tokens=48)
+    talk = talk_of(engine, policy)
+    assert len(talk.history) > engine._policies[policy].reach
+    reply = start(engine, talk.history, LONG[900:1005], max_new_tokens=30, context=talk.context).result().reply
+    device, tables = engine._tiers.device, engine._scheduler._tables
+    published: list[tuple[BlockId, torch.Tensor]] = []
+    seal = tables.seal
+
+    def noted(request: Request, index: int) -> None:
+        block = request.block_of(index)
+        published.append((block, device.view(block).clone()))
+        seal(request, index)
+
+    monkeypatch.setattr(tables, "seal", noted)
+    new = LONG[910:1015]  # its last tokens, which choose what is recalled, begin within a block
+    start(engine, talk.history, new, begun=reply[:num_begun], max_new_tokens=30, context=talk.context).result()
+    assert len(published) > 5
+    for block, content in published:
+        torch.testing.assert_close(content, device.view(block), atol=0, rtol=0)
 
 
 def test_conversations_that_compete_for_a_small_device_say_the_same(

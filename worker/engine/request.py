@@ -225,9 +225,10 @@ class Request:
         """Note that spans of the gaps were computed. Returns the blocks that became full by it."""
         self.gaps = subtract(self.gaps, spans)
         size = self._block_tokens
+        end = self.num_target if self.stage is None else self.stage.end  # behind it nothing is computed, nor a gap yet
         touched = {index for span in spans for index in range(span.start // size, -(-span.end // size))}
         open_blocks = {index for gap in self.gaps for index in range(gap.start // size, -(-gap.end // size))}
-        return sorted(index for index in touched - open_blocks if (index + 1) * size <= self.num_target)
+        return sorted(index for index in touched - open_blocks if (index + 1) * size <= end)
 
     def may_compute(self, gaps: Sequence[Span]) -> None:
         """Positions, behind all gaps there are, that need nothing any more but each other."""
