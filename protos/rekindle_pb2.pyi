@@ -27,6 +27,14 @@ class ContextPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CONTEXT_POLICY_WINDOW: _ClassVar[ContextPolicy]
     CONTEXT_POLICY_RECALL: _ClassVar[ContextPolicy]
 
+class BankMissReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BANK_MISS_REASON_UNSPECIFIED: _ClassVar[BankMissReason]
+    BANK_MISS_REASON_TOKENS: _ClassVar[BankMissReason]
+    BANK_MISS_REASON_LATE: _ClassVar[BankMissReason]
+    BANK_MISS_REASON_STALE: _ClassVar[BankMissReason]
+    BANK_MISS_REASON_FAILED: _ClassVar[BankMissReason]
+
 class PlanKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     PLAN_KIND_UNSPECIFIED: _ClassVar[PlanKind]
@@ -72,6 +80,11 @@ CONTEXT_POLICY_UNSPECIFIED: ContextPolicy
 CONTEXT_POLICY_ERROR: ContextPolicy
 CONTEXT_POLICY_WINDOW: ContextPolicy
 CONTEXT_POLICY_RECALL: ContextPolicy
+BANK_MISS_REASON_UNSPECIFIED: BankMissReason
+BANK_MISS_REASON_TOKENS: BankMissReason
+BANK_MISS_REASON_LATE: BankMissReason
+BANK_MISS_REASON_STALE: BankMissReason
+BANK_MISS_REASON_FAILED: BankMissReason
 PLAN_KIND_UNSPECIFIED: PlanKind
 PLAN_KIND_LOAD: PlanKind
 PLAN_KIND_COMPUTE: PlanKind
@@ -231,7 +244,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., input_tokens: _Optional[int] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("device_tokens", "host_tokens", "redis_tokens", "computed_tokens", "misses", "restored_bytes", "queue_ms", "restore_ms", "prefill_ms", "decode_ms", "ttft_ms", "worker_id", "audit", "plan", "disk_tokens", "context", "memories")
+    __slots__ = ("device_tokens", "host_tokens", "redis_tokens", "computed_tokens", "misses", "restored_bytes", "queue_ms", "restore_ms", "prefill_ms", "decode_ms", "ttft_ms", "worker_id", "audit", "plan", "disk_tokens", "context", "memories", "bank_misses")
     DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REDIS_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -249,6 +262,7 @@ class Receipt(_message.Message):
     DISK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     MEMORIES_FIELD_NUMBER: _ClassVar[int]
+    BANK_MISSES_FIELD_NUMBER: _ClassVar[int]
     device_tokens: int
     host_tokens: int
     redis_tokens: int
@@ -266,7 +280,8 @@ class Receipt(_message.Message):
     disk_tokens: int
     context: ContextReceipt
     memories: _containers.RepeatedCompositeFieldContainer[MemorySource]
-    def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., misses: _Optional[_Iterable[_Union[Miss, _Mapping]]] = ..., restored_bytes: _Optional[int] = ..., queue_ms: _Optional[float] = ..., restore_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., worker_id: _Optional[str] = ..., audit: _Optional[_Union[Audit, _Mapping]] = ..., plan: _Optional[_Union[RestorePlan, _Mapping]] = ..., disk_tokens: _Optional[int] = ..., context: _Optional[_Union[ContextReceipt, _Mapping]] = ..., memories: _Optional[_Iterable[_Union[MemorySource, _Mapping]]] = ...) -> None: ...
+    bank_misses: _containers.RepeatedCompositeFieldContainer[BankMiss]
+    def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., misses: _Optional[_Iterable[_Union[Miss, _Mapping]]] = ..., restored_bytes: _Optional[int] = ..., queue_ms: _Optional[float] = ..., restore_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., worker_id: _Optional[str] = ..., audit: _Optional[_Union[Audit, _Mapping]] = ..., plan: _Optional[_Union[RestorePlan, _Mapping]] = ..., disk_tokens: _Optional[int] = ..., context: _Optional[_Union[ContextReceipt, _Mapping]] = ..., memories: _Optional[_Iterable[_Union[MemorySource, _Mapping]]] = ..., bank_misses: _Optional[_Iterable[_Union[BankMiss, _Mapping]]] = ...) -> None: ...
 
 class ContextReceipt(_message.Message):
     __slots__ = ("policy", "left_tokens", "choices", "recalled_tokens", "recalled_starts", "unit_tokens")
@@ -297,6 +312,14 @@ class MemorySource(_message.Message):
     document_id: str
     tokens: int
     def __init__(self, bank: _Optional[str] = ..., entry_id: _Optional[str] = ..., score: _Optional[float] = ..., document_id: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class BankMiss(_message.Message):
+    __slots__ = ("bank", "reason")
+    BANK_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    bank: str
+    reason: BankMissReason
+    def __init__(self, bank: _Optional[str] = ..., reason: _Optional[_Union[BankMissReason, str]] = ...) -> None: ...
 
 class RestorePlan(_message.Message):
     __slots__ = ("kind", "predicted_ms", "actual_ms", "computed_instead_tokens")

@@ -68,6 +68,8 @@ def receipt_line(finished: pb.Finished) -> str:
     if receipt.memories:
         banks = ", ".join(sorted({source.bank for source in receipt.memories}))
         parts.append(f"{len(receipt.memories)} memories from {banks}")
+    if receipt.bank_misses:
+        parts.append(f"nothing from {', '.join(miss.bank for miss in receipt.bank_misses)}")
     if receipt.HasField("plan"):
         parts.append(_plan(receipt.plan))
     parts.append(f"first token after {receipt.ttft_ms:.0f} ms")

@@ -52,6 +52,8 @@ class Reading(NamedTuple):
     """Best first."""
     banks: Mapping[str, BankRecord] = {}
     """Of the sources, by name."""
+    misses: tuple[pb.BankMiss, ...] = ()
+    """Banks that it has not heard."""
 
 
 class _Candidate(NamedTuple):
@@ -76,6 +78,10 @@ class Memories:
         What can't be read, or not in time, is left out.
         """
         names = [attached.bank for attached in record.banks if attached.access.reads]
+        if request.HasField("tokens"):
+            return Reading(
+                request, request, misses=tuple(self._missed(name, pb.BANK_MISS_REASON_TOKENS) for name in names)
+            )
         query = query_of(request) if names else ""
         if not query:
             return Reading(request, request)
@@ -84,20 +90,23 @@ class Memories:
         ends_s = began_s + min(self._read_s, left_s)
         asked_until_s = began_s + (ends_s - began_s) * _ASKED_SHARE
         asked = await asyncio.gather(*(self._ask(record, name, query, until_s=asked_until_s) for name in names))
-        candidates = _best_first([candidate for of_bank in asked for candidate in of_bank])
+        candidates = _best_first([one for of_bank in asked if not isinstance(of_bank, pb.BankMiss) for one in of_bank])
         reading = (
             await self._within(request, record, candidates, until_s=ends_s) if candidates else Reading(request, request)
         )
         self._metrics.memories_read(len(reading.sources), seconds=time.monotonic() - began_s)
-        return reading
+        unheard = (one for one in asked if isinstance(one, pb.BankMiss))
+        return reading._replace(misses=(*unheard, *reading.misses))
 
     def committed(self, reading: Reading) -> None:
         """The turn is in its session: what it has read is remembered better from now on."""
         for name, bank in reading.banks.items():
             self._banks.count_recalls(bank, [source.entry_id for source in reading.sources if source.bank == name])
 
-    async def _ask(self, record: SessionRecord, name: str, query: str, *, until_s: float) -> list[_Candidate]:
-        """A bank's best entries. None where it fails, which is counted."""
+    async def _ask(
+        self, record: SessionRecord, name: str, query: str, *, until_s: float
+    ) -> list[_Candidate] | pb.BankMiss:
+        """A bank's best entries, or why there are none of it."""
         try:
             async with asyncio.timeout(until_s - time.monotonic()):
                 bank = await self._banks.get(record.tenant, name)
@@ -110,8 +119,7 @@ class Memories:
                 where = EntryFilter(not_session_id=own)
                 recalled = await self._banks.recall(record.tenant, name, query, k=most, where=where, peek=True)
         except Exception as error:  # a bug in a bank is not the turn's
-            self._left_out(record, name, error)
-            return []
+            return self._left_out(record, name, error)
         self._metrics.bank_read("read" if recalled else "empty")
         told = [one for one in recalled if record.context_policy or not _is_inherited(one.entry, record)]
         return [_Candidate(bank, one, element(name, one.entry)) for one in told]
@@ -127,8 +135,8 @@ class Memories:
                 quoted = await worker.client.quote([candidate.text for candidate in candidates])
                 room = await self._room(request, record, worker, sum(text.tokens for text in quoted))
         except Exception as error:  # a bug in a bank is not the turn's
-            self._left_out(record, "", error)
-            return Reading(request, request)
+            names = dict.fromkeys(candidate.bank.name for candidate in candidates)
+            return Reading(request, request, misses=tuple(self._left_out(record, name, error) for name in names))
         chosen = _chosen(candidates, quoted, room)
         if not chosen:
             return Reading(request, request)
@@ -167,15 +175,22 @@ class Memories:
             raise NoWorker("no worker accepts work now")
         return min(able, key=lambda worker: (worker.description.fingerprint != record.model, worker.in_flight))
 
-    def _left_out(self, record: SessionRecord, bank: str, error: Exception) -> None:
+    def _missed(self, bank: str, reason: pb.BankMissReason) -> pb.BankMiss:
+        self._metrics.bank_missed(reason)
+        return pb.BankMiss(bank=bank, reason=reason)
+
+    def _left_out(self, record: SessionRecord, bank: str, error: Exception) -> pb.BankMiss:
         late = isinstance(error, TimeoutError)
-        self._metrics.bank_read("late" if late else "stale" if isinstance(error, EmbedderChanged) else "failed")
         about = {"session": record.session_id, "bank": bank}
         if late or isinstance(error, ServingError):
             what = "it took too long" if late else str(error)
             _log.warning("a turn goes without its memories", **about, error=what)
         else:
             _log.error("a turn goes without its memories", **about, exc_info=error)
+        if late:
+            return self._missed(bank, pb.BANK_MISS_REASON_LATE)
+        is_stale = isinstance(error, EmbedderChanged)
+        return self._missed(bank, pb.BANK_MISS_REASON_STALE if is_stale else pb.BANK_MISS_REASON_FAILED)
 
 
 def _is_inherited(entry: Entry, record: SessionRecord) -> bool:

@@ -114,8 +114,12 @@ class FrontMetrics:
         self._prefetches.labels(outcome).inc()
 
     def bank_read(self, result: str) -> None:
-        """read, empty (it had nothing), late, stale (its vectors are of another embedder) or failed."""
+        """read, or empty (it had nothing)."""
         self._bank_reads.labels(result).inc()
+
+    def bank_missed(self, reason: pb.BankMissReason) -> None:
+        """tokens, late, stale (its vectors are of another embedder) or failed."""
+        self.bank_read(pb.BankMissReason.Name(reason).removeprefix("BANK_MISS_REASON_").lower())
 
     def memories_read(self, entries: int, *, seconds: float) -> None:
         """A turn has this many in its input, and waited so long for them."""

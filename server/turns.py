@@ -129,6 +129,7 @@ class Turns:
         finished.turn = await self._commit(turn, finished.reason)
         if turn.reading is not None:
             finished.receipt.memories.extend(turn.reading.sources)
+            finished.receipt.bank_misses.extend(turn.reading.misses)
         first_s = turn.first_delta_s or ended_s
         self._metrics.turn_finished(
             finished, tenant=turn.tenant, ttft_s=first_s - turn.arrived_s, decode_s=ended_s - first_s

@@ -96,7 +96,9 @@ async def test_history_stays_as_it_was_said_and_is_found_in_the_cache(front: Fro
 
 async def test_tokens_are_left_alone_and_so_is_a_session_that_only_writes(front: FrontEnd, client: Client) -> None:
     await client.create_session("s", banks={"notes": "read"})
-    assert not (await say(client, [1, 2, 3])).receipt.memories
+    receipt = (await say(client, [1, 2, 3])).receipt
+    assert not receipt.memories
+    assert list(receipt.bank_misses) == [pb.BankMiss(bank="notes", reason=pb.BANK_MISS_REASON_TOKENS)]
     await client.create_session("w", banks={"notes": "write"})
     assert not (await say(client, "Whose dog is Rex?", "w")).receipt.memories
     assert given(front.workers["0"]) == "Whose dog is Rex?"
@@ -156,21 +158,29 @@ async def test_a_bank_that_is_slow_gone_or_of_another_embedder_is_left_out_and_c
     worker = front.workers["0"]
     await client.create_session("s", banks={"notes": "read"})
     worker.may_embed.clear()
-    assert not (await say(client, "Whose dog is Rex?")).receipt.memories
+    assert await missed(client) == pb.BANK_MISS_REASON_LATE
     assert given(worker) == "Whose dog is Rex?"
     worker.may_embed.set()
     await embeds_by(front, "beef")
-    assert not (await say(client, "Whose dog is Rex?")).receipt.memories
+    assert await missed(client) == pb.BANK_MISS_REASON_STALE
     await embeds_by(front, "")
-    assert not (await say(client, "Whose dog is Rex?")).receipt.memories
+    assert await missed(client) == pb.BANK_MISS_REASON_FAILED
     await client.memory.delete_bank("notes")
-    assert not (await say(client, "Whose dog is Rex?")).receipt.memories
+    assert await missed(client) == pb.BANK_MISS_REASON_FAILED
     samples = await scrape(front)
     results = {
         name: samples[f"rekindle_front_bank_reads_total{{result={name}}}"] for name in ("late", "stale", "failed")
     }
     assert results == {"late": 1, "stale": 1, "failed": 2}
     assert samples["rekindle_front_memory_read_seconds_count{}"] == 4
+
+
+async def missed(client: Client) -> "pb.BankMissReason":
+    """Why a turn has not heard its bank."""
+    receipt = (await say(client, "Whose dog is Rex?")).receipt
+    (miss,) = receipt.bank_misses
+    assert (miss.bank, len(receipt.memories)) == ("notes", 0)
+    return miss.reason
 
 
 async def test_only_a_committed_turn_makes_what_it_read_stronger(front: FrontEnd, client: Client) -> None:
