@@ -18,6 +18,7 @@ from protos import rekindle_memory_pb2_grpc as mpb_grpc
 from protos import rekindle_pb2 as pb
 from protos import rekindle_pb2_grpc as pb_grpc
 from protos.tls import ServerTls, Tls, is_loopback, listen
+from server.banks.counted_embedding import CountedEmbedding
 from server.banks.keeper import BankKeeper
 from server.banks.shared_questions import SharedQuestions
 from server.cache_service import CacheService
@@ -75,7 +76,7 @@ class Application:
         self._leases = Leases(records, lease_s=config.lease_s)
         self._banks = BankKeeper(
             banks,
-            SharedQuestions(Embedding(directory)),
+            SharedQuestions(CountedEmbedding(Embedding(directory), metrics)),
             max_entries=config.bank_max_entries,
             max_index_bytes=config.bank_index_bytes,
         )

@@ -68,6 +68,9 @@ class FrontMetrics:
         )
         self._notes = self._counter("notes", "Notes of turns that banks asked for, by what came of it.", "result")
         self._note_tokens = self._counter("note_tokens", "Tokens of prompts and replies to write notes.", "source")
+        self._embeddings = self._counter("embeddings", "Calls to embed texts, by what came of it.", "kind", "result")
+        self._embedded = self._counter("embedded_vectors", "Vectors made: of questions, and of texts.", "kind")
+        self._embedding_seconds = self._histogram("embedding_seconds", "How long such calls took.", _TTFT_BUCKETS_S)
         self._workers = Gauge("rekindle_front_workers", "Workers known, by state.", ["state"], registry=self.registry)
         self._redis_available = Gauge(
             "rekindle_front_redis_available",
@@ -140,6 +143,13 @@ class FrontMetrics:
         """What it cost that a model wrote one."""
         self._note_tokens.labels("prompt").inc(usage.prompt_tokens)
         self._note_tokens.labels("completion").inc(usage.completion_tokens)
+
+    def embedding_ended(self, kind: str, result: str, *, vectors: int, seconds: float) -> None:
+        """Of a question or of texts; done, failed or cancelled (who asked waits no longer)."""
+        self._embeddings.labels(kind, result).inc()
+        self._embedded.labels(kind).inc(vectors)
+        if result == "done":
+            self._embedding_seconds.labels(kind).observe(seconds)
 
     def workers_seen(self, *, accepting: int, draining: int, down: int) -> None:
         self._workers.labels("accepting").set(accepting)

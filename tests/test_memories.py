@@ -172,6 +172,10 @@ async def test_a_bank_that_is_slow_gone_or_of_another_embedder_is_left_out_and_c
         name: samples[f"rekindle_front_bank_reads_total{{result={name}}}"] for name in ("late", "stale", "failed")
     }
     assert results == {"late": 1, "stale": 1, "failed": 2}
+    outcomes = ("cancelled", "done", "failed")
+    asked = [samples[f"rekindle_front_embeddings_total{{kind=question,result={outcome}}}"] for outcome in outcomes]
+    assert asked == [1, 1, 1]
+    assert samples["rekindle_front_embedded_vectors_total{kind=text}"] == 1
     assert samples["rekindle_front_memory_read_seconds_count{}"] == 4
 
 
