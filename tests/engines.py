@@ -62,6 +62,7 @@ def start(
     codec: str = "raw",
     audit: bool = False,
     context: Context = PLAIN,
+    insert_bounds: Sequence[int] = (),
 ) -> Stream:
     stream = Stream(f"request-{next(_numbers)}")
     call = GenerateCall(
@@ -78,6 +79,7 @@ def start(
         codec=codec,
         audit=audit,
         context=context,
+        insert_bounds=tuple(insert_bounds),
     )
     engine.submit(call, stream.events.put)
     return stream

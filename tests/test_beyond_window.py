@@ -233,11 +233,11 @@ def test_what_is_being_recalled_while_its_tenant_is_erased_arrives_nowhere(
     engine = build(build_engine, redis_url=redis_url)
     talk = talk_of(engine, ContextPolicy.RECALL)
     talk.park(engine)
-    writing, may_write, decode, passages = Event(), Event(), BlockCoder.decode, engine._scheduler._passages
-    assert passages is not None
+    writing, may_write, decode, gatherer = Event(), Event(), BlockCoder.decode, engine._scheduler._gatherer
+    assert gatherer is not None
 
     def decode_late(coder: BlockCoder, *block: Any) -> None:
-        if passages.is_waiting:  # not what the turn begins with
+        if gatherer.is_busy:  # not what the turn begins with
             writing.set()
             may_write.wait(30)
         decode(coder, *block)
@@ -251,7 +251,7 @@ def test_what_is_being_recalled_while_its_tenant_is_erased_arrives_nowhere(
     may_write.set()
     erased.result(10)
     give_up = time.monotonic() + 10
-    while passages.is_waiting:
+    while gatherer.is_busy:
         assert time.monotonic() < give_up, "it is still being written"
         time.sleep(0.01)
     assert engine.blocks_held().result(10).device == []

@@ -6,6 +6,7 @@ from enum import Enum
 
 from cache_store.codecs import RAW
 from cache_store.errors import InvalidRequest
+from cache_store.inserts import check_inserts
 
 MAX_LOGPROBS = 20
 
@@ -33,10 +34,15 @@ class Context:
     policy: ContextPolicy = ContextPolicy.ERROR
     turn_bounds: tuple[int, ...] = ()
     """Of the committed turns: start, reply_start, start, reply_start, ... Only RECALL needs them."""
+    insert_bounds: tuple[int, ...] = ()
+    """Of what was inserted (`cache_store/inserts.py`): start, end, start, end, ... Without a policy only."""
 
     def check(self, num_history: int) -> None:
         """Raises InvalidRequest where the bounds are none of a history of so many tokens."""
         bounds = self.turn_bounds
+        check_inserts("history.insert_bounds", self.insert_bounds, 0, num_history)
+        if self.insert_bounds and self.policy is not ContextPolicy.ERROR:
+            raise InvalidRequest("history.insert_bounds", "nothing is inserted into a session with a context policy")
         if self.policy is not ContextPolicy.RECALL:
             return
         if len(bounds) % 2 or bool(bounds) != bool(num_history):
@@ -138,6 +144,14 @@ class GenerateCall:
     audit: bool = False
     """Compute all of it again where KV was restored, and tell in the receipt how the two compare."""
     context: Context = PLAIN
+    insert_bounds: tuple[int, ...] = ()
+    """Parts of the input whose KV is inserted where a tier has it, as in `Context`. The prompt's end is in none."""
+
+    def check(self) -> None:
+        """Raises InvalidRequest where bounds are none of its tokens."""
+        num_history = len(self.history)
+        self.context.check(num_history)
+        check_inserts("insert_bounds", self.insert_bounds, num_history, num_history + len(self.input) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +234,8 @@ class Receipt:
     """Of a turn that asked for it and restored something, where there was room for it in time."""
     context: ContextReceipt | None = None
     """Of a turn that reached beyond the window."""
+    insert_bounds: tuple[int, ...] = ()
+    """What is inserted in the conversation now: the rest of what was to be was computed where it stands."""
 
     def check(self, prompt_tokens: int) -> None:
         sources = self.device_tokens + self.host_tokens + self.disk_tokens + self.redis_tokens + self.computed_tokens

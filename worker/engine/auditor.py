@@ -103,10 +103,10 @@ class Auditor:
     def _is_watched(self, request: Request) -> bool:
         is_first = not request.num_generated  # never of a reply that another worker has begun
         if is_first and request.restored and (request.call.audit or self._draw() < self._rate):
-            if request.may_leave_window:  # what was recalled would have to be chosen again from the very beginning
-                self.counts["skipped"] += 1
-            else:
+            if request.follows_from_tokens:
                 request.recording = Recording()
+            else:  # what was recalled would have to be chosen again, what was inserted to be computed by itself
+                self.counts["skipped"] += 1
         return request.recording is not None
 
     def finished(self, request: Request, finished: Finished) -> None:

@@ -131,7 +131,7 @@ class BlockTables:
         num_history = len(request.call.history)
         if request.num_generated or num_history > end:
             num_history = 0
-        return wanted_by_prompt(request.root, request.names[:full], tokens, num_history, size, request.beyond)
+        return wanted_by_prompt(request.root, request.names[:full], tokens, num_history, size, request.salts)
 
     def _wanted_beyond(self, request: Request) -> list[Wanted]:
         """The sinks, and of the request's epoch what is not computed anew."""
@@ -243,7 +243,7 @@ class BlockTables:
         full = num_kv // size
         if full:
             request.name_of(full - 1)
-        tail = tail_of(request.root, request.names, request.tokens, num_kv, size, request.beyond)
+        tail = tail_of(request.root, request.names, request.tokens, num_kv, size, request.salts)
         if tail is None or tail.name in self.distrusted or self._pool.find(tail.name) is not None:
             return
         block = request.block_of(tail.index)

@@ -20,6 +20,7 @@ from worker.engine.engine import Engine
 from worker.engine.gather import Gatherer
 from worker.engine.histories import Histories
 from worker.engine.inbox import Inbox
+from worker.engine.inserter import Inserter
 from worker.engine.passages import Passages
 from worker.engine.planner import ComputeAll, CostPlanner, LoadAll, Planner
 from worker.engine.pool import BlockPool
@@ -94,6 +95,14 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         max_bytes=config.representative_bytes,
     )
     policies = context_epochs(config, loaded, tiers.device.num_blocks)
+    gatherer = Gatherer(
+        pool,
+        tiers.restorer,
+        timeout_s=config.restore_timeout_s,
+        is_distrusted=lambda name: name in tables.distrusted,
+        take=tables.take,
+        post=inbox.post,
+    )
     scheduler = Scheduler(
         tables,
         planner,
@@ -103,7 +112,9 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         block_tokens=block_tokens,
         max_running=config.max_running,
         weights=weights,
-        passages=_passages(config, loaded, tiers, pool, tables, inbox, kept) if policies else None,
+        gatherer=gatherer,
+        passages=_passages(loaded, tiers, tables, gatherer, kept) if policies else None,
+        inserter=_inserter(loaded, tiers, gatherer) if loaded.rope is not None else None,
     )
     runner = ModelRunner(loaded, tiers.device)
     if config.restore_plan == "auto" and config.self_measure_s:
@@ -146,23 +157,9 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
 
 
 def _passages(
-    config: WorkerConfig,
-    loaded: LoadedModel,
-    tiers: Tiers,
-    pool: BlockPool,
-    tables: BlockTables,
-    inbox: Inbox,
-    kept: Representatives,
+    loaded: LoadedModel, tiers: Tiers, tables: BlockTables, gatherer: Gatherer, kept: Representatives
 ) -> Passages:
     assert loaded.rope is not None, "a model whose keys can't be turned has no policies"
-    gatherer = Gatherer(
-        pool,
-        tiers.restorer,
-        timeout_s=config.restore_timeout_s,
-        is_distrusted=lambda name: name in tables.distrusted,
-        take=tables.take,
-        post=inbox.post,
-    )
     views = Views(
         tables,
         gatherer,
@@ -171,6 +168,11 @@ def _passages(
         block_tokens=loaded.layout.block_tokens,
     )
     return Passages(tables, views)
+
+
+def _inserter(loaded: LoadedModel, tiers: Tiers, gatherer: Gatherer) -> Inserter:
+    assert loaded.rope is not None
+    return Inserter(gatherer, Placer(tiers.device.data, loaded.rope), block_tokens=loaded.layout.block_tokens)
 
 
 def _measure(

@@ -15,12 +15,14 @@ import structlog
 from cache_store.codecs import RAW, fidelity_of
 from cache_store.disk_tier import DiskStats
 from cache_store.ids import BlockHash, root_hash
+from cache_store.inserts import Inserts
 from worker.block_changes import BlockChanges
 from worker.calls import (
     PLAIN,
     AgeingStats,
     BlocksHeld,
     Context,
+    ContextPolicy,
     DropReport,
     EngineStats,
     Event,
@@ -121,7 +123,7 @@ class Engine:
         later, when the queue is full and a tenant comes that has less in it.
         """
         num_history = len(call.history)
-        call.context.check(num_history)
+        call.check()
         going_on = beyond(self._policies, call.context, num_history, num_history + len(call.input))
         max_new_tokens = self._max_new_tokens(call, going_on)
         if self._draining:
@@ -142,6 +144,7 @@ class Engine:
                 row=self._sampler.start(call.sampling, [*call.history, *call.input], call.begun),
                 ticket=ticket,
                 beyond=going_on,
+                inserts=self._inserts(call.context, call.insert_bounds),
             )
         except Exception:  # the accelerator has no room for what the sampler keeps, say
             self._admission.leave(ticket)
@@ -409,7 +412,14 @@ class Engine:
     def _history(self, tenant: str, tokens: Sequence[int], codec: str, context: Context) -> History:
         context.check(len(tokens))
         going_on = beyond(self._policies, context)
-        return History(tenant, tokens, codec, self._root(tenant, codec), self.layout.block_tokens, going_on)
+        inserts = self._inserts(context)
+        return History(tenant, tokens, codec, self._root(tenant, codec), self.layout.block_tokens, going_on, inserts)
+
+    def _inserts(self, context: Context, new: tuple[int, ...] = ()) -> Inserts | None:
+        """What is inserted in a conversation. None: nothing, or this model's keys can't be turned."""
+        bounds = (*context.insert_bounds, *new)
+        can_insert = bounds and self._loaded.rope is not None and context.policy is ContextPolicy.ERROR
+        return Inserts(bounds) if can_insert else None
 
     def _max_new_tokens(self, call: GenerateCall, going_on: Beyond | None) -> int:
         """How many tokens the reply may have. Raises ContextTooLong, with the numbers."""

@@ -51,6 +51,13 @@ class Gatherer:
         gathering.go_on()
         return gathering
 
+    def may_have(self, content: Content) -> bool:
+        """May a tier have it, as far as is known?"""
+        name = content.name
+        return self.pool.find(name) is not None or (
+            not self.is_distrusted(name) and self.restorer.where(name) is not None
+        )
+
     @property
     def is_busy(self) -> bool:
         return any(not gathering.is_over for gathering in self._open)
@@ -138,7 +145,7 @@ class Gathering:
             if block is not None:
                 pool.acquire([block])
                 self.found.setdefault(index, Tier.DEVICE)
-            elif self._gatherer.is_distrusted(name) or self._gatherer.restorer.where(name) is None:
+            elif not self._gatherer.may_have(self._wanted[index]):
                 self.missing.append(index)
                 taken += 1
                 continue

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cache_store.ids import BlockHash
+from cache_store.inserts import Inserts
 from worker.engine.epochs import Beyond
-from worker.engine.prefix import Wanted, full_names, wanted_by_history
+from worker.engine.prefix import Salts, Wanted, full_names, wanted_by_history
 from worker.tiers.moves import Content, content_of
 
 
@@ -18,10 +19,15 @@ class History:
     root: BlockHash
     block_tokens: int
     beyond: Beyond | None = None
+    inserts: Inserts | None = None
+
+    @property
+    def salts(self) -> Salts | None:
+        return self.beyond or self.inserts
 
     def wanted(self) -> list[Wanted]:
         """All of its blocks."""
-        return wanted_by_history(self.root, self.tokens, self.block_tokens, self.beyond)
+        return wanted_by_history(self.root, self.tokens, self.block_tokens, self.salts)
 
     def needed(self) -> list[Wanted]:
         """Those that its next turn needs from the start."""
@@ -33,7 +39,7 @@ class History:
 
     def names(self) -> list[BlockHash]:
         """Of every block that holds any of its tokens and no others: a last block that a later turn filled up too."""
-        full = full_names(self.root, self.tokens, self.block_tokens, self.beyond)
+        full = full_names(self.root, self.tokens, self.block_tokens, self.salts)
         return list(dict.fromkeys([*(want.name for want in self.wanted()), *full]))
 
     def content(self, want: Wanted) -> Content:

@@ -27,13 +27,6 @@ class Passages:
         self._tables = tables
         self._views = views
 
-    @property
-    def is_waiting(self) -> bool:
-        return self._views.is_busy
-
-    def advance(self, now_s: float) -> None:
-        self._views.advance(now_s)
-
     def fill(self, request: Request, ready: Callable[[Mapping[int, Tier], int], None]) -> None:
         """Bring what a request that begins beyond the window attends to."""
         self._views.fill(request, ready, partial(self._lost, request))

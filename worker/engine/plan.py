@@ -46,6 +46,12 @@ def subtract(gaps: Sequence[Span], done: Iterable[Span]) -> list[Span]:
     return [gap for gap in rest if gap.tokens]
 
 
+def overlaps(span: Span, others: Iterable[Span]) -> list[Span]:
+    """What of a span lies within each of the others, where anything does."""
+    cut = (Span(max(span.start, other.start), min(span.end, other.end)) for other in others)
+    return [part for part in cut if part.tokens > 0]
+
+
 def joined(spans: Sequence[Span]) -> list[Span]:
     """Sorted spans, those that touch made one."""
     whole: list[Span] = []

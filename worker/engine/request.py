@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from cache_store.ids import BlockHash
+from cache_store.inserts import Insert, Inserts
 from worker.calls import ContextReceipt, Event, GenerateCall, MissReason, Receipt, RestorePlan
 from worker.engine.admission import Ticket
 from worker.engine.audit import Recording
 from worker.engine.epochs import Beyond
 from worker.engine.gather import Gathering
-from worker.engine.plan import Span, joined, subtract
-from worker.engine.prefix import name_of
+from worker.engine.plan import Span, joined, overlaps, subtract
+from worker.engine.prefix import Salts, name_of
 from worker.engine.recollection import Choice, Recollection
 from worker.engine.restoring import Lookup, Restoring
 from worker.engine.sampler import RowState
@@ -50,8 +51,10 @@ class Request:
         row: RowState,
         ticket: Ticket,
         beyond: Beyond | None = None,
+        inserts: Inserts | None = None,
     ) -> None:
-        """`beyond` says what becomes of it beyond the window; None where it may not reach there."""
+        """`beyond` says what becomes of it beyond the window; None where it may not reach there. `inserts`: None where
+        there are none."""
         self.call = call
         self.listener = listener
         self.root = root
@@ -94,6 +97,9 @@ class Request:
         self.admitted_s = self.restored_s = self.first_token_s = 0.0
         self._block_tokens = block_tokens
         self.beyond = beyond
+        self.inserts = inserts
+        self.waits_for_all = False
+        """Nothing of it can be computed before all that is restored or inserted is there."""
         self.epoch = 0
         self.first = 0
         """Beyond the window: from here on all is computed, and before it is had from a tier or not needed."""
@@ -116,6 +122,29 @@ class Request:
         """and what is to be there, by what was asked for."""
         self.set_out()
 
+    @property
+    def salts(self) -> Salts | None:
+        return self.beyond or self.inserts
+
+    # Inserted
+
+    def to_insert(self, restoring: Restoring) -> list[tuple[Insert, Span]]:
+        """Of the inserts, what has not been found as a part of this conversation."""
+        if self.inserts is None:
+            return []
+        covered = [span for span, _ in self._covered(restoring)]
+        missing = complement(covered, self.num_target)
+        return [
+            (insert, part) for insert in self.inserts.all for part in overlaps(Span(insert.linked, insert.end), missing)
+        ]
+
+    def lose_inserts(self, lost: Sequence[Insert]) -> None:
+        """No tier has the KV of these: they are computed where they stand, under other names."""
+        assert self.inserts is not None
+        rest = self.inserts.without(lost)
+        self.inserts = rest if rest.all else None
+        self.names = []
+
     # Beyond the window
 
     def set_out(self) -> None:
@@ -134,7 +163,12 @@ class Request:
         self.epoch = self.beyond.epochs.epoch_of(self.first)
 
     @property
-    def may_leave_window(self) -> bool:
+    def follows_from_tokens(self) -> bool:
+        """Can it be computed again from its tokens alone?"""
+        return self.inserts is None and not self._may_leave_window
+
+    @property
+    def _may_leave_window(self) -> bool:
         """Has it, or may its reply?"""
         return self.beyond is not None and self.num_prompt + self.max_new_tokens > self.beyond.epochs.reach
 
@@ -218,7 +252,7 @@ class Request:
             start = len(self.names) * size
             assert start + size <= len(self.tokens), f"block {index} is not full"
             parent = self.names[-1] if self.names else self.root
-            self.names.append(name_of(parent, self.tokens, start, start + size, self.beyond))
+            self.names.append(name_of(parent, self.tokens, start, start + size, self.salts))
         return self.names[index]
 
     def ran(self, spans: Sequence[Span]) -> list[int]:
@@ -237,13 +271,10 @@ class Request:
     def account(self, restoring: Restoring) -> None:
         """Turn what was found for each wanted block into the gaps to compute and, the first time, the receipt."""
         lookup, passed = restoring.lookup, restoring.passed
-        covered = [
-            (restoring.span_of(want), tier)
-            for want in lookup.wanted
-            if isinstance(tier := lookup.found[want.index], Tier)
-        ]
+        covered = self._covered(restoring)
         if self.epoch:
             covered = sorted([*covered, *self._carried(lookup)])
+        covered = sorted([*covered, *lookup.inserted])
         left = self._left()
         gaps = complement(sorted([*left, *(span for span, _ in covered)]), self.num_target)
         if self.epoch:
@@ -274,6 +305,15 @@ class Request:
             context=self._context(sum(span.tokens for span in left)),
         )
         self.receipt.check(self.num_prompt)
+
+    def _covered(self, restoring: Restoring) -> list[tuple[Span, Tier]]:
+        """What was found under its names, and where, in order."""
+        lookup = restoring.lookup
+        return [
+            (restoring.span_of(want), tier)
+            for want in lookup.wanted
+            if isinstance(tier := lookup.found[want.index], Tier)
+        ]
 
     def _carried(self, lookup: Lookup) -> list[tuple[Span, Tier]]:
         """Of the epoch before, which came from where."""

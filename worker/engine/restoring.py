@@ -23,11 +23,14 @@ class Lookup:
     """Those that a tier below the device had, as what payload."""
     carried: dict[int, Tier] = field(default_factory=dict)
     """Of an epoch before, which was copied to stand in front of the request's own."""
-    carried_bytes: int = 0
+    inserted: list[tuple[Span, Tier]] = field(default_factory=list)
+    """What came from KV that was computed by itself, and from where."""
+    copied_bytes: int = 0
+    """Restored to be copied from."""
 
     @property
     def restored_bytes(self) -> int:
-        return self.carried_bytes + sum(encoding.num_bytes for encoding in self.restored.values())
+        return self.copied_bytes + sum(encoding.num_bytes for encoding in self.restored.values())
 
 
 @dataclass(frozen=True, slots=True)

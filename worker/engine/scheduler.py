@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 
 from cache_store.ids import BlockHash
+from cache_store.inserts import Insert
 from worker.calls import Failed, Finished, FinishReason, MissReason
 from worker.engine.admission import Admission
 from worker.engine.auditor import Auditor
@@ -21,6 +22,8 @@ from worker.engine.block_tables import BlockTables
 from worker.engine.cost_model import CostModel
 from worker.engine.deadlines import hopeless
 from worker.engine.fair_queue import FairQueue
+from worker.engine.gather import Gatherer
+from worker.engine.inserter import Inserter, Parts
 from worker.engine.passages import Passages
 from worker.engine.plan import Span
 from worker.engine.planner import Planner
@@ -52,9 +55,12 @@ class Scheduler:
         block_tokens: int,
         max_running: int,
         weights: Mapping[str, float],
+        gatherer: Gatherer | None = None,
         passages: Passages | None = None,
+        inserter: Inserter | None = None,
     ) -> None:
-        """Without `passages` no request may reach beyond its window."""
+        """Without `passages` no request may reach beyond its window, and without `inserter` nothing be inserted. Both
+        use `gatherer`."""
         self.waiting: FairQueue[Request] = FairQueue(weights)
         self.running: list[Request] = []
         """Everything admitted, in that order: RESTORING, PREFILL and DECODE."""
@@ -69,7 +75,9 @@ class Scheduler:
         self._look_s = 0.0
         self._block_tokens = block_tokens
         self._max_running = max_running
+        self._gatherer = gatherer
         self._passages = passages
+        self._inserter = inserter
         self._num_left = 0
         """Requests that have let go of their blocks for good."""
         if passages is not None:
@@ -79,6 +87,8 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         request.expected_tokens = self._tables.expected_tokens(request)
+        if self._inserter is not None:
+            request.expected_tokens -= self._inserter.expected_tokens(request)
         self.waiting.push(request)
         if request.call.deadline_s is not None:
             self._look_s = 0.0  # at once
@@ -109,7 +119,8 @@ class Scheduler:
         request.phase = Phase.RESTORING
         restoring = self._tables.ask(request, lookup, lambda: self._settled(request, restoring))
         request.restoring = restoring
-        if not request.epoch:  # beyond the window nothing can be computed before all is there
+        request.waits_for_all = bool(request.epoch or request.to_insert(restoring))
+        if not request.waits_for_all:
             self._planner.plan(request, restoring, _ahead(request, self.prompts))
         self._tables.restore(request, restoring)
         self._advance(request, restoring)
@@ -121,14 +132,14 @@ class Scheduler:
 
     @property
     def is_restoring(self) -> bool:
-        if self._passages is not None and self._passages.is_waiting:
+        if self._gatherer is not None and self._gatherer.is_busy:
             return True
         return any(request.restoring is not None for request in self.running)
 
     def advance(self, now_s: float) -> None:
         """Look how the restores go: what may be computed meanwhile, what is not waited for any longer."""
-        if self._passages is not None:
-            self._passages.advance(now_s)
+        if self._gatherer is not None:
+            self._gatherer.advance(now_s)
         if not self.is_restoring:
             return
         prompts = self.prompts  # sorted once: whoever leaves it meanwhile has nothing left to compute
@@ -138,12 +149,12 @@ class Scheduler:
                 continue
             if now_s >= restoring.deadline_s:
                 restoring.claims.take_all(MissReason.LATE)
-            if not request.epoch:
+            if not request.waits_for_all:
                 self._planner.plan(request, restoring, _ahead(request, prompts))
             self._advance(request, restoring)
 
     def _advance(self, request: Request, restoring: Restoring) -> None:
-        if not request.cancelled and not request.distrusted and not request.epoch:
+        if not request.cancelled and not request.distrusted and not request.waits_for_all:
             request.may_compute(restoring.advance())
         if restoring.claims.is_settled:
             self._settled(request, restoring)
@@ -162,16 +173,38 @@ class Scheduler:
         if request.cancelled:
             self._leave(request)
             return
-        if not request.epoch:
+        if request.epoch:
+            self._carry(request, restoring)
+        elif parts := request.to_insert(restoring):
+            self._insert(request, restoring, parts)
+        else:
             self._prepared(request, restoring)
-            return
+
+    def _carry(self, request: Request, restoring: Restoring) -> None:
+        """Bring what a request beyond its window attends to."""
         assert self._passages is not None
 
-        def filled(carried: Mapping[int, Tier], num_bytes: int) -> None:
-            restoring.lookup.carried, restoring.lookup.carried_bytes = dict(carried), num_bytes
+        def carried(found: Mapping[int, Tier], num_bytes: int) -> None:
+            restoring.lookup.carried, restoring.lookup.copied_bytes = dict(found), num_bytes
             self._prepared(request, restoring)
 
-        self._passages.fill(request, filled)
+        self._passages.fill(request, carried)
+
+    def _insert(self, request: Request, restoring: Restoring, parts: Parts) -> None:
+        """Bring what was computed by itself."""
+        assert self._inserter is not None
+
+        def inserted(found: list[tuple[Span, Tier]], num_bytes: int) -> None:
+            restoring.lookup.inserted, restoring.lookup.copied_bytes = found, num_bytes
+            self._prepared(request, restoring)
+            for index in request.ran([span for span, _ in found]):
+                self._tables.seal(request, index)
+
+        def lost(inserts: list[Insert]) -> None:
+            request.lose_inserts(inserts)
+            self._again(request, needs_room=False)
+
+        self._inserter.fill(request, parts, inserted, lost)
 
     def _prepared(self, request: Request, restoring: Restoring) -> None:
         """All that was found is where the request can attend to it."""
@@ -275,6 +308,7 @@ class Scheduler:
             ttft_ms=ttft_ms,
             plan=plan and replace(plan, actual_ms=ttft_ms - request.receipt.queue_ms),
             context=request.finished_context(),
+            insert_bounds=request.inserts.bounds if request.inserts is not None else (),
         )
         if request.phase in (Phase.DECODE, Phase.RECALLING):
             self._tables.keep_tail(request, request.num_prompt + kept - 1)

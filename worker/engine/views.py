@@ -44,13 +44,6 @@ class Views:
         self._representatives = representatives
         self._block_tokens = block_tokens
 
-    @property
-    def is_busy(self) -> bool:
-        return self._gatherer.is_busy
-
-    def advance(self, now_s: float) -> None:
-        self._gatherer.advance(now_s)
-
     def fill(self, request: Request, ready: Callable[[Mapping[int, Tier], int], None], lost: Lost) -> None:
         """Put the epoch before in front of a request's own, and get to know what is gone.
 
