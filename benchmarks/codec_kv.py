@@ -97,7 +97,7 @@ def dialogue_tokens(model: str, vocab_size: int, num_tokens: int, *, seed: int =
         for turn in turns
         for role, text in (("user", turn.user), ("assistant", turn.reply))
     ]
-    tokens = list(load_tokenizer(model, vocab_size).encode_chat(messages, ()))
+    tokens = list(load_tokenizer(model, vocab_size).encode_chat(messages, ()).token_ids)
     assert len(tokens) >= num_tokens, f"the dialogues have {len(tokens)} tokens, {num_tokens} are wanted"
     return tokens[:num_tokens]
 

@@ -244,7 +244,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., input_tokens: _Optional[int] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("device_tokens", "host_tokens", "redis_tokens", "computed_tokens", "misses", "restored_bytes", "queue_ms", "restore_ms", "prefill_ms", "decode_ms", "ttft_ms", "worker_id", "audit", "plan", "disk_tokens", "context", "memories", "bank_misses")
+    __slots__ = ("device_tokens", "host_tokens", "redis_tokens", "computed_tokens", "misses", "restored_bytes", "queue_ms", "restore_ms", "prefill_ms", "decode_ms", "ttft_ms", "worker_id", "audit", "plan", "disk_tokens", "context", "memories", "bank_misses", "insert_bounds")
     DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REDIS_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -263,6 +263,7 @@ class Receipt(_message.Message):
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     MEMORIES_FIELD_NUMBER: _ClassVar[int]
     BANK_MISSES_FIELD_NUMBER: _ClassVar[int]
+    INSERT_BOUNDS_FIELD_NUMBER: _ClassVar[int]
     device_tokens: int
     host_tokens: int
     redis_tokens: int
@@ -281,7 +282,8 @@ class Receipt(_message.Message):
     context: ContextReceipt
     memories: _containers.RepeatedCompositeFieldContainer[MemorySource]
     bank_misses: _containers.RepeatedCompositeFieldContainer[BankMiss]
-    def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., misses: _Optional[_Iterable[_Union[Miss, _Mapping]]] = ..., restored_bytes: _Optional[int] = ..., queue_ms: _Optional[float] = ..., restore_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., worker_id: _Optional[str] = ..., audit: _Optional[_Union[Audit, _Mapping]] = ..., plan: _Optional[_Union[RestorePlan, _Mapping]] = ..., disk_tokens: _Optional[int] = ..., context: _Optional[_Union[ContextReceipt, _Mapping]] = ..., memories: _Optional[_Iterable[_Union[MemorySource, _Mapping]]] = ..., bank_misses: _Optional[_Iterable[_Union[BankMiss, _Mapping]]] = ...) -> None: ...
+    insert_bounds: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, device_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., redis_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., misses: _Optional[_Iterable[_Union[Miss, _Mapping]]] = ..., restored_bytes: _Optional[int] = ..., queue_ms: _Optional[float] = ..., restore_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., worker_id: _Optional[str] = ..., audit: _Optional[_Union[Audit, _Mapping]] = ..., plan: _Optional[_Union[RestorePlan, _Mapping]] = ..., disk_tokens: _Optional[int] = ..., context: _Optional[_Union[ContextReceipt, _Mapping]] = ..., memories: _Optional[_Iterable[_Union[MemorySource, _Mapping]]] = ..., bank_misses: _Optional[_Iterable[_Union[BankMiss, _Mapping]]] = ..., insert_bounds: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ContextReceipt(_message.Message):
     __slots__ = ("policy", "left_tokens", "choices", "recalled_tokens", "recalled_starts", "unit_tokens")

@@ -8,21 +8,23 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class History(_message.Message):
-    __slots__ = ("tenant", "token_ids", "codec", "context_policy", "turn_bounds")
+    __slots__ = ("tenant", "token_ids", "codec", "context_policy", "turn_bounds", "insert_bounds")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_POLICY_FIELD_NUMBER: _ClassVar[int]
     TURN_BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    INSERT_BOUNDS_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     codec: str
     context_policy: _rekindle_pb2.ContextPolicy
     turn_bounds: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, tenant: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., context_policy: _Optional[_Union[_rekindle_pb2.ContextPolicy, str]] = ..., turn_bounds: _Optional[_Iterable[int]] = ...) -> None: ...
+    insert_bounds: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tenant: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., context_policy: _Optional[_Union[_rekindle_pb2.ContextPolicy, str]] = ..., turn_bounds: _Optional[_Iterable[int]] = ..., insert_bounds: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WorkerGenerateRequest(_message.Message):
-    __slots__ = ("request_id", "session_id", "history", "text", "chat", "tokens", "sampling", "block_ttl_s", "audit", "begun")
+    __slots__ = ("request_id", "session_id", "history", "text", "chat", "tokens", "sampling", "block_ttl_s", "audit", "begun", "inserts", "tokens_inserted")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +35,8 @@ class WorkerGenerateRequest(_message.Message):
     BLOCK_TTL_S_FIELD_NUMBER: _ClassVar[int]
     AUDIT_FIELD_NUMBER: _ClassVar[int]
     BEGUN_FIELD_NUMBER: _ClassVar[int]
+    INSERTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_INSERTED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     session_id: str
     history: History
@@ -43,7 +47,9 @@ class WorkerGenerateRequest(_message.Message):
     block_ttl_s: int
     audit: bool
     begun: Begun
-    def __init__(self, request_id: _Optional[str] = ..., session_id: _Optional[str] = ..., history: _Optional[_Union[History, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[_rekindle_pb2.ChatInput, _Mapping]] = ..., tokens: _Optional[_Union[_rekindle_pb2.TokenInput, _Mapping]] = ..., sampling: _Optional[_Union[_rekindle_pb2.Sampling, _Mapping]] = ..., block_ttl_s: _Optional[int] = ..., audit: _Optional[bool] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ...) -> None: ...
+    inserts: _containers.RepeatedScalarFieldContainer[str]
+    tokens_inserted: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., session_id: _Optional[str] = ..., history: _Optional[_Union[History, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[_rekindle_pb2.ChatInput, _Mapping]] = ..., tokens: _Optional[_Union[_rekindle_pb2.TokenInput, _Mapping]] = ..., sampling: _Optional[_Union[_rekindle_pb2.Sampling, _Mapping]] = ..., block_ttl_s: _Optional[int] = ..., audit: _Optional[bool] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., inserts: _Optional[_Iterable[str]] = ..., tokens_inserted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Begun(_message.Message):
     __slots__ = ("token_ids", "text_characters")
@@ -64,10 +70,12 @@ class WorkerEvent(_message.Message):
     def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., delta: _Optional[_Union[_rekindle_pb2.Delta, _Mapping]] = ..., finished: _Optional[_Union[_rekindle_pb2.Finished, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
-    __slots__ = ("input_token_ids",)
+    __slots__ = ("input_token_ids", "insert_bounds")
     INPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    INSERT_BOUNDS_FIELD_NUMBER: _ClassVar[int]
     input_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, input_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    insert_bounds: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, input_token_ids: _Optional[_Iterable[int]] = ..., insert_bounds: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ParkRequest(_message.Message):
     __slots__ = ("history", "drop_host", "block_ttl_s")
@@ -208,6 +216,24 @@ class QuotedText(_message.Message):
     text: str
     tokens: int
     def __init__(self, text: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class PrefillRequest(_message.Message):
+    __slots__ = ("tenant", "codec", "texts", "block_ttl_s")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TTL_S_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    codec: str
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    block_ttl_s: int
+    def __init__(self, tenant: _Optional[str] = ..., codec: _Optional[str] = ..., texts: _Optional[_Iterable[str]] = ..., block_ttl_s: _Optional[int] = ...) -> None: ...
+
+class PrefillReply(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

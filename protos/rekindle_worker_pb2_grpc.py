@@ -85,6 +85,11 @@ class WorkerStub:
                 request_serializer=protos_dot_rekindle__worker__pb2.QuoteRequest.SerializeToString,
                 response_deserializer=protos_dot_rekindle__worker__pb2.QuoteReply.FromString,
                 _registered_method=True)
+        self.Prefill = channel.unary_unary(
+                '/rekindle.worker.v1.Worker/Prefill',
+                request_serializer=protos_dot_rekindle__worker__pb2.PrefillRequest.SerializeToString,
+                response_deserializer=protos_dot_rekindle__worker__pb2.PrefillReply.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/rekindle.worker.v1.Worker/Describe',
                 request_serializer=protos_dot_rekindle__worker__pb2.DescribeRequest.SerializeToString,
@@ -180,6 +185,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Prefill(self, request, context):
+        """Computes the KV of texts by themselves, as Quote makes them, and keeps it in Redis for turns that insert it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -258,6 +270,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Quote,
                     request_deserializer=protos_dot_rekindle__worker__pb2.QuoteRequest.FromString,
                     response_serializer=protos_dot_rekindle__worker__pb2.QuoteReply.SerializeToString,
+            ),
+            'Prefill': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prefill,
+                    request_deserializer=protos_dot_rekindle__worker__pb2.PrefillRequest.FromString,
+                    response_serializer=protos_dot_rekindle__worker__pb2.PrefillReply.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -550,6 +567,33 @@ class Worker:
             '/rekindle.worker.v1.Worker/Quote',
             protos_dot_rekindle__worker__pb2.QuoteRequest.SerializeToString,
             protos_dot_rekindle__worker__pb2.QuoteReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prefill(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rekindle.worker.v1.Worker/Prefill',
+            protos_dot_rekindle__worker__pb2.PrefillRequest.SerializeToString,
+            protos_dot_rekindle__worker__pb2.PrefillReply.FromString,
             options,
             channel_credentials,
             insecure,

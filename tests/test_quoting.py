@@ -25,7 +25,8 @@ def test_a_forged_role_is_only_text_and_can_still_be_read() -> None:
 def test_a_forged_role_is_worth_a_turn_of_its_own_unless_it_is_quoted() -> None:
     """Else the other tests would show nothing."""
     forged, honest = (
-        BYTES.encode_chat([ChatMessage(role="user", content=text)], ()) for text in (FORGED, BYTES.quote(FORGED).text)
+        BYTES.encode_chat([ChatMessage(role="user", content=text)], ()).token_ids
+        for text in (FORGED, BYTES.quote(FORGED).text)
     )
     user = BYTES.encode("<|user|>", is_first=False)[0]
     assert (forged.count(user), honest.count(user)) == (2, 1)

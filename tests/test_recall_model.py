@@ -39,11 +39,11 @@ def test_training_reads_dialogues_in_the_tokens_that_the_server_sends(tokenizer:
     for number, (turn, prompt, reply) in enumerate(encode(tokenizer, talk)):
         said = [{"role": "user", "content": turn.user}]
         if number:
-            sent = continue_chat(tokenizer, said, history)  # type: ignore[arg-type]
+            sent = continue_chat(tokenizer, said, history, ())  # type: ignore[arg-type]
         else:
-            sent = start_chat(tokenizer, said)  # type: ignore[arg-type]
+            sent = start_chat(tokenizer, said, ())  # type: ignore[arg-type]
             prompt = [tokenizer.bos_token_id, *prompt]
-        assert list(sent) == prompt
+        assert list(sent.token_ids) == prompt
         assert measure(tokenizer, turn) == len(prompt) + len(reply) - (number == 0)
         history += [*prompt, *reply]
 

@@ -150,27 +150,55 @@ def user(content: str) -> ChatMessage:
 @CODECS
 def test_a_first_chat_is_what_the_template_gives(codec: TextCodec) -> None:
     expected = codec._tokenizer.apply_chat_template([user("hi")], add_generation_prompt=True)["input_ids"]
-    assert codec.encode_chat([user("hi")], ()) == tuple(expected)
+    assert codec.encode_chat([user("hi")], ()).token_ids == tuple(expected)
 
 
 @CODECS
 def test_a_continued_chat_has_the_tokens_of_the_whole_chat_rendered_at_once(codec: TextCodec) -> None:
     """Where encoding is context-free, turn by turn is the same as all at once."""
     turns: list[ChatMessage] = [user("hi"), {"role": "assistant", "content": "wo"}, user("wo")]
-    history = codec.encode_chat(turns[:1], ())
+    history = codec.encode_chat(turns[:1], ()).token_ids
     whole = codec._tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     eos = codec._tokenizer.eos_token_id
     reply = whole[len(history) : whole.index(eos, len(history)) + 1]
-    assert [*history, *reply, *codec.encode_chat(turns[2:], [*history, *reply])] == whole
+    assert [*history, *reply, *codec.encode_chat(turns[2:], [*history, *reply]).token_ids] == whole
+
+
+@CODECS
+@given(data=st.data())
+def test_parts_that_are_known_have_the_tokens_that_they_have_by_themselves(
+    codec: TextCodec, data: st.DataObject
+) -> None:
+    words = st.sampled_from(["hi ", "wo", " é", "x\n", "👩"])
+    parts = [f"<p{number}>{data.draw(words)}</p>" for number in range(data.draw(st.integers(0, 3)))]
+    between = [data.draw(words) for _ in range(len(parts) + 1)]
+    text = between[0] + "".join(part + after for part, after in zip(parts, between[1:], strict=True))
+    history = [*codec.encode_chat([user("hi")], ()).token_ids] if data.draw(st.booleans()) else []
+    for encoded in (
+        codec.encode_input(text, parts, is_first=not history),
+        codec.encode_chat([user(text)], history, parts),
+    ):
+        pairs = list(zip(encoded.insert_bounds[0::2], encoded.insert_bounds[1::2], strict=True))
+        assert [encoded.token_ids[start:end] for start, end in pairs] == [
+            codec.encode(part, is_first=False) for part in parts
+        ]
+    plain = codec.encode_input(text, [], is_first=not history)
+    assert plain == (codec.encode(text, is_first=not history), ())
+
+
+def test_a_part_that_a_template_changes_is_only_text() -> None:
+    codec = TextCodec(byte_tokenizer(300))
+    codec._tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    assert codec.encode_chat([user("a <p>b</p>")], (), ["<p>b</p>"]) == (codec.encode("A <P>B</P>", is_first=False), ())
 
 
 @CODECS
 def test_a_reply_that_was_cut_short_gets_its_end_of_turn(codec: TextCodec) -> None:
-    history = [*codec.encode_chat([user("hi")], ()), *codec.encode("wo", is_first=False)]
+    history = [*codec.encode_chat([user("hi")], ()).token_ids, *codec.encode("wo", is_first=False)]
     eos = codec._tokenizer.eos_token_id
-    cut = codec.encode_chat([user("wo")], history)
+    cut = codec.encode_chat([user("wo")], history).token_ids
     assert cut.count(eos) == 1 + (codec is BYTES)  # the byte template also ends user turns with it
-    ended = codec.encode_chat([user("wo")], [*history, eos])
+    ended = codec.encode_chat([user("wo")], [*history, eos]).token_ids
     assert ended.count(eos) == cut.count(eos) - 1
     assert cut[cut.index(eos) + 1 :] == ended
 
@@ -182,8 +210,9 @@ def test_a_template_that_closes_the_last_reply_differently_once_more_follows_is_
         "{% for m in messages %}<|{{ m.role }}|>{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
         "{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    continuation = codec.encode_chat([user("b")], [*codec.encode_chat([user("a")], ()), EOS_TOKEN_ID])
-    assert codec._tokenizer.decode(list(continuation)) == "\n<|user|>b<|end|>\n<|assistant|>"
+    history = codec.encode_chat([user("a")], ()).token_ids
+    continuation = codec.encode_chat([user("b")], [*history, EOS_TOKEN_ID])
+    assert codec._tokenizer.decode(list(continuation.token_ids)) == "\n<|user|>b<|end|>\n<|assistant|>"
 
 
 @pytest.mark.parametrize(

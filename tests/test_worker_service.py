@@ -283,7 +283,7 @@ async def test_logprobs_come_with_their_tokens(stub: Any, engine: FakeEngine) ->
 async def test_chat_is_rendered_whole_at_first_and_as_a_continuation_later(stub: Any) -> None:
     chat = pb.ChatInput(messages=[pb.ChatMessage(role="user", content="hi")])
     first = await hear(stub, wpb.WorkerGenerateRequest(request_id="r", chat=chat))
-    assert first.input_ids == list(CODEC.encode_chat([{"role": "user", "content": "hi"}], ()))
+    assert first.input_ids == list(CODEC.encode_chat([{"role": "user", "content": "hi"}], ()).token_ids)
     history = wpb.History(tenant="t", token_ids=[*first.input_ids, 300, 1])
     later = await hear(stub, wpb.WorkerGenerateRequest(request_id="r", history=history, chat=chat))
     assert later.input_ids == first.input_ids[1:]  # without the first token of all

@@ -6,6 +6,7 @@ from typing import Any, TypedDict
 import jinja2
 
 from cache_store.errors import InvalidRequest
+from worker.pieces import Encoded, encode_pieces
 
 _SENTINEL = "rekindle-5bd1e995"
 _EARLIER = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": _SENTINEL})
@@ -16,13 +17,15 @@ class ChatMessage(TypedDict):
     content: str
 
 
-def start_chat(tokenizer: Any, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-    """Tokens of a conversation's first messages. Raises InvalidRequest."""
+def start_chat(tokenizer: Any, messages: Sequence[ChatMessage], inserts: Sequence[str]) -> Encoded:
+    """Tokens of a conversation's first messages, and where the parts `inserts` of them are. Raises InvalidRequest."""
     _check(tokenizer, messages)
-    return _encode(tokenizer, _render(tokenizer, messages, add_generation_prompt=True))
+    return encode_pieces(tokenizer, _render(tokenizer, messages, add_generation_prompt=True), inserts)
 
 
-def continue_chat(tokenizer: Any, messages: Sequence[ChatMessage], history: Sequence[int]) -> tuple[int, ...]:
+def continue_chat(
+    tokenizer: Any, messages: Sequence[ChatMessage], history: Sequence[int], inserts: Sequence[str]
+) -> Encoded:
     """Tokens of messages that follow a reply, and of nothing before them: `history` stays as it is, token for token.
 
     The template renders the messages after a made-up exchange, and what comes after its reply is the continuation.
@@ -36,11 +39,11 @@ def continue_chat(tokenizer: Any, messages: Sequence[ChatMessage], history: Sequ
     last = tokenizer.convert_ids_to_tokens(history[-1])
     at = ending.find(last) if history[-1] in tokenizer.all_special_ids or last in tokenizer.get_added_vocab() else -1
     if at < 0:  # the reply was cut short: the template's end of turn is still to come
-        return _encode(tokenizer, continuation)
+        return encode_pieces(tokenizer, continuation, inserts)
     # Encoded together with the token that the history ends with, because some tokenizers mark the start of a text.
-    token_ids = _encode(tokenizer, continuation[at:])
+    token_ids, bounds = encode_pieces(tokenizer, continuation[at:], inserts)
     assert token_ids[0] == history[-1], f"{last!r} was encoded as {token_ids[0]}"
-    return token_ids[1:]
+    return Encoded(token_ids[1:], tuple(bound - 1 for bound in bounds))
 
 
 def _check(tokenizer: Any, messages: Sequence[ChatMessage]) -> None:
@@ -65,7 +68,3 @@ def _after_reply(rendered: str) -> str:
     if not found or _SENTINEL in before:
         raise InvalidRequest("chat", "the model's chat template can't continue a conversation: send text or tokens")
     return after
-
-
-def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

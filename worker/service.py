@@ -24,6 +24,8 @@ from worker.crossing import Crossing, EventStream
 from worker.embedding_service import EmbeddingService
 from worker.engine_like import EngineLike
 from worker.errors import ContextTooLong, NoEmbedder
+from worker.pieces import Encoded
+from worker.prefilling import Prefilling
 from worker.publisher import Publisher
 from worker.reply import Detokenizing, Reply
 from worker.status import failure_of, is_expected
@@ -45,7 +47,10 @@ class Codec(Protocol):
     @property
     def longest_token(self) -> int: ...
     def encode(self, text: str, *, is_first: bool) -> tuple[int, ...]: ...
-    def encode_chat(self, messages: Sequence[ChatMessage], history: Sequence[int]) -> tuple[int, ...]: ...
+    def encode_input(self, text: str, inserts: Sequence[str], *, is_first: bool) -> Encoded: ...
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], history: Sequence[int], inserts: Sequence[str]
+    ) -> Encoded: ...
     def quote(self, text: str) -> tuple[str, int]: ...
     def decode(self, token_ids: Sequence[int]) -> str: ...
     def detokenizer(self, prompt: Sequence[int] = ()) -> Detokenizing: ...
@@ -74,6 +79,7 @@ class WorkerService(WorkerServicer):
         self._on_receipt = on_receipt
         self._embedding = embedding
         self._crossing = Crossing()
+        self._prefilling = Prefilling(engine, self._crossing)
         self._publisher = Publisher(engine)
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
         self._numbers = count(1)
@@ -81,10 +87,10 @@ class WorkerService(WorkerServicer):
 
     async def Generate(self, request: wpb.WorkerGenerateRequest, context: Context) -> None:
         async with self._statuses(context, request.request_id):
-            input_ids = await self._tokenize(request)
+            encoded = await self._tokenize(request)
             call = translate.call_of(
                 request,
-                input_ids,
+                encoded,
                 self._engine,
                 call_id=f"{request.request_id}#{next(self._numbers)}",  # a retry may overtake what it replaces
                 deadline_s=_deadline_s(context),
@@ -93,7 +99,7 @@ class WorkerService(WorkerServicer):
             stream = EventStream()
             self._engine.submit(call, self._crossing.into(stream))
             try:
-                await context.write(translate.started_event(input_ids))
+                await context.write(translate.started_event(call))
                 await self._relay(call, reply, stream, context)
             finally:
                 self._engine.cancel(call.request_id)
@@ -143,22 +149,24 @@ class WorkerService(WorkerServicer):
                 )
                 return
 
-    async def _tokenize(self, request: wpb.WorkerGenerateRequest) -> tuple[int, ...]:
+    async def _tokenize(self, request: wpb.WorkerGenerateRequest) -> Encoded:
         """The new input as tokens. Text waits for a thread: a long one takes a while."""
-        history = request.history.token_ids
+        history, inserts = request.history.token_ids, list(request.inserts)
         match request.WhichOneof("input"):
             case "text":
                 self._check_length(len(request.text), request.history)
-                return await self._in_thread(lambda: self._codec.encode(request.text, is_first=not history))
+                return await self._in_thread(
+                    lambda: self._codec.encode_input(request.text, inserts, is_first=not history)
+                )
             case "chat":
                 messages = [
                     ChatMessage(role=message.role, content=message.content) for message in request.chat.messages
                 ]
                 num_characters = sum(len(message["role"]) + len(message["content"]) for message in messages)
                 self._check_length(num_characters, request.history)
-                return await self._in_thread(lambda: self._codec.encode_chat(messages, history[-1:]))
+                return await self._in_thread(lambda: self._codec.encode_chat(messages, history[-1:], inserts))
             case _:
-                return tuple(request.tokens.token_ids)
+                return Encoded(tuple(request.tokens.token_ids), tuple(request.tokens_inserted))
 
     def _check_length(self, num_characters: int, history: wpb.History | None = None) -> None:
         """Refuse what can't fit before it is tokenized: megabytes take minutes, and everybody's text waits in line.
@@ -223,6 +231,25 @@ class WorkerService(WorkerServicer):
             texts = [text if len(text) <= most else "" for text in request.texts]
             quoted = [await self._in_thread(partial(self._codec.quote, text)) for text in texts]  # others' come between
         return wpb.QuoteReply(texts=[wpb.QuotedText(text=text, tokens=tokens) for text, tokens in quoted])
+
+    async def Prefill(self, request: wpb.PrefillRequest, context: Context) -> wpb.PrefillReply:
+        async with self._statuses(context, "Prefill"):
+            history = wpb.History(tenant=request.tenant, codec=request.codec)
+            codec, deadline_s = translate.codec_of(history), _deadline_s(context)
+            kept = []
+            for text in request.texts:  # one at a time: whoever talks comes between
+                self._check_length(len(text))
+                token_ids = await self._in_thread(partial(self._quoted_tokens, text))
+                is_kept = await self._prefilling.prefill(
+                    request.tenant, token_ids, codec=codec, ttl_s=request.block_ttl_s, deadline_s=deadline_s
+                )
+                kept.append(len(token_ids) if is_kept else 0)
+        return wpb.PrefillReply(tokens=kept)
+
+    def _quoted_tokens(self, text: str) -> tuple[int, ...]:
+        """Of a text as turns read it."""
+        quoted, _ = self._codec.quote(text)
+        return self._codec.encode(quoted, is_first=False)
 
     async def Embed(self, request: wpb.EmbedRequest, context: Context) -> wpb.EmbedReply:
         async with self._statuses(context, "Embed"):

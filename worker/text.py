@@ -5,9 +5,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from worker import pieces
 from worker.chat import ChatMessage, continue_chat, start_chat
 from worker.model.presets_tokenizer import byte_tokenizer
 from worker.model.shipped import locate
+from worker.pieces import Encoded
 from worker.quoting import Quoted, Quoter
 
 _BROKEN = "\ufffd"
@@ -72,14 +74,22 @@ class TextCodec:
 
     def encode(self, text: str, *, is_first: bool) -> tuple[int, ...]:
         """Tokens of a text as it is; with the model's special tokens (BOS) only where a conversation begins."""
-        return tuple(self._tokenizer(text, add_special_tokens=is_first, verbose=False)["input_ids"])
+        return pieces.encode(self._tokenizer, text, is_first=is_first)
 
-    def encode_chat(self, messages: Sequence[ChatMessage], history: Sequence[int]) -> tuple[int, ...]:
-        """Tokens of chat messages and of the reply's beginning, as they follow `history`.
+    def encode_input(self, text: str, inserts: Sequence[str], *, is_first: bool) -> Encoded:
+        """As `encode`, and where its parts `inserts` are, each with the tokens that it has by itself."""
+        return pieces.encode_pieces(self._tokenizer, text, inserts, is_first=is_first)
+
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], history: Sequence[int], inserts: Sequence[str] = ()
+    ) -> Encoded:
+        """Tokens of chat messages and of the reply's beginning, as they follow `history`, and where `inserts` are.
 
         Raises InvalidRequest("chat") where the template can't render them.
         """
-        return continue_chat(self._tokenizer, messages, history) if history else start_chat(self._tokenizer, messages)
+        if history:
+            return continue_chat(self._tokenizer, messages, history, inserts)
+        return start_chat(self._tokenizer, messages, inserts)
 
     def quote(self, text: str) -> Quoted:
         """Text of somebody else's as it may stand in a message."""

@@ -24,6 +24,7 @@ from worker.calls import (
     Token,
 )
 from worker.engine_like import EngineLike
+from worker.pieces import Encoded
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
@@ -60,7 +61,7 @@ def stops_of(message: pb.Sampling) -> tuple[str, ...]:
 
 def call_of(
     request: wpb.WorkerGenerateRequest,
-    input_ids: tuple[int, ...],
+    encoded: Encoded,
     engine: EngineLike,
     *,
     call_id: str,
@@ -68,7 +69,7 @@ def call_of(
 ) -> GenerateCall:
     """The turn in tokens. Raises InvalidRequest."""
     sampling = request.sampling
-    history = tuple(request.history.token_ids)
+    history, input_ids = tuple(request.history.token_ids), encoded.token_ids
     if not history and not input_ids:
         raise InvalidRequest("input", "the prompt is empty")
     check_tokens("history.token_ids", history, engine.vocab_size)
@@ -92,7 +93,15 @@ def call_of(
         codec=codec_of(request.history),
         audit=request.audit,
         context=context_of(request.history),
+        insert_bounds=_inserted(request.history, encoded),
     )
+
+
+def _inserted(history: wpb.History, encoded: Encoded) -> tuple[int, ...]:
+    """Where in the conversation the input's inserts are: those that go on to its very end are computed."""
+    pairs = zip(encoded.insert_bounds[0::2], encoded.insert_bounds[1::2], strict=False)
+    start = len(history.token_ids)
+    return tuple(start + bound for pair in pairs if pair[1] < len(encoded.token_ids) for bound in pair)
 
 
 def context_of(history: wpb.History) -> Context:
@@ -102,7 +111,7 @@ def context_of(history: wpb.History) -> Context:
         policy = ContextPolicy(history.context_policy or ContextPolicy.ERROR.value)
     except ValueError as error:
         raise InvalidRequest("history.context_policy", str(error)) from error
-    context = Context(policy, tuple(history.turn_bounds))
+    context = Context(policy, tuple(history.turn_bounds), tuple(history.insert_bounds))
     context.check(len(history.token_ids))
     return context
 
@@ -122,8 +131,8 @@ def check_tokens(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
         raise InvalidRequest(field, f"{largest} is not in the vocabulary of {vocab_size} tokens")
 
 
-def started_event(input_ids: Sequence[int]) -> wpb.WorkerEvent:
-    return wpb.WorkerEvent(started=wpb.Started(input_token_ids=input_ids))
+def started_event(call: GenerateCall) -> wpb.WorkerEvent:
+    return wpb.WorkerEvent(started=wpb.Started(input_token_ids=call.input, insert_bounds=call.insert_bounds))
 
 
 def delta_event(text: str, tokens: Sequence[Token]) -> wpb.WorkerEvent:
@@ -186,6 +195,7 @@ def _receipt(receipt: Receipt, worker_id: str) -> pb.Receipt:
         audit=None if receipt.audit is None else pb.Audit(**asdict(receipt.audit)),
         plan=_plan(receipt.plan),
         context=_context(receipt.context),
+        insert_bounds=receipt.insert_bounds,
     )
 
 
