@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.harness import finish
-from cache_store.banks import BankRecord, BankSettings, BankStore, Entry, EntryKind, Kept, Vector
+from cache_store.bank_store import BankStore
+from cache_store.banks import BankRecord, BankSettings, Entry, EntryKind, Kept, Vector
 from cache_store.embedded_redis import RedisServer
 from cache_store.open_banks import open_banks
 from server.banks.keeper import BankKeeper

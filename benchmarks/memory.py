@@ -15,18 +15,8 @@ from rich.table import Table
 
 from benchmarks.harness import finish
 from benchmarks.memory_sets import Conversation, Question, generated, locomo
-from cache_store.banks import (
-    BankRecord,
-    BankSettings,
-    Changes,
-    Entry,
-    EntryFilter,
-    EntryKind,
-    Kept,
-    Seen,
-    Use,
-    Vector,
-)
+from cache_store.bank_store import Changes, Seen
+from cache_store.banks import BankRecord, BankSettings, Entry, EntryFilter, EntryKind, Kept, Use, Vector
 from cache_store.errors import ServingError
 from server.banks.index import BankIndex, Found
 from server.banks.scoring import best_first

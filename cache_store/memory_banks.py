@@ -4,15 +4,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from cache_store.bank_store import BankPage, Changes, Committed, Seen
 from cache_store.banks import (
     DEFAULT_MAX_ENTRIES,
-    BankPage,
     BankRecord,
-    Changes,
-    Committed,
     Entry,
     Kept,
-    Seen,
     Supersession,
     Use,
     Vector,

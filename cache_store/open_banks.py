@@ -1,7 +1,7 @@
 """From a URL to the place that keeps banks."""
 
 from cache_store.bank_format import BankFormat, PlainEnvelope, SealedEnvelope
-from cache_store.banks import BankStore
+from cache_store.bank_store import BankStore
 from cache_store.memory_banks import MemoryBanks
 from cache_store.redis_banks import RedisBanks
 from cache_store.redis_client import open_client

@@ -6,69 +6,33 @@ and creation times: it may name banks that are gone (never miss one that is ther
 """
 
 import asyncio
-import base64
-import binascii
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, NamedTuple, TypeVar
-from urllib.parse import quote
+from typing import Any, Final
 
 from cache_store import bank_scripts as scripts
+from cache_store import bank_staging_scripts as staging
 from cache_store.bank_format import BankFormat
-from cache_store.banks import (
-    DEFAULT_MAX_ENTRIES,
-    BankPage,
-    BankRecord,
-    Changes,
-    Committed,
-    Entry,
-    Kept,
-    Seen,
-    Supersession,
-    Use,
-    Vector,
-)
+from cache_store.bank_keys import index_key, keys_of, member_of, parse_member, parse_token, token_of
+from cache_store.bank_store import BankPage, Changes, Committed, Seen
+from cache_store.bank_values import BankValues
+from cache_store.banks import DEFAULT_MAX_ENTRIES, BankRecord, Entry, Kept, Supersession, Use, Vector
 from cache_store.errors import (
     BankExists,
     BankFull,
     BankNotFound,
     EmbedderChanged,
     EntriesMissing,
-    InvalidRequest,
     StoreError,
 )
 from cache_store.record_scripts import Script, run
 from cache_store.redis_client import Asking, Client
 
-_Result = TypeVar("_Result")
-_MEMBER: Final = re.compile(r"([A-Za-z0-9._:-]{1,128}) (\d{15})")  # a blank sorts before all that a name has
 _CREATING_MS: Final = 60_000
 """A name this young may be of a bank that is just being created: it is not tidied away."""
 _STAGED_MS: Final = 3_600_000
-_FEW: Final = 16
-"""Values that are not worth a thread."""
-
-
-class BankKeys(NamedTuple):
-    """In the order of the scripts' KEYS."""
-
-    meta: str
-    entries: str
-    vectors: str
-    changes: str
-    gone: str
-    superseded: str
-    losers: str
-    documents: str
-    staged: str
-    recalls: str
-    last: str
-    next_vectors: str
-    near: str
-    next_near: str
 
 
 class RedisBanks:
@@ -88,6 +52,7 @@ class RedisBanks:
         self._redis: Any = client.redis  # redis-py's own types don't agree with what its methods return
         self._asking = Asking(timeout_s)
         self._format = bank_format
+        self._values = BankValues(bank_format)
         self._vector_sets = vector_sets
         self._now = now
 
@@ -107,7 +72,7 @@ class RedisBanks:
         }
         async with self._asking(f"create bank {record.name}"):
             await self._redis.zadd(
-                _index_key(record.tenant), {_member(record): 0}
+                index_key(record.tenant), {member_of(record): 0}
             )  # first: it is listed if it is there
             args = [int(self._vector_sets), *_flat(fields.items())]
             status, has_near = await self._run(scripts.CREATE, record.tenant, record.name, "", *args)
@@ -120,41 +85,41 @@ class RedisBanks:
         return self._record(tenant, name, record)
 
     async def page(self, tenant: str, *, page_size: int, page_token: str) -> BankPage:
-        after = "(" + _parse_token(page_token) if page_token else "-"
+        after = "(" + parse_token(page_token) if page_token else "-"
         records: list[BankRecord] = []
         async with self._asking("list banks"):
             while len(records) <= page_size:  # one more than asked for says whether there is another page
                 wanted = page_size + 1 - len(records)
-                members = await self._redis.zrangebylex(_index_key(tenant), after, "+", start=0, num=wanted)
+                members = await self._redis.zrangebylex(index_key(tenant), after, "+", start=0, num=wanted)
                 records += await self._live(tenant, members)
                 if len(members) < wanted:
                     break
                 after = "(" + members[-1].decode()
         if len(records) <= page_size:
             return BankPage(records, "")
-        last = _member(records[page_size - 1])
-        return BankPage(records[:page_size], base64.urlsafe_b64encode(last.encode()).decode())
+        last = member_of(records[page_size - 1])
+        return BankPage(records[:page_size], token_of(last))
 
     async def delete(self, tenant: str, name: str) -> int:
         created_ms = (await self.get(tenant, name)).created_ms
         entries = await self._delete(tenant, name)
         async with self._asking("tidy the index of banks"):
-            await self._redis.zrem(_index_key(tenant), f"{name} {created_ms:015d}")
+            await self._redis.zrem(index_key(tenant), f"{name} {created_ms:015d}")
         return entries
 
     async def erase(self, tenant: str) -> int:
         """Also those that can't be read."""
         entries = 0
         async with self._asking("list banks"):
-            members = await self._redis.zrange(_index_key(tenant), 0, -1)
-        for name in dict.fromkeys(_parse_member(member)[0] for member in members):
+            members = await self._redis.zrange(index_key(tenant), 0, -1)
+        for name in dict.fromkeys(parse_member(member)[0] for member in members):
             try:
                 entries += await self._delete(tenant, name)
             except BankNotFound:
                 continue
         if members:
             async with self._asking("tidy the index of banks"):
-                await self._redis.zrem(_index_key(tenant), *members)
+                await self._redis.zrem(index_key(tenant), *members)
         return entries
 
     async def add(
@@ -167,25 +132,25 @@ class RedisBanks:
         stands: str = "",
         max_entries: int = DEFAULT_MAX_ENTRIES,
     ) -> list[bool]:
-        values = await self._values(bank, embedder, kept)
+        values = await self._values.written(bank, embedder, kept)
         args = [embedder, _dim(kept), max_entries, stands, len(kept), *values, *_flat(supersedes)]
         [is_new] = await self._change(scripts.ADD, bank, *args, embedder=embedder, max_entries=max_entries)
         return [bool(one) for one in is_new]
 
     async def stage(self, bank: BankRecord, kept: Sequence[Kept], *, embedder: str, max_entries: int) -> None:
-        values = await self._values(bank, embedder, kept)
+        values = await self._values.written(bank, embedder, kept)
         now_ms = int(self._now() * 1000)
         args = [embedder, _dim(kept), max_entries, now_ms, now_ms - _STAGED_MS, *values]
-        await self._change(scripts.STAGE, bank, *args, embedder=embedder, max_entries=max_entries)
+        await self._change(staging.STAGE, bank, *args, embedder=embedder, max_entries=max_entries)
 
     async def commit_document(self, bank: BankRecord, document_id: str, digest: str, ids: Sequence[str]) -> Committed:
         args = [self._document(bank, document_id), self._digest(bank, digest), *dict.fromkeys(ids)]
-        new_entries, missing = await self._change(scripts.COMMIT_DOCUMENT, bank, *args)
+        new_entries, missing = await self._change(staging.COMMIT_DOCUMENT, bank, *args)
         return Committed(new_entries, [entry_id.decode() for entry_id in missing])
 
     async def has_document(self, bank: BankRecord, document_id: str, digest: str) -> bool:
         args = [self._document(bank, document_id), self._digest(bank, digest)]
-        [has] = await self._change(scripts.HAS_DOCUMENT, bank, *args)
+        [has] = await self._change(staging.HAS_DOCUMENT, bank, *args)
         return bool(has)
 
     async def changes(self, tenant: str, name: str, seen: Seen, *, most: int) -> Changes:
@@ -193,20 +158,18 @@ class RedisBanks:
         record, version, begun, anew, is_last, gone, flat = answer
         bank = self._record(tenant, name, record)
         rows = [flat[at : at + 6] for at in range(0, len(flat), 6)]
-        kept = await _worked(len(rows), lambda: [self._kept(bank, *row) for row in rows])
+        kept = await self._values.kept(bank, rows)
         now_seen = Seen(bank.incarnation, bank.embedder, version, begun)
         return Changes(bank, now_seen, bool(anew), kept, [entry_id.decode() for entry_id in gone], bool(is_last))
 
     async def entries(self, bank: BankRecord, ids: Sequence[str]) -> list[Entry | None]:
         [flat] = await self._change(scripts.ENTRIES, bank, *ids)
         rows = [(entry_id, *flat[4 * at : 4 * at + 4]) for at, entry_id in enumerate(ids)]
-        return await _worked(len(rows), lambda: [self._entry(bank, *row) if row[1] else None for row in rows])
+        return await self._values.entries(bank, rows)
 
     async def vectors(self, bank: BankRecord, ids: Sequence[str]) -> list[Vector | None]:
         [values] = await self._change(scripts.VECTORS, bank, bank.embedder, *ids, embedder=bank.embedder)
-        pairs = list(zip(ids, values, strict=True))
-        read = self._format.read_vector
-        return await _worked(len(pairs), lambda: [read(bank, one, value) if value else None for one, value in pairs])
+        return await self._values.vectors(bank, list(zip(ids, values, strict=True)))
 
     async def near(self, bank: BankRecord, vector: Vector, most: int) -> list[str]:
         key, packed = keys_of(bank.tenant, bank.name).near, vector.astype("<f4").tobytes()
@@ -228,17 +191,14 @@ class RedisBanks:
         return [entry_id.decode() for entry_id in removed]
 
     async def begin_reembed(self, bank: BankRecord, embedder: str) -> None:
-        await self._change(scripts.BEGIN_REEMBED, bank, embedder)
+        await self._change(staging.BEGIN_REEMBED, bank, embedder)
 
     async def put_vectors(self, bank: BankRecord, embedder: str, vectors: Mapping[str, Vector]) -> None:
-        sealed = self._format.vector
-        values = await _worked(
-            len(vectors), lambda: [(one, sealed(bank, embedder, one, vector)) for one, vector in vectors.items()]
-        )
-        await self._change(scripts.PUT_VECTORS, bank, embedder, *_flat(values), embedder=embedder)
+        values = await self._values.written_vectors(bank, embedder, vectors)
+        await self._change(staging.PUT_VECTORS, bank, embedder, *values, embedder=embedder)
 
     async def finish_reembed(self, bank: BankRecord, embedder: str, dim: int, *, at_version: int) -> bool:
-        [done] = await self._change(scripts.FINISH_REEMBED, bank, embedder, dim, at_version, embedder=embedder)
+        [done] = await self._change(staging.FINISH_REEMBED, bank, embedder, dim, at_version, embedder=embedder)
         return bool(done)
 
     async def available(self) -> bool:
@@ -259,7 +219,7 @@ class RedisBanks:
 
     async def _live(self, tenant: str, members: Sequence[bytes]) -> list[BankRecord]:
         """The banks that the index names; names whose bank is gone are dropped."""
-        named = [_parse_member(member) for member in members]
+        named = [parse_member(member) for member in members]
         found = await asyncio.gather(*(self._run(scripts.READ, tenant, name, "") for name, _ in named))
         young_ms = int(self._now() * 1000) - _CREATING_MS
         records, gone = [], []
@@ -270,7 +230,7 @@ class RedisBanks:
             elif created_ms < young_ms:
                 gone.append(member)
         if gone:
-            await self._redis.zrem(_index_key(tenant), *gone)
+            await self._redis.zrem(index_key(tenant), *gone)
         return records
 
     async def _change(
@@ -305,44 +265,11 @@ class RedisBanks:
         meta, entries, documents = record
         return self._format.read_meta(tenant, name, dict(zip(meta[::2], meta[1::2], strict=True)), entries, documents)
 
-    def _kept(self, bank: BankRecord, entry_id: bytes, entry: bytes, vector: bytes, *state: bytes) -> Kept:
-        name = entry_id.decode()
-        return Kept(self._entry(bank, name, entry, *state), self._format.read_vector(bank, name, vector))
-
-    def _entry(
-        self, bank: BankRecord, entry_id: str, value: bytes, superseded_by: bytes, recalls: bytes, last_ms: bytes
-    ) -> Entry:
-        return self._format.read_entry(
-            bank, entry_id, value, superseded_by=superseded_by, recalls=recalls, last_ms=last_ms
-        )
-
-    async def _values(self, bank: BankRecord, embedder: str, kept: Sequence[Kept]) -> list[str | bytes]:
-        """Id, entry, vector of each."""
-        write = self._format
-        triples = await _worked(
-            len(kept),
-            lambda: [
-                (entry.id, write.entry(bank, entry), write.vector(bank, embedder, entry.id, vector))
-                for entry, vector in kept
-            ],
-        )
-        return _flat(triples)
-
     def _document(self, bank: BankRecord, document_id: str) -> str:
         return self.name_of(bank.tenant, bank.name, "document", document_id)
 
     def _digest(self, bank: BankRecord, digest: str) -> str:
         return self.name_of(bank.tenant, bank.name, "content", digest)
-
-
-async def _worked(num_values: int, work: Callable[[], _Result]) -> _Result:
-    """What `work` returns; many values are read and written beside the event loop."""
-    return work() if num_values <= _FEW else await asyncio.to_thread(work)
-
-
-def keys_of(tenant: str, name: str) -> BankKeys:
-    tag = f"rekindle:bank:{{{quote(tenant, safe='')}/{name}}}"
-    return BankKeys(*(f"{tag}:{part}" for part in BankKeys._fields))
 
 
 def _flat(rows: Iterable[Iterable[Any]]) -> list[Any]:
@@ -351,28 +278,3 @@ def _flat(rows: Iterable[Iterable[Any]]) -> list[Any]:
 
 def _dim(kept: Sequence[Kept]) -> int:
     return len(kept[0].vector) if kept else 0
-
-
-def _index_key(tenant: str) -> str:
-    return f"rekindle:banks:{quote(tenant, safe='')}"
-
-
-def _member(record: BankRecord) -> str:
-    return f"{record.name} {record.created_ms:015d}"
-
-
-def _parse_member(member: bytes) -> tuple[str, int]:
-    match = _MEMBER.fullmatch(member.decode())
-    assert match is not None, f"not a member of ours: {member!r}"
-    return match[1], int(match[2])
-
-
-def _parse_token(page_token: str) -> str:
-    """The member that a page ended with. Raises InvalidRequest."""
-    try:
-        member = base64.b64decode(page_token, altchars=b"-_", validate=True).decode("ascii")
-    except (binascii.Error, ValueError) as error:
-        raise InvalidRequest("page_token", "is not one that ListBanks gave") from error
-    if not _MEMBER.fullmatch(member):
-        raise InvalidRequest("page_token", "is not one that ListBanks gave")
-    return member

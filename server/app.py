@@ -8,7 +8,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cache_store.banks import BankStore
+from cache_store.bank_store import BankStore
 from cache_store.master_keys import load_keyring
 from cache_store.open_banks import open_banks
 from cache_store.open_records import open_records

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from cache_store.banks import BankPage
+from cache_store.bank_store import BankPage
 from cache_store.errors import LimitReached
 from cache_store.records import Quota, RecordStore, SessionRecord
 from server.identity import Identities

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cache_store.banks import BankSettings, BankStore, EntryFilter, EntryKind
+from cache_store.bank_store import BankStore
+from cache_store.banks import BankSettings, EntryFilter, EntryKind
 from cache_store.errors import BankFull, EmbedderChanged, InvalidRequest
 from cache_store.open_banks import open_banks
 from server.banks import checks

@@ -9,17 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_store.banks import (
-    BankRecord,
-    BankSettings,
-    Changes,
-    Entry,
-    EntryFilter,
-    EntryKind,
-    Kept,
-    Seen,
-    Vector,
-)
+from cache_store.bank_store import Changes, Seen
+from cache_store.banks import BankRecord, BankSettings, Entry, EntryFilter, EntryKind, Kept, Vector
 from cache_store.errors import StoreUnavailable
 from cache_store.memory_banks import MemoryBanks
 from server.banks import index as bank_index

@@ -7,7 +7,8 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache_store.banks import BankRecord, BankSettings, BankStore, Entry, EntryKind, Kept, Seen, Supersession, Use
+from cache_store.bank_store import BankStore, Seen
+from cache_store.banks import BankRecord, BankSettings, Entry, EntryKind, Kept, Supersession, Use
 from cache_store.errors import EntriesMissing
 from cache_store.open_banks import open_banks
 

@@ -4,7 +4,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cache_store.banks import BankSettings, BankStore, EntryFilter, EntryKind
+from cache_store.bank_store import BankStore
+from cache_store.banks import BankSettings, EntryFilter, EntryKind
 from cache_store.errors import (
     BankExists,
     BankFull,

@@ -9,12 +9,13 @@ import pytest
 import redis
 
 from cache_store import bank_scripts
-from cache_store.banks import BankSettings, BankStore, EntryFilter, Seen
+from cache_store.bank_keys import keys_of
+from cache_store.bank_store import BankStore, Seen
+from cache_store.banks import BankSettings, EntryFilter
 from cache_store.embedded_redis import RedisServer
 from cache_store.errors import BankNotFound, RecordUnreadable, StoreFull, StoreUnavailable
 from cache_store.open_banks import open_banks
 from cache_store.record_scripts import script
-from cache_store.redis_banks import keys_of
 from cache_store.sealing import Keyring
 from server.banks.keeper import BankKeeper, Document
 from tests.fake_embedding import FakeEmbedding, vector_of

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import redis
 
-from cache_store.banks import BankSettings, BankStore, EntryFilter
+from cache_store.bank_keys import keys_of
+from cache_store.bank_store import BankStore
+from cache_store.banks import BankSettings, EntryFilter
 from cache_store.embedded_redis import RedisServer
 from cache_store.open_banks import open_banks
-from cache_store.redis_banks import keys_of
 from server.banks.keeper import BankKeeper
 from tests.fake_embedding import FakeEmbedding, vector_of
 from tests.keyrings import keyring

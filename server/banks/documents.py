@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
-from cache_store.banks import BankRecord, BankStore, Entry, EntryKind, Kept, check_bank_name, plain_name
+from cache_store.bank_store import BankStore
+from cache_store.banks import BankRecord, Entry, EntryKind, Kept, check_bank_name, plain_name
 from cache_store.errors import InvalidRequest, StoreUnavailable
 from server.banks import checks
 from server.banks.embeds import Embeds

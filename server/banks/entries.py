@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cache_store.banks import BankRecord, BankStore, Entry, Vector
+from cache_store.bank_store import BankStore
+from cache_store.banks import BankRecord, Entry, Vector
 from cache_store.errors import InvalidRequest
 from server.banks import checks
 from server.banks.embeds import Embeds

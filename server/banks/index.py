@@ -11,7 +11,8 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_store.banks import BankRecord, Changes, Entry, EntryFilter, Kept, Seen, Use, Vector
+from cache_store.bank_store import Changes, Seen
+from cache_store.banks import BankRecord, Entry, EntryFilter, Kept, Use, Vector
 from server.banks import scoring
 from server.banks.bm25 import Bm25
 from server.banks.vectors import EXACT_ROWS, Vectors

@@ -9,7 +9,8 @@ from typing import Final, NamedTuple, TypeVar
 
 import structlog
 
-from cache_store.banks import BankRecord, BankStore
+from cache_store.bank_store import BankStore
+from cache_store.banks import BankRecord
 from cache_store.errors import ServingError
 from server.banks.index import BankIndex
 from server.banks.vectors import EXACT_ROWS, GraphBuilder

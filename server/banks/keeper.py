@@ -5,12 +5,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from dataclasses import replace
 from typing import Final, NamedTuple
 
+from cache_store.bank_store import BankPage, BankStore
 from cache_store.banks import (
     DEFAULT_MAX_ENTRIES,
-    BankPage,
     BankRecord,
     BankSettings,
-    BankStore,
     Entry,
     EntryFilter,
     EntryKind,

@@ -6,7 +6,8 @@ from typing import Final
 
 import numpy as np
 
-from cache_store.banks import BankStore, Seen, check_bank_name
+from cache_store.bank_store import BankStore, Seen
+from cache_store.banks import check_bank_name
 from cache_store.errors import EmbedderChanged
 from server.banks.embeds import Embeds
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 from itertools import islice
 from typing import Final, NamedTuple
 
-from cache_store.banks import BankRecord, BankStore, EntryFilter, Kept, Supersession, Use, Vector, check_bank_name
+from cache_store.bank_store import BankStore
+from cache_store.banks import BankRecord, EntryFilter, Kept, Supersession, Use, Vector, check_bank_name
 from cache_store.errors import EmbedderChanged, EntriesMissing, InvalidRequest, StoreUnavailable
 from server.banks import checks
 from server.banks.embeds import Embeds

@@ -11,7 +11,8 @@ from typing import Final
 
 import structlog
 
-from cache_store.banks import BankRecord, BankStore, Use
+from cache_store.bank_store import BankStore
+from cache_store.banks import BankRecord, Use
 from cache_store.errors import BankNotFound, ServingError
 
 _MOST_WAITING: Final = 20_000
