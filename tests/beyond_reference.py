@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from worker.attention.paged import exact_attention
-from worker.attention.recall_choice import representatives
+from worker.attention.recall_choice import represent, shares
 from worker.engine.epochs import Beyond
 from worker.engine.recollection import Choice, Recollection
 from worker.engine.stages import Stage, next_stage
@@ -29,7 +29,9 @@ class Reference:
         self.num_asked = 0
         """Times that tokens were run again."""
         epochs = beyond.epochs
-        self._recollection = Recollection(epochs.sink_tokens // epochs.unit_tokens, epochs.num_slots, self._undone)
+        self._recollection = Recollection(
+            epochs.sink_tokens // epochs.unit_tokens, epochs.num_slots, self._undone, shares
+        )
         self._queries: list[torch.Tensor] = []
 
     def logits_after(self, tokens: Sequence[int], bounds: tuple[int, ...]) -> torch.Tensor:
@@ -69,7 +71,7 @@ class Reference:
         known, end = self._recollection.next_unit * epochs.unit_tokens, epochs.gone(epoch).end
         if known < end:
             free = torch.stack([self._free(layer, known, end) for layer in range(self._num_layers)])
-            self._recollection.add(representatives(free, epochs.unit_tokens))
+            self._recollection.add(represent(free, epochs.unit_tokens))
 
     def _free(self, layer: int, start: int, end: int) -> torch.Tensor:
         """Keys before their positions, [kv_heads, tokens, head_dim]."""

@@ -1,10 +1,22 @@
 """What queries ask for of what has left the window: shares of units, and what enters and leaves the slots."""
 
+from itertools import pairwise
+
 import numpy as np
+import pytest
 import torch
 
-from worker.attention.recall_choice import representatives, shares, spread
+from worker.attention.recall_choice import Known, Look, Represented, represent, shares, spread
+from worker.attention.recall_kernel import load_look
 from worker.engine.recollection import Recollection
+
+
+@pytest.fixture(scope="module")
+def look() -> Look:
+    found = load_look()
+    if found is shares:
+        pytest.skip("there is no kernel to be had here")
+    return found
 
 
 def keys_of(units: int, unit: int = 4) -> torch.Tensor:
@@ -14,41 +26,72 @@ def keys_of(units: int, unit: int = 4) -> torch.Tensor:
     return ways.expand(1, 2, units, unit, 64).reshape(1, 2, units * unit, 64)
 
 
+def known(*parts: Represented) -> Known:
+    found = Known()
+    for part in parts:
+        found.add(part)
+    return found
+
+
 def recollection(units: int = 20, slots: int = 6) -> tuple[Recollection, torch.Tensor]:
-    held = Recollection(10, slots, lambda queries, first: queries)
-    made = representatives(keys_of(units), 4)
-    held.add(made)
+    keys = keys_of(units)
+    held = Recollection(10, slots, lambda queries, first: queries, shares)
+    held.add(represent(keys, 4))
     assert held.next_unit == 10 + units
-    return held, made
+    return held, keys[:, :, ::4]
 
 
 def ask(held: Recollection, made: torch.Tensor, *units: int, strength: float = 80.0) -> None:
     """A row of queries for each of these units: one query head for each KV head."""
-    rows = torch.stack([made[0, :, unit - 10, 0] * strength for unit in units], 1)
+    rows = torch.stack([made[0, :, unit - 10] * strength for unit in units], 1)
     held.hear(0, 0, rows)
 
 
 def test_pairs_of_keys_are_represented_by_their_mean() -> None:
     keys = torch.randn(3, 2, 8, 16)
-    made = representatives(keys, 4)
-    assert made.shape == (3, 2, 2, 2, 16)
-    torch.testing.assert_close(made[1, 0, 1, 0], (keys[1, 0, 4] + keys[1, 0, 5]) / 2)
+    made = represent(keys, 4)
+    assert made.keys.shape == (3, 2, 2, 2, 16)
+    mean = (keys[1, 0, 4] + keys[1, 0, 5]) / 2
+    torch.testing.assert_close(made.keys[1, 0, 1, 0] * made.scales[1, 0, 1], mean, rtol=0, atol=0.03)
 
 
 def test_a_unit_is_asked_for_by_the_query_that_is_nearest_to_it_whoever_else_asks() -> None:
-    made = representatives(keys_of(20), 4)
+    keys = keys_of(20)
     queries = torch.zeros(1, 3, 4, 64)
-    queries[0, 1, 3] = 80 * made[0, 1, 7, 0]  # the second KV head's second query
-    found = shares(queries, made)
+    queries[0, 1, 3] = 80 * keys[0, 1, 4 * 7]  # the second KV head's second query
+    found = shares(queries, known(represent(keys, 4)))
     assert found.shape == (1, 2, 20)
     assert found[0, 1].argmax() == 7
     assert found[0, 1, 7] > 0.9
-    torch.testing.assert_close(found[0, 0], torch.full((20,), 1 / 20))
+    np.testing.assert_allclose(found[0, 0], np.full(20, 1 / 20), rtol=1e-6)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_the_kernel_finds_what_torch_finds_however_what_is_known_is_cut(head_dim: int, look: Look) -> None:
+    keys, queries = torch.randn(3, 2, 90 * 16, head_dim), 3 * torch.randn(3, 21, 6, head_dim)
+    whole = represent(keys, 16)
+    cut = [represent(keys[:, :, start:end], 16) for start, end in pairwise([0, 16, 80 * 16, 82 * 16, 90 * 16])]
+    wanted = shares(queries, known(whole))
+    assert wanted.max() > 0.1
+    np.testing.assert_array_equal(shares(queries, known(*cut)), wanted)
+    np.testing.assert_allclose(look(queries, known(*cut)), wanted, rtol=1e-4, atol=1e-9)
+    np.testing.assert_array_equal(look(queries, known(*cut)), look(queries, known(whole)))
+
+
+def test_what_is_asked_for_does_not_depend_on_the_number_of_threads(look: Look) -> None:
+    made = known(*(represent(torch.randn(3, 2, 64, 64), 16) for _ in range(200)))
+    queries, num_threads = 3 * torch.randn(3, 5, 4, 64), torch.get_num_threads()
+    wanted = look(queries, made)
+    try:
+        torch.set_num_threads(1)
+        np.testing.assert_array_equal(look(queries, made), wanted)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def test_a_units_neighbours_have_a_part_of_its_share() -> None:
-    found = spread(torch.tensor([[[0.0, 0.0, 1.0, 0.0, 0.0]]]))
-    assert found[0, 0].tolist() == [0.0, torch.tensor(0.9).item(), 1.0, torch.tensor(0.9).item(), 0.0]
+    found = spread(np.array([0.0, 0.0, 1.0, 0.0, 0.0], dtype=np.float32))
+    np.testing.assert_allclose(found, [0.0, 0.9, 1.0, 0.9, 0.0])
 
 
 def test_a_question_chooses_what_it_asks_for_in_order_of_age() -> None:
@@ -89,5 +132,5 @@ def test_what_was_not_asked_for_longest_gives_way_to_what_is() -> None:
 def test_a_turn_begins_with_the_latest_that_is_gone() -> None:
     held, _ = recollection()
     assert held.latest().tolist() == [[[24, 25, 26, 27, 28, 29]] * 2]
-    held.add(representatives(keys_of(2), 4))
+    held.add(represent(keys_of(2), 4))
     assert held.latest()[0, 0].tolist() == [26, 27, 28, 29, 30, 31]

@@ -3,41 +3,120 @@
 Without training, after InfLLM (Xiao et al. 2024): a piece is known by a few representatives a layer and KV head, all
 queries and keys as they are before their positions. Each KV head has a choice of its own: in a small model a single
 head of a single layer may be the one that looks facts up.
+
+Both sides are rounded to int8, so that a product is exact in any order of its sums, and representatives are an eighth
+of the KV they stand for where that is in 16 bits.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch.nn.functional import max_pool1d
 
 REPRESENTED_TOKENS = 2
 """So many keys that follow each other are represented by their mean."""
 NEIGHBOUR = 0.9
 """The share of a unit that its neighbours have, too: what is looked for may lie across an edge."""
+LARGEST = 127
+"""Number of a vector that is rounded to int8."""
+
+Shares = npt.NDArray[np.float32]
 
 
-def representatives(keys: torch.Tensor, unit_tokens: int) -> torch.Tensor:
-    """[layers, kv_heads, tokens, head_dim] to [layers, kv_heads, units, representatives, head_dim], in float32."""
+class Represented(NamedTuple):
+    """Some units that follow each other, on the CPU."""
+
+    keys: torch.Tensor
+    """int8 [layers, kv_heads, units, representatives, head_dim]"""
+    scales: torch.Tensor
+    """float32 [layers, kv_heads, units]"""
+
+    @property
+    def num_units(self) -> int:
+        units: int = self.keys.shape[2]
+        return units
+
+    @property
+    def nbytes(self) -> int:
+        num_bytes: int = self.keys.nbytes + self.scales.nbytes
+        return num_bytes
+
+
+class Known:
+    """All units that may be recalled, in parts as they became known."""
+
+    def __init__(self) -> None:
+        self.parts: list[Represented] = []
+        self.num_units = 0
+        self._rows: list[tuple[int, int, int, int]] = []
+        self._table: npt.NDArray[np.int64] | None = None
+
+    def add(self, part: Represented) -> None:
+        assert part.keys.is_contiguous()
+        assert part.scales.is_contiguous()
+        self.parts.append(part)
+        self._rows.append((part.keys.data_ptr(), part.scales.data_ptr(), part.num_units, self.num_units))
+        self._table = None
+        self.num_units += part.num_units
+
+    @property
+    def table(self) -> npt.NDArray[np.int64]:
+        """[parts, 4]: where a part's keys and scales lie, its number of units, and that of all before it."""
+        if self._table is None:
+            self._table = np.array(self._rows, dtype=np.int64)
+        return self._table
+
+
+Look = Callable[[torch.Tensor, Known], Shares]
+"""As `shares`."""
+
+
+def represent(keys: torch.Tensor, unit_tokens: int) -> Represented:
+    """Represent the units of keys before their positions, [layers, kv_heads, tokens, head_dim]."""
     layers, kv_heads, num_tokens, head_dim = keys.shape
     each = min(REPRESENTED_TOKENS, unit_tokens)
-    means = keys.float().view(layers, kv_heads, num_tokens // each, each, head_dim).mean(3)
-    return means.view(layers, kv_heads, num_tokens // unit_tokens, unit_tokens // each, head_dim)
+    means = keys.float().view(layers, kv_heads, num_tokens // unit_tokens, unit_tokens // each, each, head_dim).mean(4)
+    rounded, scales = _rounded(means.flatten(3))
+    return Represented(rounded.view_as(means).cpu(), scales.cpu())
 
 
-def shares(queries: torch.Tensor, representatives: torch.Tensor) -> torch.Tensor:
-    """How much each unit is asked for: queries [layers, rows, heads, head_dim] and representatives [layers, kv_heads,
-    units, representatives, head_dim] to [layers, kv_heads, units], float32.
+def round_queries(queries: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries [layers, rows, heads, head_dim] to int8 [layers, kv_heads, rows * heads of each, head_dim], and what
+    products with them are to be scaled by, float32 [layers, kv_heads, rows * heads of each]."""
+    layers, rows, heads, head_dim = queries.shape
+    grouped = queries.view(layers, rows, kv_heads, heads // kv_heads, head_dim).transpose(1, 2).flatten(2, 3)
+    rounded, scales = _rounded(grouped.float())
+    return rounded, scales * head_dim**-0.5
+
+
+def shares(queries: torch.Tensor, known: Known) -> Shares:
+    """How much each unit is asked for by queries [layers, rows, heads, head_dim]: [layers, kv_heads, units].
 
     A query's share for a unit is the unit's part in a softmax over all units, each as near as its nearest
     representative. Of a KV head's queries, and of all rows, the largest counts.
     """
-    layers, rows, heads, head_dim = queries.shape
-    _, kv_heads, units, each, _ = representatives.shape
-    grouped = queries.view(layers, rows, kv_heads, heads // kv_heads, head_dim).transpose(1, 2).flatten(2, 3)
-    keys = representatives.flatten(2, 3).transpose(2, 3)
-    scores = torch.matmul(grouped.to(keys.dtype), keys).view(layers, kv_heads, -1, units, each)
-    nearest = scores.amax(-1).float() * head_dim**-0.5
-    return torch.softmax(nearest, -1).amax(2)
+    keys = torch.cat([part.keys for part in known.parts], 2)
+    scales = torch.cat([part.scales for part in known.parts], 2)
+    layers, kv_heads, units, each, _ = keys.shape
+    rounded, query_scales = round_queries(queries, kv_heads)
+    # In float32, which has room for all products of up to a thousand whole numbers.
+    sums = torch.matmul(rounded.float(), keys.flatten(2, 3).transpose(2, 3).float())
+    nearest = sums.view(layers, kv_heads, -1, units, each).amax(-1) * scales[:, :, None] * query_scales[..., None]
+    found: Shares = torch.softmax(nearest, -1).amax(2).numpy()
+    return found
 
 
-def spread(shares: torch.Tensor) -> torch.Tensor:
-    """Units' shares [layers, kv_heads, units], each with a part of its neighbours'."""
-    return torch.maximum(shares, NEIGHBOUR * max_pool1d(shares, 3, stride=1, padding=1))
+def spread(shares: Shares) -> Shares:
+    """Units' shares [..., units], each with a part of its neighbours'."""
+    parts, spread = shares * np.float32(NEIGHBOUR), shares.copy()
+    np.maximum(spread[..., 1:], parts[..., :-1], out=spread[..., 1:])
+    np.maximum(spread[..., :-1], parts[..., 1:], out=spread[..., :-1])
+    return spread
+
+
+def _rounded(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., n] to int8, each by a scale of its own: [...]."""
+    scales = vectors.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
+    return (vectors / scales[..., None]).round().to(torch.int8), scales

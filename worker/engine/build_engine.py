@@ -8,7 +8,8 @@ from functools import partial
 from cache_store.master_keys import load_keyring
 from worker.allocator import keep_freed_memory
 from worker.attention.placing import Placer
-from worker.attention.recall_choice import representatives
+from worker.attention.recall_choice import represent
+from worker.attention.recall_kernel import load_look
 from worker.block_changes import BlockChanges
 from worker.config import WorkerConfig, parse_weights
 from worker.engine.admission import Admission
@@ -89,11 +90,7 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         max_waiting_tokens=config.max_waiting_tokens,
         weights=weights,
     )
-    kept = Representatives(
-        partial(representatives, unit_tokens=UNIT_TOKENS),
-        dtype=tiers.device.data.dtype,
-        max_bytes=config.representative_bytes,
-    )
+    kept = Representatives(partial(represent, unit_tokens=UNIT_TOKENS), max_bytes=config.representative_bytes)
     policies = context_epochs(config, loaded, tiers.device.num_blocks)
     gatherer = Gatherer(
         pool,
@@ -165,6 +162,7 @@ def _passages(
         gatherer,
         Placer(tiers.device.data, loaded.rope),
         kept,
+        load_look(),
         block_tokens=loaded.layout.block_tokens,
     )
     return Passages(tables, views)

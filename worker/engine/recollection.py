@@ -10,13 +10,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from worker.attention.recall_choice import NEIGHBOUR, REPRESENTED_TOKENS, shares, spread
+from worker.attention.recall_choice import (
+    LARGEST,
+    NEIGHBOUR,
+    REPRESENTED_TOKENS,
+    Known,
+    Look,
+    Represented,
+    Shares,
+    spread,
+)
 
 _ASKED_FOR = 0.02
 """The share of one query's attention over all units from which on a unit is asked for."""
 _AT_ONCE = 12
 """Units that go in then: that one, and those that come next. Both numbers were tried out with the recall model."""
-CHOSEN_BY = (_ASKED_FOR, _AT_ONCE, NEIGHBOUR, REPRESENTED_TOKENS)
+CHOSEN_BY = (_ASKED_FOR, _AT_ONCE, NEIGHBOUR, REPRESENTED_TOKENS, LARGEST)
 """All that a choice depends on beside queries and keys."""
 
 Choice = npt.NDArray[np.int64]
@@ -24,15 +33,17 @@ Choice = npt.NDArray[np.int64]
 
 
 class Recollection:
-    def __init__(self, first_unit: int, num_slots: int, undo: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+    def __init__(
+        self, first_unit: int, num_slots: int, undo: Callable[[torch.Tensor, int], torch.Tensor], look: Look
+    ) -> None:
         """`first_unit` is the oldest that may be recalled, `num_slots` of them at once. `undo` makes queries
         [..., rows, head_dim] from a place on what they were before their positions, in float32."""
         self.choices = 0
         self._first_unit = first_unit
         self._num_slots = num_slots
         self._undo = undo
-        self._parts: list[torch.Tensor] = []
-        self._num_units = 0
+        self._look = look
+        self._known = Known()
         self._heard: dict[int, dict[int, torch.Tensor]] = {}
         self._asked: npt.NDArray[np.int64] | None = None
         self._time = 0
@@ -40,16 +51,15 @@ class Recollection:
     @property
     def next_unit(self) -> int:
         """The oldest unit whose representatives are not known yet."""
-        return self._first_unit + self._num_units
+        return self._first_unit + self._known.num_units
 
-    def add(self, representatives: torch.Tensor) -> None:
-        """Those of the units from `next_unit` on: [layers, kv_heads, units, representatives, head_dim]."""
-        self._parts.append(representatives)
-        self._num_units += representatives.shape[2]
+    def add(self, represented: Represented) -> None:
+        """The units from `next_unit` on."""
+        self._known.add(represented)
 
     def latest(self) -> Choice:
         """The latest units, for all alike."""
-        layers, kv_heads = self._all().shape[:2]
+        layers, kv_heads = self._known.parts[0].scales.shape[:2]
         units = np.arange(self.next_unit - self._num_slots, self.next_unit)
         self._asked = None
         return np.broadcast_to(units, (layers, kv_heads, self._num_slots)).copy()
@@ -63,30 +73,30 @@ class Recollection:
         """The units that are asked for most by what was heard, which is forgotten."""
         self.choices += 1
         self._time += 1
-        asked = spread(shares(self._queries(), self._all()))
-        units = asked.topk(self._num_slots).indices.sort().values
-        self._asked = np.full(tuple(units.shape), self._time)
-        chosen: Choice = units.numpy() + self._first_unit
+        asked = spread(self._look(self._queries(), self._known))
+        units = np.stack([_most(of_head, self._num_slots) for of_head in asked.reshape(-1, asked.shape[-1])])
+        self._asked = np.full((*asked.shape[:2], self._num_slots), self._time)
+        chosen: Choice = np.sort(units).reshape(self._asked.shape) + self._first_unit
         return chosen
 
     def amend(self, choice: Choice) -> Choice | None:
         """`choice` with what is asked for by what was heard, and not in it, in the place of what was not asked for
         longest. None where nothing is; what was heard is forgotten."""
-        asked = spread(shares(self._queries(), self._all())).numpy()
+        shares = self._look(self._queries(), self._known)
         self._time += 1
         if self._asked is None:
             self._asked = np.zeros(choice.shape, dtype=np.int64)
-        held = np.take_along_axis(asked, choice - self._first_unit, 2)
-        self._asked[held >= _ASKED_FOR] = self._time
-        np.put_along_axis(asked, choice - self._first_unit, 0.0, 2)
-        asking = asked.max(2) >= _ASKED_FOR
-        if not asking.any():
+        amended = choice.copy()
+        for layer, head in np.argwhere(shares.max(2) >= _ASKED_FOR):  # of most heads nothing is asked for
+            asked, units = spread(shares[layer, head]), choice[layer, head] - self._first_unit
+            self._asked[layer, head, asked[units] >= _ASKED_FOR] = self._time
+            asked[units] = -1.0
+            if asked.max() >= _ASKED_FOR:
+                new = _most(asked, min(_AT_ONCE, self._num_slots, len(asked) - self._num_slots))
+                self._put(amended[layer, head], self._asked[layer, head], new + self._first_unit)
+        if np.array_equal(amended, choice):
             return None
         self.choices += 1
-        amended = choice.copy()
-        for layer, head in np.argwhere(asking):
-            new = np.argsort(-asked[layer, head], kind="stable")[: min(_AT_ONCE, self._num_slots)]
-            self._put(amended[layer, head], self._asked[layer, head], new + self._first_unit)
         return amended
 
     def _put(self, units: npt.NDArray[np.int64], asked: npt.NDArray[np.int64], new: npt.NDArray[np.int64]) -> None:
@@ -103,7 +113,9 @@ class Recollection:
         self._heard.clear()
         return self._undo(torch.stack(layers), first).transpose(1, 2).cpu()
 
-    def _all(self) -> torch.Tensor:
-        if len(self._parts) > 1:
-            self._parts = [torch.cat(self._parts, 2)]
-        return self._parts[0]
+
+def _most(asked: Shares, count: int) -> npt.NDArray[np.int64]:
+    """The units that are asked for most; of those as good as each other the oldest."""
+    least = np.partition(asked, -count)[-count]
+    near = np.flatnonzero(asked >= least)
+    return near[np.argsort(-asked[near], kind="stable")[:count]]

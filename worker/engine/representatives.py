@@ -6,29 +6,29 @@ from collections.abc import Callable, Iterable
 import torch
 
 from cache_store.ids import BlockHash, TenantMark, mark_of
+from worker.attention.recall_choice import Represented
 
 
 class Representatives:
     """Least recently used go first. Used by the engine's thread alone."""
 
-    def __init__(self, make: Callable[[torch.Tensor], torch.Tensor], *, dtype: torch.dtype, max_bytes: int) -> None:
-        """Kept in `dtype`. `make` makes those of a block's units, [layers, kv_heads, units, representatives, head_dim],
-        from its keys before their positions, float32 [layers, kv_heads, tokens, head_dim]."""
+    def __init__(self, make: Callable[[torch.Tensor], Represented], *, max_bytes: int) -> None:
+        """`make` makes those of a block's units from its keys before their positions, float32
+        [layers, kv_heads, tokens, head_dim]."""
         self._make = make
-        self._dtype = dtype
         self._max_bytes = max_bytes
-        self._kept: OrderedDict[BlockHash, torch.Tensor] = OrderedDict()
+        self._kept: OrderedDict[BlockHash, Represented] = OrderedDict()
         self._num_bytes = 0
 
-    def find(self, name: BlockHash) -> torch.Tensor | None:
+    def find(self, name: BlockHash) -> Represented | None:
         kept = self._kept.get(name)
         if kept is not None:
             self._kept.move_to_end(name)
         return kept
 
-    def keep(self, name: BlockHash, keys: torch.Tensor) -> torch.Tensor:
+    def keep(self, name: BlockHash, keys: torch.Tensor) -> Represented:
         """Make a block's from its keys. What is returned stays as it is, whatever is dropped."""
-        made = self._make(keys).to(self._dtype).cpu()
+        made = self._make(keys)
         if name not in self._kept:
             self._num_bytes += made.nbytes
         self._kept[name] = made

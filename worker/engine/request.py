@@ -6,10 +6,10 @@ from enum import Enum, auto
 from itertools import pairwise
 
 import numpy as np
-import torch
 
 from cache_store.ids import BlockHash
 from cache_store.inserts import Insert, Inserts
+from worker.attention.recall_choice import Represented
 from worker.calls import ContextReceipt, Event, GenerateCall, MissReason, Receipt, RestorePlan
 from worker.engine.admission import Ticket
 from worker.engine.audit import Recording
@@ -113,7 +113,7 @@ class Request:
         self.has_asked = False
         """and whether it is so for the second time."""
         self.gathering: Gathering | None = None
-        self.represented: dict[int, torch.Tensor] = {}
+        self.represented: dict[int, Represented] = {}
         """Representatives of its blocks, by index, that are not gone yet."""
         self.recollection: Recollection | None = None
         self.recalled: Choice | None = None

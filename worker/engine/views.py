@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from worker.attention.placing import Placer
+from worker.attention.recall_choice import Look
 from worker.engine.block_tables import BlockTables
 from worker.engine.gather import Gatherer, Gathering
 from worker.engine.plan import Span
@@ -35,6 +36,7 @@ class Views:
         gatherer: Gatherer,
         placer: Placer,
         representatives: Representatives,
+        look: Look,
         *,
         block_tokens: int,
     ) -> None:
@@ -42,6 +44,7 @@ class Views:
         self._gatherer = gatherer
         self._placer = placer
         self._representatives = representatives
+        self._look = look
         self._block_tokens = block_tokens
 
     def fill(self, request: Request, ready: Callable[[Mapping[int, Tier], int], None], lost: Lost) -> None:
@@ -167,7 +170,7 @@ class Views:
         if request.recollection is None:
             epochs = beyond.epochs
             first_unit = epochs.sink_tokens // epochs.unit_tokens
-            request.recollection = Recollection(first_unit, epochs.num_slots, self._placer.undo)
+            request.recollection = Recollection(first_unit, epochs.num_slots, self._placer.undo, self._look)
         unknown = []
         for index in self._indices(Span(self._num_known(request), beyond.epochs.gone(request.epoch).end)):
             if index not in request.represented:
