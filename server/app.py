@@ -38,6 +38,7 @@ from server.metrics import FrontMetrics
 from server.notes import Notes
 from server.relay import Relay
 from server.service import InferenceService
+from server.session_blocks import SessionBlocks
 from server.sessions import SessionKeeper
 from server.sessions_service import SessionsService
 from server.tenants_service import TenantsService
@@ -87,8 +88,7 @@ class Application:
         self._sessions = SessionKeeper(
             records,
             self._leases,
-            directory,
-            relay,
+            SessionBlocks(directory, relay),
             metrics,
             self._limits,
             self._banks,

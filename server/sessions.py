@@ -1,12 +1,12 @@
-"""What can be done to a session between its turns. Knows records and workers, not gRPC's calls."""
+"""What can be done to a session between its turns. Knows records and their locks; neither gRPC's calls nor workers, of
+which `session_blocks` asks."""
 
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import structlog
 
@@ -16,15 +16,12 @@ from cache_store.errors import InvalidRequest, RecordUnreadable, ServingError
 from cache_store.records import Page, RecordStore, SessionRecord
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
-from server.directory import Worker, WorkerDirectory
-from server.errors import NoWorker, WorkerLost
 from server.lease import Leases
 from server.limits import Limits
 from server.metrics import FrontMetrics
 from server.prefetch import Prefetcher
-from server.relay import Relay, history_of, prompt_of
+from server.session_blocks import SessionBlocks
 
-_Answer = TypeVar("_Answer")
 _log = structlog.get_logger(__name__)
 
 
@@ -43,8 +40,7 @@ class SessionKeeper:
         self,
         records: RecordStore,
         leases: Leases,
-        directory: WorkerDirectory,
-        workers: Relay,
+        blocks: SessionBlocks,
         metrics: FrontMetrics,
         limits: Limits,
         banks: KnownBanks,
@@ -54,8 +50,7 @@ class SessionKeeper:
     ) -> None:
         self._records = records
         self._leases = leases
-        self._directory = directory
-        self._workers = workers
+        self._blocks = blocks
         self._limits = limits
         self._banks = banks
         self._prefetcher = Prefetcher(self._restore, metrics)
@@ -105,25 +100,11 @@ class SessionKeeper:
 
     async def text(self, record: SessionRecord) -> str:
         """The history, detokenized. Raises NoWorker."""
-        if not record.token_ids:
-            return ""
-        _, text = await self._ask_one(record, lambda worker: worker.client.detokenize(record.token_ids))
-        return text
+        return await self._blocks.text(record)
 
     async def residency(self, record: SessionRecord) -> list[pb.Residency]:
         """Where the KV is: tiers that hold nothing are left out."""
-        living = self._directory.living()
-        located = await self._ask_all(
-            living, lambda worker: worker.client.locate(history_of(record), with_redis=worker is living[0])
-        )
-        found = []
-        for worker, reply in located:
-            found.append(pb.Residency(tier=pb.TIER_DEVICE, worker_id=worker.worker_id, tokens=reply.device_tokens))
-            found.append(pb.Residency(tier=pb.TIER_HOST, worker_id=worker.worker_id, tokens=reply.host_tokens))
-            found.append(pb.Residency(tier=pb.TIER_DISK, worker_id=worker.worker_id, tokens=reply.disk_tokens))
-        redis_tokens = max((reply.redis_tokens for _, reply in located), default=0)
-        found.append(pb.Residency(tier=pb.TIER_REDIS, tokens=redis_tokens))
-        return [residency for residency in found if residency.tokens]
+        return await self._blocks.residency(record)
 
     async def update(
         self,
@@ -140,10 +121,7 @@ class SessionKeeper:
         record = await self._records.update(tenant, session_id, ttl_s=ttl_s, pinned=pinned, banks=banks)
         if record.token_ids and (ttl_s, pinned) != (None, None):
             try:
-                block_ttl_s = self._workers.block_ttl_s(record)
-                await self._ask_one(
-                    record, lambda worker: worker.client.retain(history_of(record), block_ttl_s=block_ttl_s)
-                )
+                await self._blocks.retain(record)
             except ServingError as error:  # each turn sets the blocks' time again
                 _log.warning("blocks keep their old time to live", session=session_id, error=str(error))
         return record
@@ -184,27 +162,14 @@ class SessionKeeper:
     async def park(self, tenant: str, session_id: str, *, drop_host: bool) -> pb.ParkSessionResponse:
         """Offload wholly from every worker that holds some. Raises NoWorker, and what the worker raises."""
         async with self._leases.hold(tenant, session_id) as lease, self._prefetcher.held_off(tenant, session_id):
-            record = lease.record
-            if not record.token_ids:
+            if not lease.record.token_ids:
                 return pb.ParkSessionResponse()
-            request = wpb.ParkRequest(
-                history=history_of(record), drop_host=drop_host, block_ttl_s=self._workers.block_ttl_s(record)
-            )
-            answers = await self._ask_all(await self._holders(record), lambda worker: worker.client.park(request))
-        parked = [reply for _, reply in answers]
-        if not parked:
-            raise WorkerLost("the session's worker has just gone; what it had not stored is computed again")
-        return pb.ParkSessionResponse(
-            redis_tokens=max(reply.redis_tokens for reply in parked),
-            device_blocks_dropped=sum(reply.device_blocks_dropped for reply in parked),
-            host_blocks_dropped=sum(reply.host_blocks_dropped for reply in parked),
-            bytes_stored=sum(reply.bytes_stored for reply in parked),
-        )
+            return await self._blocks.park(lease.record, drop_host=drop_host)
 
     async def warm(self, tenant: str, session_id: str) -> pb.WarmSessionResponse:
         """Restore onto the worker that the next turn would go to. Raises NoWorker."""
         async with self._leases.hold(tenant, session_id) as lease:
-            worker, warmed = await self._warm(lease.record)
+            worker, warmed = await self._blocks.warm(lease.record)
         return pb.WarmSessionResponse(
             worker_id=worker.worker_id, device_tokens=warmed.device_tokens, restored_tokens=warmed.restored_tokens
         )
@@ -216,7 +181,7 @@ class SessionKeeper:
         """
         try:
             async with self._leases.hold(tenant, session_id) as lease, self._prefetcher.held_off(tenant, session_id):
-                dropped = await self._drop(lease.record) if lease.record.token_ids else []
+                dropped = await self._blocks.drop(lease.record) if lease.record.token_ids else []
                 was = await lease.delete()
         except RecordUnreadable:
             with suppress(RecordUnreadable):
@@ -233,7 +198,7 @@ class SessionKeeper:
     async def erase_blocks(self, tenant: str) -> list[wpb.DropReply]:
         """Drop all that workers and Redis have of a tenant, whatever session it was of. Raises NoWorker, and what
         workers raise: then some may be left."""
-        return await self._forget(lambda worker, with_redis: worker.client.erase(tenant, with_redis=with_redis))
+        return await self._blocks.erase(tenant)
 
     async def aclose(self) -> None:
         """Stop what was begun behind the callers."""
@@ -242,75 +207,9 @@ class SessionKeeper:
     async def _check_banks(self, tenant: str, banks: tuple[BankAttachment, ...]) -> None:
         await asyncio.gather(*(self._banks.get(tenant, attached.bank) for attached in banks))
 
-    async def _warm(self, record: SessionRecord) -> tuple[Worker, wpb.WarmReply]:
-        request = wpb.WarmRequest(history=history_of(record))
-        return await self._ask_one(record, lambda worker: worker.client.warm(request))
-
     async def _restore(self, record: SessionRecord) -> int:
-        _, warmed = await self._warm(record)
+        _, warmed = await self._blocks.warm(record)
         return warmed.restored_tokens
-
-    async def _drop(self, record: SessionRecord) -> list[wpb.DropReply]:
-        history = history_of(record)
-        return await self._forget(lambda worker, with_redis: worker.client.drop(history, with_redis=with_redis))
-
-    async def _forget(self, ask: Callable[[Worker, bool], Awaitable[wpb.DropReply]]) -> list[wpb.DropReply]:
-        """Have every worker drop blocks, and one of each model, which alone can name its blocks, drop them in Redis.
-
-        These are the last: a worker that is still writing behind would put back what was deleted before it dropped its
-        own.
-        """
-        living = self._living()
-        last = {worker.description.fingerprint: worker for worker in reversed(living)}.values()
-        others = await self._ask_all(
-            [worker for worker in living if worker not in last], lambda worker: ask(worker, False)
-        )
-        return [*(reply for _, reply in others), *await asyncio.gather(*(ask(worker, True) for worker in last))]
-
-    async def _holders(self, record: SessionRecord) -> list[Worker]:
-        """The last worker (blocks may be on their way from it), then others that hold blocks; at least one."""
-        living = self._living()
-        located = await self._ask_all(living, lambda worker: worker.client.locate(history_of(record), with_redis=False))
-        holding = [worker for worker, reply in located if reply.device_tokens or reply.host_tokens or reply.disk_tokens]
-        last = self._directory.find(record.worker_id)
-        if last is None:
-            return holding or living[:1]
-        return [last, *(worker for worker in holding if worker is not last)]
-
-    def _living(self) -> list[Worker]:
-        living = self._directory.living()
-        if not living:
-            raise NoWorker("no worker is up")
-        return living
-
-    async def _ask_one(
-        self, record: SessionRecord, ask: Callable[[Worker], Awaitable[_Answer]]
-    ) -> tuple[Worker, _Answer]:
-        """Ask the worker that the session's next turn would go to; another if it has just gone. Raises NoWorker."""
-        while True:
-            worker = self._workers.pick(prompt_of(record), record)
-            try:
-                return worker, await ask(worker)
-            except WorkerLost as error:
-                self._lost(worker, error)
-
-    async def _ask_all(
-        self, workers: list[Worker], ask: Callable[[Worker], Awaitable[_Answer]]
-    ) -> list[tuple[Worker, _Answer]]:
-        """Ask all at once; one that has just gone is left out: its memory went with it."""
-
-        async def one(worker: Worker) -> tuple[Worker, _Answer] | None:
-            try:
-                return worker, await ask(worker)
-            except WorkerLost as error:
-                self._lost(worker, error)
-                return None
-
-        return [answer for answer in await asyncio.gather(*(one(worker) for worker in workers)) if answer is not None]
-
-    def _lost(self, worker: Worker, error: WorkerLost) -> None:
-        self._directory.suspect(worker)
-        _log.warning("worker left out", worker=worker.worker_id, error=str(error))
 
 
 def _new_id() -> str:
