@@ -52,6 +52,9 @@ class BankSettings:
     write_facts: int = 0
     write_summary_tokens: int = 0
     """What the served model writes of a turn, at most; 0: it is not asked."""
+    kv_ttl_s: int = 0
+    """For how long KV of its entries is kept, computed once by itself and inserted into the turns that read them; 0:
+    each turn computes what it reads."""
 
     def __post_init__(self) -> None:
         _within("chunk_tokens", self.chunk_tokens, 16, 4096)
@@ -62,6 +65,7 @@ class BankSettings:
         _within("read_tokens", self.read_tokens, 0, 8192)
         _within("read_entries", self.read_entries, 0, 100)
         _within("delete_after_s", self.delete_after_s, 0, 10 * 365 * 86_400)
+        _within("kv_ttl_s", self.kv_ttl_s, 0, 10 * 365 * 86_400)
         _within("write_facts", self.write_facts, 0, 32)
         _within("write_summary_tokens", self.write_summary_tokens, 16 if self.write_summary_tokens else 0, 1024)
 

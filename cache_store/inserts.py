@@ -64,6 +64,9 @@ class Inserts:
                 yield insert
 
 
+NO_INSERTS = Inserts()
+
+
 def check_inserts(field: str, bounds: Sequence[int], start: int, end: int) -> None:
     """Raises InvalidRequest where bounds are not those of parts of tokens [start, end), one behind the other."""
     if len(bounds) % 2:

@@ -20,7 +20,8 @@ from cache_store.errors import RecordUnreadable
 from cache_store.records import SessionRecord, TurnRecord
 from cache_store.sealing import TAG_BYTES, KeyUnknown, SealBroken, Sealer
 
-_TURN = struct.Struct("<IIIIq")  # start, reply_start, end, finish_reason, committed_ms; then the idempotency key
+_TURN = struct.Struct("<IIIIq")  # start, reply_start, end, finish_reason, committed_ms; then the idempotency key,
+_INSERTS = b"\0"  # and, where there are any, this and inserts: bounds and lost ones, as JSON
 _COUNT = struct.Struct("<I")
 _LENGTH = struct.Struct("<H")
 _CONTINUATION = struct.Struct(f"<{TAG_BYTES}sI?")  # the last piece's tag, how many there are, whether one may follow
@@ -226,18 +227,23 @@ def read_tokens(packed: bytes) -> tuple[int, ...]:
 
 def pack_turn(turn: TurnRecord) -> bytes:
     fixed = _TURN.pack(turn.start, turn.reply_start, turn.end, turn.finish_reason, turn.committed_ms)
-    return fixed + turn.idempotency_key.encode()
+    inserts = [turn.insert_bounds, turn.lost_inserts]
+    return fixed + turn.idempotency_key.encode() + (_INSERTS + json.dumps(inserts).encode() if any(inserts) else b"")
 
 
 def read_turn(packed: bytes) -> TurnRecord:
     start, reply_start, end, finish_reason, committed_ms = _TURN.unpack_from(packed)
+    key, _, inserts = packed[_TURN.size :].partition(_INSERTS)
+    bounds, lost = json.loads(inserts or b"[[], []]")
     return TurnRecord(
         start=start,
         reply_start=reply_start,
         end=end,
         finish_reason=finish_reason,
         committed_ms=committed_ms,
-        idempotency_key=packed[_TURN.size :].decode(),
+        idempotency_key=key.decode(),
+        insert_bounds=tuple(bounds),
+        lost_inserts=tuple(lost),
     )
 
 

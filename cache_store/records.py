@@ -25,6 +25,10 @@ class TurnRecord:
     committed_ms: int
     idempotency_key: str = ""
     """By which its caller can ask for it again; empty: there is none."""
+    insert_bounds: tuple[int, ...] = ()
+    """Of its input, what was inserted: start, end, start, end, ... (`cache_store/inserts.py`)."""
+    lost_inserts: tuple[int, ...] = ()
+    """Where inserts of earlier turns begin that are none any more: their KV was lost, and computed where they stand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +60,16 @@ class SessionRecord:
     """Length of the history. Listings give it without `token_ids`; a store fills it in on every read."""
     continuation: bytes = field(default=b"", repr=False, compare=False)
     """The store's own: what the commit that follows this read goes on from."""
+
+
+def inserts_of(turns: Sequence[TurnRecord]) -> tuple[int, ...]:
+    """What is inserted in a conversation of these turns, from its first."""
+    ends: dict[int, int] = {}
+    for turn in turns:
+        for start in turn.lost_inserts:
+            ends.pop(start, None)
+        ends.update(zip(turn.insert_bounds[0::2], turn.insert_bounds[1::2], strict=True))
+    return tuple(bound for insert in ends.items() for bound in insert)
 
 
 class Page(NamedTuple):

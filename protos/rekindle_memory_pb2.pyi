@@ -43,7 +43,7 @@ class Bank(_message.Message):
     def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., created_ms: _Optional[int] = ..., entries: _Optional[int] = ..., documents: _Optional[int] = ..., embedder: _Optional[str] = ..., embedding_dim: _Optional[int] = ..., version: _Optional[int] = ..., settings: _Optional[_Union[BankSettings, _Mapping]] = ...) -> None: ...
 
 class BankSettings(_message.Message):
-    __slots__ = ("chunk_tokens", "overlap_tokens", "relevance_weight", "recency_weight", "importance_weight", "diversity", "read_tokens", "read_entries", "delete_after_s", "write_facts", "write_summary_tokens")
+    __slots__ = ("chunk_tokens", "overlap_tokens", "relevance_weight", "recency_weight", "importance_weight", "diversity", "read_tokens", "read_entries", "delete_after_s", "write_facts", "write_summary_tokens", "kv_ttl_s")
     CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OVERLAP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RELEVANCE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,7 @@ class BankSettings(_message.Message):
     DELETE_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     WRITE_FACTS_FIELD_NUMBER: _ClassVar[int]
     WRITE_SUMMARY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_TTL_S_FIELD_NUMBER: _ClassVar[int]
     chunk_tokens: int
     overlap_tokens: int
     relevance_weight: float
@@ -66,7 +67,8 @@ class BankSettings(_message.Message):
     delete_after_s: int
     write_facts: int
     write_summary_tokens: int
-    def __init__(self, chunk_tokens: _Optional[int] = ..., overlap_tokens: _Optional[int] = ..., relevance_weight: _Optional[float] = ..., recency_weight: _Optional[float] = ..., importance_weight: _Optional[float] = ..., diversity: _Optional[float] = ..., read_tokens: _Optional[int] = ..., read_entries: _Optional[int] = ..., delete_after_s: _Optional[int] = ..., write_facts: _Optional[int] = ..., write_summary_tokens: _Optional[int] = ...) -> None: ...
+    kv_ttl_s: int
+    def __init__(self, chunk_tokens: _Optional[int] = ..., overlap_tokens: _Optional[int] = ..., relevance_weight: _Optional[float] = ..., recency_weight: _Optional[float] = ..., importance_weight: _Optional[float] = ..., diversity: _Optional[float] = ..., read_tokens: _Optional[int] = ..., read_entries: _Optional[int] = ..., delete_after_s: _Optional[int] = ..., write_facts: _Optional[int] = ..., write_summary_tokens: _Optional[int] = ..., kv_ttl_s: _Optional[int] = ...) -> None: ...
 
 class CreateBankRequest(_message.Message):
     __slots__ = ("name", "description", "settings")
@@ -198,18 +200,20 @@ class PutDocumentsRequest(_message.Message):
     def __init__(self, bank: _Optional[str] = ..., documents: _Optional[_Iterable[_Union[Document, _Mapping]]] = ...) -> None: ...
 
 class PutDocumentsProgress(_message.Message):
-    __slots__ = ("document_id", "documents_done", "documents_in_all", "chunks", "new_chunks")
+    __slots__ = ("document_id", "documents_done", "documents_in_all", "chunks", "new_chunks", "prefilled_chunks")
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
     DOCUMENTS_DONE_FIELD_NUMBER: _ClassVar[int]
     DOCUMENTS_IN_ALL_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     NEW_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    PREFILLED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     document_id: str
     documents_done: int
     documents_in_all: int
     chunks: int
     new_chunks: int
-    def __init__(self, document_id: _Optional[str] = ..., documents_done: _Optional[int] = ..., documents_in_all: _Optional[int] = ..., chunks: _Optional[int] = ..., new_chunks: _Optional[int] = ...) -> None: ...
+    prefilled_chunks: int
+    def __init__(self, document_id: _Optional[str] = ..., documents_done: _Optional[int] = ..., documents_in_all: _Optional[int] = ..., chunks: _Optional[int] = ..., new_chunks: _Optional[int] = ..., prefilled_chunks: _Optional[int] = ...) -> None: ...
 
 class EntryFilter(_message.Message):
     __slots__ = ("metadata", "kinds", "created_after_ms", "created_before_ms", "document_id", "session_id", "not_session_id")

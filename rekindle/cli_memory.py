@@ -33,6 +33,7 @@ def create(
     delete_after_s: int | None = None,
     write_facts: int | None = None,
     write_summary_tokens: int | None = None,
+    kv_ttl_s: int | None = None,
     as_json: AsJson = False,
     connection: Connection = Connection(),
 ) -> None:
@@ -62,6 +63,8 @@ def create(
         How many facts the served model writes down after a turn of a conversation that writes here, at most (0).
     write_summary_tokens
         The length of the summary that it writes of the turn, in its tokens (0: it writes none).
+    kv_ttl_s
+        For how many seconds the KV of entries is kept, to be inserted into the turns that read them (0: it is not).
     """
     settings = {
         "chunk_tokens": chunk_tokens,
@@ -75,6 +78,7 @@ def create(
         "delete_after_s": delete_after_s,
         "write_facts": write_facts,
         "write_summary_tokens": write_summary_tokens,
+        "kv_ttl_s": kv_ttl_s,
     }
     given = {name: value for name, value in settings.items() if value is not None}
     with connection.open() as client:

@@ -36,6 +36,7 @@ from server.memories import Memories
 from server.memory_service import MemoryService
 from server.metrics import FrontMetrics
 from server.notes import Notes
+from server.prefilling import Prefilling
 from server.relay import Relay
 from server.service import InferenceService
 from server.session_blocks import SessionBlocks
@@ -75,15 +76,17 @@ class Application:
         self._holdings = Holdings(directory)
         relay = Relay(directory, self._holdings, metrics, config)
         self._leases = Leases(records, lease_s=config.lease_s)
+        self._prefilling = Prefilling(directory, metrics, codec=config.codec)
         self._banks = BankKeeper(
             banks,
             SharedQuestions(CountedEmbedding(Embedding(directory), metrics)),
             max_entries=config.bank_max_entries,
             max_index_bytes=config.bank_index_bytes,
+            prefills=self._prefilling,
         )
         self._episodes = Episodes(self._banks, metrics)
         self._notes = Notes(self._banks, directory, self._holdings, metrics)
-        memories = Memories(self._banks, directory, metrics, read_s=config.memory_read_s)
+        memories = Memories(self._banks, directory, self._prefilling, metrics, read_s=config.memory_read_s)
         self._turns = Turns(self._leases, relay, memories, metrics, remembered_by=(self._episodes, self._notes))
         self._sessions = SessionKeeper(
             records,
@@ -180,6 +183,7 @@ class Application:
             await self._http.aclose()
             self._http = None
         await self._notes.aclose()
+        await self._prefilling.aclose()
         await self._episodes.aclose()
         await self._sessions.aclose()
         await self._health.aclose()

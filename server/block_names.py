@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
 from cache_store.ids import BlockHash, chain
+from cache_store.inserts import NO_INSERTS, Inserts
 
 MOST_NAMES = 1 << 17
 """About 8 MiB. A name that is not kept is made again in microseconds."""
@@ -20,15 +21,21 @@ class BlockNames:
         self._names: OrderedDict[Hashable, list[BlockHash]] = OrderedDict()
         self._num_names = 0
 
-    def of(self, tokens: Sequence[int], root: BlockHash, session: Hashable | None) -> Sequence[BlockHash]:
+    def of(
+        self, tokens: Sequence[int], root: BlockHash, session: Hashable | None, inserts: Inserts = NO_INSERTS
+    ) -> Sequence[BlockHash]:
         """Of the full blocks. Whenever the same `session` comes again its tokens go on from what they were, or end
-        earlier, and its root is the same; None is no session, and kept nowhere."""
+        earlier, and its root is the same; None is no session, and kept nowhere. Nor is what has inserts: they may be
+        lost."""
         size = self._block_tokens
+        if inserts.bounds:
+            session = None
         names = self._names.pop(session, []) if session is not None else []
         self._num_names -= len(names)
         del names[len(tokens) // size :]
         for start in range(len(names) * size, len(tokens) // size * size, size):
-            names.append(chain(names[-1] if names else root, tokens[start : start + size]))
+            salt = inserts.salt(tokens, start, start + size)
+            names.append(chain(names[-1] if names else root, tokens[start : start + size], salt))
         if session is not None and names:
             self._names[session] = names
             self._num_names += len(names)

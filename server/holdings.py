@@ -15,6 +15,7 @@ import structlog
 
 from cache_store.codecs import fidelity_of
 from cache_store.ids import DIGEST_BYTES, BlockHash, root_hash
+from cache_store.inserts import NO_INSERTS, Inserts
 from protos import rekindle_worker_pb2 as wpb
 from server.block_holders import Tier
 from server.block_names import BlockNames
@@ -43,6 +44,8 @@ class Prompt:
     """Equal ones go to the same worker, all else being equal: the session's id, or how the prompt begins."""
     created_ms: int = 0
     """When the session was, whose history it is; 0 without one."""
+    inserts: Inserts = NO_INSERTS
+    """What is inserted in it."""
 
 
 class Holdings:
@@ -205,7 +208,7 @@ class _Model:
         """Of the prompt's full blocks."""
         root = root_hash(self._names_from, prompt.tenant, fidelity_of(prompt.codec))
         session = (root, prompt.key, prompt.created_ms) if prompt.created_ms else None
-        return self._names.of(prompt.tokens, root, session)
+        return self._names.of(prompt.tokens, root, session, prompt.inserts)
 
 
 def _unpacked(packed: bytes) -> list[bytes]:

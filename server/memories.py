@@ -20,6 +20,7 @@ from server.directory import Worker, WorkerDirectory
 from server.errors import NoWorker
 from server.memory_text import HEADER_TOKENS, element, put_in_front, query_of, said_in
 from server.metrics import FrontMetrics
+from server.prefilling import Prefilling
 
 _ASKED_SHARE: Final = 0.75
 """Of the time to read, what banks have: the rest is for quoting."""
@@ -54,6 +55,8 @@ class Reading(NamedTuple):
     """Of the sources, by name."""
     misses: tuple[pb.BankMiss, ...] = ()
     """Banks that it has not heard."""
+    inserts: Mapping[str, int] = {}
+    """Parts of the input whose KV is kept, and for how many seconds, in order: workers insert it."""
 
 
 class _Candidate(NamedTuple):
@@ -64,11 +67,20 @@ class _Candidate(NamedTuple):
 
 
 class Memories:
-    def __init__(self, banks: ReadBanks, directory: WorkerDirectory, metrics: FrontMetrics, *, read_s: float) -> None:
+    def __init__(
+        self,
+        banks: ReadBanks,
+        directory: WorkerDirectory,
+        prefilling: Prefilling,
+        metrics: FrontMetrics,
+        *,
+        read_s: float,
+    ) -> None:
         """`read_s` is how long a turn waits for its memories at most; half of what is left of its deadline, if that is
         less."""
         self._banks = banks
         self._directory = directory
+        self._prefilling = prefilling
         self._metrics = metrics
         self._read_s = read_s
 
@@ -98,8 +110,12 @@ class Memories:
         unheard = (one for one in asked if isinstance(one, pb.BankMiss))
         return reading._replace(misses=(*unheard, *reading.misses))
 
-    def committed(self, reading: Reading) -> None:
-        """The turn is in its session: what it has read is remembered better from now on."""
+    def committed(self, reading: Reading, codec: str, *, num_inserted: int) -> None:
+        """The turn is in its session: what it has read is remembered better from now on. What could not be inserted,
+        because no tier had its KV, is prefilled for the next one."""
+        if num_inserted < len(reading.inserts):
+            [tenant] = {bank.tenant for bank in reading.banks.values()}
+            self._prefilling.again(tenant, codec, reading.inserts)
         for name, bank in reading.banks.items():
             self._banks.count_recalls(bank, [source.entry_id for source in reading.sources if source.bank == name])
 
@@ -151,7 +167,8 @@ class Memories:
             for bank, recalled, _, tokens in chosen
         )
         changed = put_in_front(request, [candidate.text for candidate in chosen])
-        return Reading(request, changed, sources, {bank.name: bank for bank, *_ in chosen})
+        inserts = {} if record.context_policy else _kept_kv(chosen)
+        return Reading(request, changed, sources, {bank.name: bank for bank, *_ in chosen}, inserts=inserts)
 
     async def _room(self, request: pb.GenerateRequest, record: SessionRecord, worker: Worker, wanted: int) -> int:
         """Tokens of the model's window that nothing else needs. The input is counted only where it may matter."""
@@ -191,6 +208,11 @@ class Memories:
             return self._missed(bank, pb.BANK_MISS_REASON_LATE)
         is_stale = isinstance(error, EmbedderChanged)
         return self._missed(bank, pb.BANK_MISS_REASON_STALE if is_stale else pb.BANK_MISS_REASON_FAILED)
+
+
+def _kept_kv(chosen: Sequence[_Candidate]) -> dict[str, int]:
+    """Texts of banks that keep KV, and for how many seconds."""
+    return {one.text: one.bank.settings.kv_ttl_s for one in chosen if one.bank.settings.kv_ttl_s}
 
 
 def _is_inherited(entry: Entry, record: SessionRecord) -> bool:

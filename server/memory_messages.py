@@ -67,6 +67,7 @@ def progress_message(done: DocumentDone) -> mpb.PutDocumentsProgress:
         documents_in_all=done.in_all,
         chunks=done.chunks,
         new_chunks=done.new_chunks,
+        prefilled_chunks=done.prefilled_chunks,
     )
 
 

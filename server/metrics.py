@@ -52,6 +52,9 @@ class FrontMetrics:
         self._failovers = self._counter("turn_failovers", "Turns that another worker went on with in mid-reply.")
         self._prefetches = self._counter("prefetches", "Hints that a user is typing, by what came of them.", "outcome")
         self._bank_reads = self._counter("bank_reads", "Banks asked before turns, by what came of it.", "result")
+        self._prefilled = self._counter(
+            "prefilled_entries", "Entries of banks whose KV was to be computed ahead, by what came of it.", "result"
+        )
         self._memories = self._counter("memories", "Entries of banks that were put in front of turns' inputs.")
         self._memory_seconds = Histogram(
             "rekindle_front_memory_read_seconds",
@@ -119,6 +122,10 @@ class FrontMetrics:
     def bank_read(self, result: str) -> None:
         """read, or empty (it had nothing)."""
         self._bank_reads.labels(result).inc()
+
+    def prefilled(self, result: str, entries: int) -> None:
+        """kept, not_kept (too short, or Redis has no room), failed, or full (too many wait)."""
+        self._prefilled.labels(result).inc(entries)
 
     def bank_missed(self, reason: pb.BankMissReason) -> None:
         """tokens, late, stale (its vectors are of another embedder) or failed."""

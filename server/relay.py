@@ -16,7 +16,8 @@ import grpc
 import structlog
 
 from cache_store.errors import ServingError
-from cache_store.records import SessionRecord
+from cache_store.inserts import Inserts
+from cache_store.records import SessionRecord, inserts_of
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from server.directory import Worker, WorkerDirectory
@@ -72,6 +73,10 @@ class Turn:
     arrived_s: float = field(default_factory=time.monotonic)
     first_delta_s: float = 0.0
     input_ids: list[int] = field(default_factory=list)
+    insert_bounds: list[int] = field(default_factory=list)
+    """Of its input, what was to be inserted: positions in the session,"""
+    inserted: list[int] | None = None
+    """and of all of the session, what is. None until its worker has said so."""
     reply_ids: list[int] = field(default_factory=list)
     reply_text: list[str] = field(default_factory=list)
     """In pieces, as the client has it."""
@@ -182,12 +187,15 @@ class Relay:
         assert given is not None, "an unchecked request"
         if turn.is_begun:
             request.tokens.token_ids.extend(turn.input_ids)
+            request.tokens_inserted.extend(bound - len(request.history.token_ids) for bound in turn.insert_bounds)
             request.begun.token_ids.extend(turn.reply_ids)
             request.begun.text_characters = turn.num_characters
         elif given == "text":
             request.text = turn.request.text
         else:
             getattr(request, given).CopyFrom(getattr(turn.request, given))
+        if turn.reading is not None and not turn.is_begun:
+            request.inserts.extend(turn.reading.inserts)
         timeout_s = None if turn.deadline_s is None else max(0.0, turn.deadline_s - time.monotonic())
         return worker.client.generate(request, timeout_s=timeout_s)
 
@@ -250,7 +258,14 @@ def _is_beyond(record: SessionRecord | None, able: Iterable[Worker]) -> bool:
 
 def prompt_of(record: SessionRecord) -> Prompt:
     """A session's next one, as far as it is sure: new tokens may never be said, and names of blocks are kept."""
-    return Prompt(record.tenant, record.codec, record.token_ids, key=record.session_id, created_ms=record.created_ms)
+    return Prompt(
+        record.tenant,
+        record.codec,
+        record.token_ids,
+        key=record.session_id,
+        created_ms=record.created_ms,
+        inserts=Inserts(inserts_of(record.turns)),
+    )
 
 
 def history_of(record: SessionRecord) -> wpb.History:
@@ -263,6 +278,7 @@ def history_of(record: SessionRecord) -> wpb.History:
     )
     if history.context_policy == pb.CONTEXT_POLICY_RECALL:
         history.turn_bounds.extend(bound for turn in record.turns for bound in (turn.start, turn.reply_start))
+    history.insert_bounds.extend(inserts_of(record.turns))
     return history
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import structlog
 
-from cache_store.records import SessionRecord, TurnRecord
+from cache_store.records import SessionRecord, TurnRecord, inserts_of
 from protos import rekindle_pb2 as pb
 from server.errors import NoWorker, WorkerFault, WorkerLost, WorkerRefused
 from server.exchanges import Exchange
@@ -88,6 +88,7 @@ class Turns:
                         yield pb.GenerateResponse(delta=event.delta)
                     elif kind == "started":
                         turn.input_ids = list(event.started.input_token_ids)
+                        turn.insert_bounds = list(event.started.insert_bounds)
                     elif kind == "finished":
                         yield pb.GenerateResponse(finished=await self._finish(turn, event.finished))
                         return
@@ -103,6 +104,7 @@ class Turns:
         said = record.turns[number - 1]
         turn.record = replace(record, token_ids=record.token_ids[: said.start], turns=record.turns[: number - 1])
         turn.input_ids = list(record.token_ids[said.start : said.reply_start])
+        turn.insert_bounds = list(said.insert_bounds)
         turn.reply_ids = list(record.token_ids[said.reply_start : said.end])
         turn.request.sampling.max_new_tokens = len(turn.reply_ids)
         yield pb.GenerateResponse(delta=pb.Delta(token_ids=turn.reply_ids))
@@ -126,6 +128,7 @@ class Turns:
                 f"worker {worker.worker_id} sent {len(turn.reply_ids)} tokens and counted {usage.completion_tokens}"
             )
         ended_s = time.monotonic()
+        turn.inserted = list(finished.receipt.insert_bounds)
         finished.turn = await self._commit(turn, finished.reason)
         if turn.reading is not None:
             finished.receipt.memories.extend(turn.reading.sources)
@@ -165,7 +168,8 @@ class Turns:
         )
         number = len(turn.record.turns) + 1
         if turn.reading is not None:
-            self._memories.committed(turn.reading)
+            inserted = _inserts(turn)[0]
+            self._memories.committed(turn.reading, turn.record.codec, num_inserted=len(inserted) // 2)
             exchange = Exchange(turn.record, number, turn.reading.asked, "".join(turn.reply_text), turn.worker)
             for one in self._remembered_by:
                 one.add(exchange)
@@ -176,6 +180,7 @@ def _turn_record(turn: Turn, reason: pb.FinishReason) -> TurnRecord:
     assert turn.record is not None
     start = len(turn.record.token_ids)
     reply_start = start + len(turn.input_ids)
+    new_inserts, lost_inserts = _inserts(turn)
     return TurnRecord(
         start=start,
         reply_start=reply_start,
@@ -183,7 +188,19 @@ def _turn_record(turn: Turn, reason: pb.FinishReason) -> TurnRecord:
         finish_reason=reason,
         committed_ms=int(time.time() * 1000),
         idempotency_key=turn.request.idempotency_key,
+        insert_bounds=new_inserts,
+        lost_inserts=lost_inserts,
     )
+
+
+def _inserts(turn: Turn) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What was inserted of a turn's input, and where inserts of earlier turns begin that are none any more. Of one that
+    was interrupted nobody has said: what was to be inserted is taken for it."""
+    assert turn.record is not None
+    before = inserts_of(turn.record.turns)
+    inserted = turn.inserted if turn.inserted is not None else [*before, *turn.insert_bounds]
+    new = tuple(bound for bound in inserted if bound >= len(turn.record.token_ids))
+    return new, tuple(start for start in before[0::2] if start not in inserted[0::2])
 
 
 def _turn_of(record: SessionRecord, idempotency_key: str) -> int | None:

@@ -121,6 +121,10 @@ class WorkerClient:
         reply: wpb.QuoteReply = await self._ask(self._stub.Quote, wpb.QuoteRequest(texts=texts), _QUICK_S)
         return reply.texts
 
+    async def prefill(self, request: wpb.PrefillRequest, *, timeout_s: float) -> wpb.PrefillReply:
+        reply: wpb.PrefillReply = await self._ask(self._stub.Prefill, request, timeout_s)
+        return reply
+
     async def embed(self, request: wpb.EmbedRequest, *, timeout_s: float) -> wpb.EmbedReply:
         call = self._stub.Embed(request, timeout=timeout_s)
         self._streams.add(call)  # it takes long enough for the worker to be found frozen

@@ -13,6 +13,7 @@ from cache_store.errors import InvalidRequest, StoreUnavailable
 from server.banks import checks
 from server.banks.embeds import Embeds
 from server.banks.entries import entry_id
+from server.banks.prefills import Prefills
 
 _STAGED_AT_ONCE: Final = 64
 _TRIES: Final = 5
@@ -35,6 +36,8 @@ class DocumentDone(NamedTuple):
     chunks: int
     new_chunks: int
     """Of this document."""
+    prefilled_chunks: int = 0
+    """Of the new ones, in a bank that keeps KV."""
 
 
 async def put(
@@ -46,6 +49,7 @@ async def put(
     *,
     max_entries: int,
     now: Callable[[], float],
+    prefills: Prefills | None = None,
 ) -> AsyncGenerator[DocumentDone, None]:
     """All are checked before the first is put. One that is there with this content is left alone."""
     _check(documents)
@@ -53,13 +57,15 @@ async def put(
         bank = await store.get(tenant, check_bank_name(name))
         digest = digest_of(document)
         document = replace(document, id=document.id or f"doc-{digest}")
-        chunks = new = 0
+        chunks = new = prefilled = 0
         if not await store.has_document(bank, document.id, digest):
             embedder, kept = await _embed(
                 store, embedding, bank, document, f"documents[{number}].text", int(now() * 1000)
             )
             chunks, new = len(kept), await _keep(store, bank, kept, embedder, max_entries=max_entries)
-        yield DocumentDone(document.id, number + 1, len(documents), chunks, new)
+            if prefills is not None:
+                prefilled = await prefills.prefill(bank, [one.entry for one in kept])
+        yield DocumentDone(document.id, number + 1, len(documents), chunks, new, prefilled)
 
 
 def digest_of(document: Document) -> str:

@@ -25,6 +25,7 @@ from server.banks.embeds import Embeds
 from server.banks.entries import entry_id, vectors_of
 from server.banks.index import Ranked
 from server.banks.indexes import Indexes, in_thread
+from server.banks.prefills import Prefills
 from server.banks.transfer import Imported
 from server.banks.uses import Uses
 from server.banks.vectors import EXACT_ROWS
@@ -72,6 +73,7 @@ class BankKeeper:
         max_index_bytes: int = DEFAULT_MAX_INDEX_BYTES,
         exact_rows: int = EXACT_ROWS,
         now: Callable[[], float] = time.time,
+        prefills: Prefills | None = None,
     ) -> None:
         """A bank has at most `max_entries`; what is searched is kept in memory, up to `max_index_bytes`, and compared
         one by one up to `exact_rows`."""
@@ -81,6 +83,7 @@ class BankKeeper:
         self._indexes = Indexes(store, max_bytes=max_index_bytes, exact_rows=exact_rows)
         self._uses = Uses(store)
         self._now = now
+        self._prefills = prefills
 
     async def create(self, tenant: str, name: str, *, description: str = "", settings: BankSettings) -> BankRecord:
         """Raises BankExists."""
@@ -162,6 +165,8 @@ class BankKeeper:
         except EntriesMissing as error:
             raise InvalidRequest("supersedes", str(error)) from error
         await self._expire(bank)
+        if entry is None and self._prefills is not None:
+            await self._prefills.prefill(bank, [new])
         return replace(entry or new, superseded_by="")
 
     async def recall(
@@ -238,7 +243,14 @@ class BankKeeper:
     def put_documents(self, tenant: str, name: str, to_put: Sequence[Document]) -> AsyncGenerator[DocumentDone, None]:
         """Cut documents in chunks and keep these, one document after the other: see `server.banks.documents`."""
         return documents.put(
-            self._store, self._embedding, tenant, name, to_put, max_entries=self._max_entries, now=self._now
+            self._store,
+            self._embedding,
+            tenant,
+            name,
+            to_put,
+            max_entries=self._max_entries,
+            now=self._now,
+            prefills=self._prefills,
         )
 
     def export(self, tenant: str, name: str, *, with_vectors: bool) -> AsyncGenerator[bytes, None]:
