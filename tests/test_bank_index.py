@@ -1,6 +1,8 @@
 """What a front end keeps of banks in memory: filters, what came and went, graphs, and how much room it takes."""
 
 import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -15,7 +17,7 @@ from cache_store.errors import StoreUnavailable
 from cache_store.memory_banks import MemoryBanks
 from server.banks import index as bank_index
 from server.banks.index import BankIndex
-from server.banks.indexes import Indexes
+from server.banks.indexes import Indexes, in_thread
 from server.banks.keeper import BankKeeper
 from server.banks.vectors import GraphBuilder, Vectors
 from tests.fake_embedding import FakeEmbedding
@@ -216,6 +218,19 @@ async def test_a_large_bank_gets_its_graph_in_the_background() -> None:
         found = index.search("", vectors[5], EVERYTHING, k=9, with_superseded=True)
     assert entry(5).id in found.ids
     await indexes.aclose()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priority of their own")
+async def test_a_graph_is_built_at_a_lower_priority_than_banks_are_searched() -> None:
+    indexes = Indexes(MemoryBanks(), max_bytes=1 << 30)
+    ours, builders = await in_thread(_priority), await in_thread(_priority, indexes._builder)
+    assert builders == min(19, ours + 10)
+    await indexes.aclose()
+
+
+def _priority() -> int:
+    """Of the calling thread."""
+    return os.getpriority(os.PRIO_PROCESS, 0)
 
 
 async def test_the_bank_that_was_searched_longest_ago_makes_room() -> None:
