@@ -14,6 +14,7 @@ from worker.attention.recall_choice import represent, shares
 from worker.engine.epochs import Beyond
 from worker.engine.recollection import Choice, Recollection
 from worker.engine.stages import Stage, next_stage
+from worker.tiers.codecs.codec import Codec
 from worker.tiers.codecs.rope import Rope
 
 
@@ -28,10 +29,9 @@ class Reference:
         self.choice: Choice = np.zeros((num_layers, 0, 0), dtype=np.int64)
         self.num_asked = 0
         """Times that tokens were run again."""
-        epochs = beyond.epochs
-        self._recollection = Recollection(
-            epochs.sink_tokens // epochs.unit_tokens, epochs.num_slots, self._undone, shares
-        )
+        self._num_coded = 0
+        """Tokens that have gone through a codec: none does so twice."""
+        self._recollection = self._new_recollection()
         self._queries: list[torch.Tensor] = []
 
     def logits_after(self, tokens: Sequence[int], bounds: tuple[int, ...]) -> torch.Tensor:
@@ -43,6 +43,25 @@ class Reference:
             logits = self._run(tokens, start, stage)
             start = stage.end
         return logits
+
+    def resume(self, codec: Codec) -> None:
+        """Another worker goes on with it: of each full block there is what the codec gives back, of the rest all."""
+        epochs = self.beyond.epochs
+        size = epochs.block_tokens
+        for start in range(self._num_coded, len(self._keys[0]) // size * size, size):
+            span, where = slice(start, start + size), {"num_tokens": size, "first_position": epochs.place_of(start)}
+            by_layer = zip(self._keys, self._values, strict=True)
+            kv = torch.stack([torch.stack([torch.stack(of[span], 1) for of in both]) for both in by_layer])
+            payload = memoryview(bytearray(kv.nbytes))
+            codec.decode(payload[: codec.encode(kv, payload, **where)], kv, **where)
+            for layer, (keys, values) in enumerate(kv):
+                self._keys[layer][span], self._values[layer][span] = keys.unbind(1), values.unbind(1)
+            self._num_coded = start + size
+        self._recollection = self._new_recollection()
+
+    def _new_recollection(self) -> Recollection:
+        epochs = self.beyond.epochs
+        return Recollection(epochs.sink_tokens // epochs.unit_tokens, epochs.num_slots, self._undone, shares)
 
     def _run(self, tokens: Sequence[int], start: int, stage: Stage) -> torch.Tensor:
         self._know(start)

@@ -32,8 +32,9 @@ def build(build_engine: EngineFactory, **settings: object) -> Engine:
 class Talk:
     """A conversation with a policy, turn by turn."""
 
-    def __init__(self, policy: ContextPolicy) -> None:
+    def __init__(self, policy: ContextPolicy, codec: str = "raw") -> None:
         self.policy = policy
+        self.codec = codec
         self.history: list[int] = []
         self.bounds: list[int] = []
         self.turns: list[Turn] = []
@@ -43,25 +44,27 @@ class Talk:
         return Context(self.policy, tuple(self.bounds))
 
     def say(self, engine: Engine, tokens: Sequence[int], num: int = 8) -> Turn:
-        turn = start(engine, self.history, tokens, max_new_tokens=num, context=self.context, sampling=TOP).result()
+        turn = start(
+            engine, self.history, tokens, max_new_tokens=num, context=self.context, codec=self.codec, sampling=TOP
+        ).result()
         self.bounds += [len(self.history), len(self.history) + len(tokens)]
         self.history += [*tokens, *turn.reply]
         self.turns.append(turn)
         return turn
 
     def park(self, engine: Engine) -> None:
-        parked = engine.park(TENANT, self.history, context=self.context, drop_host=True, ttl_s=60).result(30)
+        parked = engine.park(
+            TENANT, self.history, codec=self.codec, context=self.context, drop_host=True, ttl_s=60
+        ).result(30)
         assert parked.redis_tokens == len(self.history) - 1
         poison(engine)
 
-    def follows(self, reference: Reference) -> None:
-        """Each token is the likeliest, by about the reference's logits."""
-        at = 0
-        for turn, reply_start in zip(self.turns, self.bounds[1::2], strict=True):
-            bounds = tuple(self.bounds[: self.bounds.index(reply_start, at) + 1])
-            at += 2
-            for number, token in enumerate(turn.tokens):
-                logits = reference.logits_after(self.history[: reply_start + number], bounds)
+    def follows(self, reference: Reference, since: int = 0) -> None:
+        """Each token of the turns from `since` on is the likeliest, by about the reference's logits."""
+        for number, turn in enumerate(self.turns[since:], since):
+            bounds = tuple(self.bounds[: 2 * number + 2])
+            for at, token in enumerate(turn.tokens, bounds[-1]):
+                logits = reference.logits_after(self.history[:at], bounds)
                 likely = torch.log_softmax(logits, -1)
                 assert token.logprobs is not None
                 said = torch.tensor([logprob for _, logprob in token.logprobs.top])
