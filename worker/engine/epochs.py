@@ -25,8 +25,8 @@ import numpy as np
 from worker.calls import ContextPolicy
 from worker.engine.plan import Span
 
-_VERSION = 2
-"""Counts changes of what the KV beyond the window depends on."""
+_VERSION = 3
+"""Counts changes of what the KV beyond the window depends on. Some that was stored under the second one is wrong."""
 _MIN_SINK_TOKENS = 64
 
 
