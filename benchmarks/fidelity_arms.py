@@ -116,7 +116,7 @@ async def hold_all(setup: Setup, codec: str, parking: Parking, on_turn: Callable
     async with system(_worker_config(setup)) as (client, redis_url, metrics_address):
         held = [await _hold(client, setup, dialogue, codec, parking, on_turn) for dialogue in setup.dialogues]
         stored = await _stored(client, redis_url, codec, [session_id for session_id, _ in held])
-        metrics = await asyncio.to_thread(_scrape, metrics_address)
+        metrics = await asyncio.to_thread(scrape, metrics_address)
     return Arm(codec, parking, tuple(replies for _, replies in held), stored, metrics)
 
 
@@ -131,10 +131,11 @@ def _worker_config(setup: Setup) -> WorkerConfig:
 
 
 @asynccontextmanager
-async def system(config: WorkerConfig) -> AsyncIterator[tuple[Client, str, str]]:
-    """Redis, a worker on it and a front end; yields a client, Redis' URL and the address of the worker's metrics."""
+async def system(config: WorkerConfig, redis_url: str = "") -> AsyncIterator[tuple[Client, str, str]]:
+    """Redis (its own one, unless it is given another), a worker on it and a front end; yields a client, Redis' URL and
+    the address of the worker's metrics."""
     async with AsyncExitStack() as stack:
-        redis_url = stack.enter_context(RedisServer()).url
+        redis_url = redis_url or stack.enter_context(RedisServer()).url
         worker_config = replace(config, redis_url=redis_url)
         worker = await WorkerApp.start("0", worker_config)
         stack.push_async_callback(worker.stop, within_s=_STOP_WITHIN_S)
@@ -202,7 +203,8 @@ async def _stored(client: Client, redis_url: str, codec: str, session_ids: Seque
     )
 
 
-def _scrape(address: str) -> dict[str, float]:
+def scrape(address: str) -> dict[str, float]:
+    """A worker's metrics, by name and labels as Prometheus writes them: labels in alphabetical order."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
         lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}

@@ -4,7 +4,7 @@ Pure. All turns are those of generated dialogues (models/dialogues.py), put in a
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from random import Random
 
@@ -14,8 +14,13 @@ _SOURCE_TOKENS = 1024
 """Length of the dialogues that turns are taken from."""
 _SPREAD = 0.6
 """Facts are told within so many windows, from their distance on back."""
-_BETWEEN = 0.25
-"""Windows between a fact and its correction."""
+SOON = 0.25
+"""Windows between a fact and its correction, where that follows soon,"""
+LATER = 3.0
+"""and where it is many turns later."""
+
+_CONFIRMS = "Noted: "
+_ANSWERS = "Let me see: "
 
 Measure = Callable[[Turn], int]
 
@@ -33,7 +38,12 @@ class Fact:
     @property
     def subject(self) -> str:
         """As the assistant names it, up to the value: "your sister's dog is called "."""
-        return self.question.reply.removeprefix("Let me see: ").removesuffix(f"{self.question.answer}.")
+        return self.question.reply.removeprefix(_ANSWERS).removesuffix(f"{self.question.answer}.")
+
+    @property
+    def outdated(self) -> str | None:
+        """The reply that would have been right before the correction."""
+        return _ANSWERS + self.told[0].reply.removeprefix(_CONFIRMS) if self.is_corrected else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +51,27 @@ class Placed:
     fact: Fact
     windows: float
     """How many windows before the end the value was last told, at least."""
+    apart: float = SOON
+    """Windows between its first telling and its correction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two facts that one message asks for. The model was trained on one answer a reply, and answers the latter
+    question: so both orders are asked."""
+
+    first: Placed
+    second: Placed
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        return int(self.first.windows), int(self.second.windows)
+
+    @property
+    def questions(self) -> tuple[Turn, Turn]:
+        """The second one's answer is not in the first one's reply."""
+        asked = self.first.fact.question, self.second.fact.question
+        return _both(*asked), _both(*reversed(asked))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +79,12 @@ class Talk:
     turns: tuple[Turn, ...]
     """Before the questions."""
     placed: tuple[Placed, ...]
+    """Facts that are asked for one by one."""
+    pairs: tuple[Pair, ...] = ()
+
+    @property
+    def num_questions(self) -> int:
+        return len(self.placed) + 2 * len(self.pairs)
 
 
 def facts(random_seed: str, *, singles: int, corrected: int) -> list[Fact]:
@@ -65,37 +102,60 @@ def facts(random_seed: str, *, singles: int, corrected: int) -> list[Fact]:
     raise AssertionError("dialogues without end have an end")
 
 
-def place(told: Sequence[Fact], windows: Sequence[float]) -> list[Placed]:
-    """Facts in turn at each of the distances, those at the same one apart from each other."""
+def place(told: Sequence[Fact], windows: Sequence[float], apart: Sequence[float] = (SOON,)) -> list[Placed]:
+    """Facts in turn at each of the distances, those at the same one apart from each other, and corrected after each of
+    the times `apart`."""
     each = -(-len(told) // len(windows))
     return [
-        Placed(fact, windows[number % len(windows)] + _SPREAD * (number // len(windows)) / each)
+        Placed(
+            fact,
+            windows[number % len(windows)] + _SPREAD * (number // len(windows)) / each,
+            apart[number // len(windows) % len(apart)],
+        )
         for number, fact in enumerate(told)
     ]
 
 
+def place_pairs(told: Sequence[Fact], windows: Sequence[float]) -> list[Pair]:
+    """Facts two by two, at distances of which each is paired with each other one in turn (or with itself alone)."""
+    pairs, some = [], len(windows)
+    for number in range(len(told) // 2):
+        step = 1 + number // some % max(1, some - 1)
+        first, second = windows[number % some], windows[(number + step) % some]
+        within = _SPREAD * number / (len(told) // 2)
+        pairs.append(Pair(Placed(told[2 * number], first + within), Placed(told[2 * number + 1], second + within)))
+    return pairs
+
+
 def talk(
-    placed: Sequence[Placed], *, windows: float, window_tokens: int, other_facts: float, seed: str, measure: Measure
+    placed: Sequence[Placed],
+    pairs: Sequence[Pair] = (),
+    *,
+    windows: float,
+    window_tokens: int,
+    other_facts: float,
+    seed: str,
+    measure: Measure,
 ) -> Talk:
     """A conversation of `windows` windows with these facts among small talk, of which the share `other_facts` may be
     facts about others. Ends before the questions."""
+    told = [*placed, *(one for pair in pairs for one in (pair.first, pair.second))]
     due = sorted(
         (
-            (distance + _BETWEEN * (len(item.fact.told) - 1 - at), number, turn)
-            for number, item in enumerate(placed)
+            (item.windows + item.apart * (len(item.fact.told) - 1 - at), number, turn)
+            for number, item in enumerate(told)
             for at, turn in enumerate(item.fact.told)
-            for distance in [item.windows]
         ),
         key=lambda event: (-event[0], event[1]),
     )
-    filler = _filler(f"{seed}/filler", [item.fact.subject for item in placed], other_facts)
+    filler = _filler(f"{seed}/filler", [item.fact.subject for item in told], other_facts)
     rest = windows * window_tokens
     turns: list[Turn] = []
     while due or rest > 0:
         turn = due.pop(0)[2] if due and due[0][0] * window_tokens >= rest else next(filler)
         turns.append(turn)
         rest -= measure(turn)
-    return Talk(tuple(turns), tuple(placed))
+    return Talk(tuple(turns), tuple(placed), tuple(pairs))
 
 
 def pieces(turns: Sequence[Turn], tokens: int, measure: Measure) -> Iterator[list[Turn]]:
@@ -120,6 +180,10 @@ def messages(piece: Sequence[Turn]) -> list[dict[str, str]]:
         for message in ({"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.reply})
     ]
     return said[:-1]
+
+
+def _both(first: Turn, second: Turn) -> Turn:
+    return replace(second, user=f"{first.user} {second.user}")
 
 
 def _sources(seed: str) -> Iterator[Dialogue]:

@@ -17,19 +17,29 @@ Policies = dict[ContextPolicy, Epochs]
 
 def context_epochs(config: WorkerConfig, loaded: LoadedModel, num_device_blocks: int) -> Policies:
     """None where keys can't be turned exactly, or there are too few positions, or blocks."""
-    block_tokens = loaded.layout.block_tokens
-    positions = min(config.context_tokens or loaded.max_context_tokens, loaded.max_context_tokens)
     if loaded.rope is None:
         return {}
-    recall_tokens = config.recall_tokens or positions // _RECALL_SHARE
+    block_tokens = loaded.layout.block_tokens
+    positions = min(config.context_tokens or loaded.max_context_tokens, loaded.max_context_tokens)
+    room = num_device_blocks * block_tokens
+    found = policy_epochs(positions, block_tokens, config.recall_tokens)
+    return {policy: epochs for policy, epochs in found.items() if _needed(epochs) <= room}
+
+
+def policy_epochs(positions: int, block_tokens: int, recall_tokens: int = 0) -> Policies:
+    """Of the policies that so many positions are enough for; `recall_tokens` 0 is a share of them."""
     found = {
         ContextPolicy.WINDOW: window_epochs(positions, block_tokens),
         ContextPolicy.RECALL: recall_epochs(
-            positions, block_tokens, recall_tokens, unit=UNIT_TOKENS, asking=_ASKING_TOKENS, chosen_by=CHOSEN_BY
+            positions,
+            block_tokens,
+            recall_tokens or positions // _RECALL_SHARE,
+            unit=UNIT_TOKENS,
+            asking=_ASKING_TOKENS,
+            chosen_by=CHOSEN_BY,
         ),
     }
-    room = num_device_blocks * block_tokens
-    return {policy: epochs for policy, epochs in found.items() if epochs is not None and _needed(epochs) <= room}
+    return {policy: epochs for policy, epochs in found.items() if epochs is not None}
 
 
 def beyond(policies: Policies, context: Context, *bounds: int) -> Beyond | None:
