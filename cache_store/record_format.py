@@ -17,11 +17,11 @@ import numpy as np
 from cache_store.attachments import BankAttachment, pack_banks, read_banks
 from cache_store.codecs import RAW
 from cache_store.errors import RecordUnreadable
-from cache_store.records import SessionRecord, TurnRecord
+from cache_store.records import SessionRecord, TurnMemory, TurnRecord
 from cache_store.sealing import TAG_BYTES, KeyUnknown, SealBroken, Sealer
 
 _TURN = struct.Struct("<IIIIq")  # start, reply_start, end, finish_reason, committed_ms; then the idempotency key,
-_INSERTS = b"\0"  # and, where there are any, this and inserts: bounds and lost ones, as JSON
+_MORE = b"\0"  # and, where there are any, this and as JSON: bounds of inserts, lost ones, memories
 _COUNT = struct.Struct("<I")
 _LENGTH = struct.Struct("<H")
 _CONTINUATION = struct.Struct(f"<{TAG_BYTES}sI?")  # the last piece's tag, how many there are, whether one may follow
@@ -92,7 +92,7 @@ class PlainFormat:
                 turns=tuple(read_turn(entry) for entry in kept.entries),
                 token_ids=read_tokens(kept.tokens),
             )
-        except (ValueError, KeyError, struct.error) as error:
+        except (ValueError, KeyError, TypeError, struct.error) as error:
             raise RecordUnreadable(f"the record of session {session_id} is damaged") from error
         if len(record.token_ids) != record.num_tokens or (record.version and not record.turns):
             # A Redis that evicts whatever it likes takes one of a record's keys and leaves the others.
@@ -227,14 +227,14 @@ def read_tokens(packed: bytes) -> tuple[int, ...]:
 
 def pack_turn(turn: TurnRecord) -> bytes:
     fixed = _TURN.pack(turn.start, turn.reply_start, turn.end, turn.finish_reason, turn.committed_ms)
-    inserts = [turn.insert_bounds, turn.lost_inserts]
-    return fixed + turn.idempotency_key.encode() + (_INSERTS + json.dumps(inserts).encode() if any(inserts) else b"")
+    more = [turn.insert_bounds, turn.lost_inserts, turn.memories]
+    return fixed + turn.idempotency_key.encode() + (_MORE + json.dumps(more).encode() if any(more) else b"")
 
 
 def read_turn(packed: bytes) -> TurnRecord:
     start, reply_start, end, finish_reason, committed_ms = _TURN.unpack_from(packed)
-    key, _, inserts = packed[_TURN.size :].partition(_INSERTS)
-    bounds, lost = json.loads(inserts or b"[[], []]")
+    key, _, more = packed[_TURN.size :].partition(_MORE)
+    bounds, lost, memories = json.loads(more or b"[[], [], []]")
     return TurnRecord(
         start=start,
         reply_start=reply_start,
@@ -244,6 +244,7 @@ def read_turn(packed: bytes) -> TurnRecord:
         idempotency_key=key.decode(),
         insert_bounds=tuple(bounds),
         lost_inserts=tuple(lost),
+        memories=tuple(TurnMemory(*memory) for memory in memories),
     )
 
 

@@ -13,6 +13,16 @@ from cache_store.store import ServerInfo
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
+class TurnMemory(NamedTuple):
+    """An entry of a bank that a turn has read: protos' MemorySource."""
+
+    bank: str
+    entry_id: str
+    score: float
+    document_id: str
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRecord:
     """Tokens [start, reply_start) were the input of this turn, [reply_start, end) its reply."""
@@ -29,6 +39,8 @@ class TurnRecord:
     """Of its input, what was inserted: start, end, start, end, ... (`cache_store/inserts.py`)."""
     lost_inserts: tuple[int, ...] = ()
     """Where inserts of earlier turns begin that are none any more: their KV was lost, and computed where they stand."""
+    memories: tuple[TurnMemory, ...] = ()
+    """What it has read, for who asks for it again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

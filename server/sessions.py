@@ -152,7 +152,7 @@ class SessionKeeper:
             banks=parent.banks,
             parent_session_id=session_id,
             parent_turn=num_turns,
-            turns=tuple(replace(turn, idempotency_key="") for turn in parent.turns[:num_turns]),
+            turns=tuple(replace(turn, idempotency_key="", memories=()) for turn in parent.turns[:num_turns]),
             token_ids=parent.token_ids[:num_tokens],
             num_tokens=num_tokens,
         )

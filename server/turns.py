@@ -8,19 +8,20 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Protocol
+from typing import Final, Protocol
 
 import structlog
 
-from cache_store.records import SessionRecord, TurnRecord, inserts_of
+from cache_store.records import SessionRecord, TurnMemory, TurnRecord, inserts_of
 from protos import rekindle_pb2 as pb
 from server.errors import NoWorker, WorkerFault, WorkerLost, WorkerRefused
 from server.exchanges import Exchange
 from server.lease import Leases
-from server.memories import Memories
+from server.memories import Memories, Reading
 from server.metrics import FrontMetrics, kind_of_turn
 from server.relay import Relay, Turn
 
+_MOST_MEMORIES: Final = 50
 _log = structlog.get_logger(__name__)
 
 
@@ -116,6 +117,7 @@ class Turns:
                 elif event.HasField("finished"):
                     finished = event.finished
                     finished.turn, finished.repeated = number, True
+                    finished.receipt.memories.extend(pb.MemorySource(**one._asdict()) for one in said.memories)
                     finished.reason = said.finish_reason  # type: ignore[assignment]  # a number, as records keep it
                     yield pb.GenerateResponse(finished=finished)
 
@@ -181,15 +183,25 @@ def _turn_record(turn: Turn, reason: pb.FinishReason) -> TurnRecord:
     start = len(turn.record.token_ids)
     reply_start = start + len(turn.input_ids)
     new_inserts, lost_inserts = _inserts(turn)
+    key = turn.request.idempotency_key
     return TurnRecord(
         start=start,
         reply_start=reply_start,
         end=reply_start + len(turn.reply_ids),
         finish_reason=reason,
         committed_ms=int(time.time() * 1000),
-        idempotency_key=turn.request.idempotency_key,
+        idempotency_key=key,
         insert_bounds=new_inserts,
         lost_inserts=lost_inserts,
+        memories=_memories(turn.reading) if key and turn.reading is not None else (),
+    )
+
+
+def _memories(reading: Reading) -> tuple[TurnMemory, ...]:
+    """The best of what was read: a record has its bounds."""
+    return tuple(
+        TurnMemory(source.bank, source.entry_id, source.score, source.document_id, source.tokens)
+        for source in reading.sources[:_MOST_MEMORIES]
     )
 
 

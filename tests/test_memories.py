@@ -221,6 +221,8 @@ async def test_a_turn_that_moves_or_is_repeated_has_read_once() -> None:
         assert "of Bob" not in texts.pop()
         repeated = await say(client, "Whose dog is Rex?", idempotency_key="k")
         assert (repeated.repeated, finished.repeated, repeated.turn) == (True, False, 1)
+        assert len(repeated.receipt.memories) == 1
+        assert repeated.receipt.memories == finished.receipt.memories
         assert repeated.usage.prompt_tokens == finished.usage.prompt_tokens
         await written(front, 1)
 

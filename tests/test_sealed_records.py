@@ -15,7 +15,7 @@ from cache_store.attachments import BankAccess, BankAttachment
 from cache_store.errors import RecordUnreadable
 from cache_store.open_records import open_records
 from cache_store.record_format import Kept, SealedFormat, Written, meta_fields
-from cache_store.records import RecordStore, SessionRecord
+from cache_store.records import RecordStore, SessionRecord, TurnMemory
 from cache_store.sealing import Keyring, MasterKey, Purpose
 from tests.keyrings import keyring
 from tests.test_records import new_record, take_turn, turn
@@ -76,16 +76,17 @@ def _flat(value: Any) -> bytes:
 async def test_no_token_is_in_redis(records: RecordStore, client: redis.Redis, redis_url: str) -> None:
     await converse(records)
     assert (await records.get("t", "s")).token_ids == ALL_SAID
+    read = (TurnMemory("notes", "beef", 0.1, "handbook", 7), TurnMemory("log", "cafe", 0.05, "", 9))
     fork = replace(
         new_record("fork"),
         token_ids=ALL_SAID,
-        turns=(replace(turn(0, 1, 8), idempotency_key="by-this-key"),),
+        turns=(replace(turn(0, 1, 8), idempotency_key="by-this-key", memories=read),),
         num_tokens=8,
     )
     await records.create(fork)
     assert (await records.get("t", "fork")).turns == fork.turns
     dumped = dump(client)
-    assert b"by-this-key" not in dumped
+    assert not any(said in dumped for said in (b"by-this-key", b"handbook"))
     assert not any(token.to_bytes(4, "little") in dumped for token in ALL_SAID)
     async with records_at(redis_url, None) as plain:
         await converse(plain, "plain")
