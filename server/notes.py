@@ -87,7 +87,8 @@ class Notes:
         self._most_waiting = most_waiting
         self._patience_s = patience_s
         self._num_waiting = 0
-        self._looking = asyncio.Lock()
+        self._looking: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """By model: who came first is served first."""
         self._writing: set[str] = set()
         """Workers that have one of ours."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -146,7 +147,7 @@ class Notes:
     async def _idle_worker(self, model: str) -> AsyncGenerator[Worker | None, None]:
         """A worker of this model that has little to do; None where there is none in time."""
         try:
-            async with asyncio.timeout(self._patience_s), self._looking:  # who came first is served first
+            async with asyncio.timeout(self._patience_s), self._looking[model]:
                 worker = await self._look(model)
                 self._writing.add(worker.worker_id)
         except TimeoutError:

@@ -1,6 +1,7 @@
 """Banks in a real Redis: several front ends over one, what it loses or can't do, and what can be read there."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -8,6 +9,7 @@ from dataclasses import replace
 import pytest
 import redis
 
+from benchmarks.banks import run
 from cache_store import bank_scripts
 from cache_store.bank_keys import keys_of
 from cache_store.bank_store import BankStore, Seen
@@ -289,3 +291,13 @@ async def test_names_of_banks_that_are_gone_leave_the_index(redis_url: str) -> N
             client.delete(keys_of("t", "old").meta)
             assert [one.name for one in (await front.keeper.page("t", page_size=5, page_token="")).records] == ["b"]
             assert client.zcard("rekindle:banks:t") == 1
+
+
+def test_a_large_bank_is_measured_from_its_first_entry_to_a_search_after_a_write(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(entries=300, words=5, queries=2, as_json=True) == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert figures.pop("entries") == 300
+    assert set(figures) >= {"put_ms_each", "redis_mib", "first_search_s", "search_p99_ms", "after_write_p50_ms"}
+    assert all(value >= 0 for value in figures.values())
