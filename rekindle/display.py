@@ -62,7 +62,10 @@ def receipt_line(finished: pb.Finished) -> str:
     ]
     parts = [f"prompt of {usage.prompt_tokens} tokens: {' + '.join(sources)}"]
     if receipt.restored_bytes:
-        parts.append(f"restored {size(receipt.restored_bytes)} in {receipt.restore_ms:.1f} ms")
+        within = (
+            "" if receipt.context.recalled_tokens else f" in {receipt.restore_ms:.1f} ms"
+        )  # that is before it began
+        parts.append(f"restored {size(receipt.restored_bytes)}{within}")
     if receipt.context.recalled_tokens:
         parts.append(f"recalled {receipt.context.recalled_tokens} tokens in {receipt.context.choices} choices")
     if receipt.memories:

@@ -130,6 +130,18 @@ def test_another_worker_goes_on_with_it_from_redis_alone(
     assert talk.history == undisturbed.history
 
 
+def test_a_receipt_counts_the_bytes_that_came_back_in_the_course_of_the_turn(
+    build_engine: EngineFactory, redis_url: str
+) -> None:
+    engine = build(build_engine, redis_url=redis_url)
+    talk = talk_of(engine, ContextPolicy.RECALL, 8)
+    talk.park(engine)
+    small = build(build_engine, device_cache_bytes=30 * engine.layout.block_bytes, redis_url=redis_url)
+    receipt = talk.say(small, LONG[900:960], 20).receipt
+    moved = sum(moved.bytes for moved in small.stats().moved if moved.target == "device")
+    assert receipt.restored_bytes == moved > len(talk.history) // 16 * engine.layout.block_bytes
+
+
 @pytest.mark.parametrize("num_begun", [1, 20])
 def test_another_worker_goes_on_in_mid_reply_and_says_the_same(
     build_engine: EngineFactory, redis_url: str, policy: ContextPolicy, num_begun: int
@@ -173,11 +185,11 @@ def test_what_was_lost_from_every_tier_is_computed_again(
 
 @pytest.mark.parametrize("num_begun", [0, 15])
 def test_a_block_is_published_once_all_of_it_is_computed(
-    build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, policy: ContextPolicy, num_begun: int
+    build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, num_begun: int
 ) -> None:
     engine = build_engine(context_tokens=512, recall_tokens=48)
-    talk = talk_of(engine, policy)
-    assert len(talk.history) > engine._policies[policy].reach
+    talk = talk_of(engine, ContextPolicy.RECALL)
+    assert len(talk.history) > engine._policies[ContextPolicy.RECALL].reach
     reply = start(engine, talk.history, LONG[900:1005], max_new_tokens=30, context=talk.context).result().reply
     device, tables = engine._tiers.device, engine._scheduler._tables
     published: list[tuple[BlockId, torch.Tensor]] = []

@@ -223,6 +223,7 @@ class Receipt:
     disk_tokens: int = 0
     misses: dict[MissReason, int] = field(default_factory=dict)
     restored_bytes: int = 0
+    """Of payloads; with RECALL also what came in the course of the turn."""
     queue_ms: float = 0.0
     restore_ms: float = 0.0
     prefill_ms: float = 0.0

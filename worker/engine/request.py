@@ -120,6 +120,8 @@ class Request:
         """What is in the slots for what is recalled,"""
         self.asked: Choice | None = None
         """and what is to be there, by what was asked for."""
+        self.restored_later_bytes = 0
+        """What came from below the device since it began to be computed."""
         self.set_out()
 
     @property

@@ -303,6 +303,7 @@ class Scheduler:
         plan = request.receipt.plan
         receipt = replace(
             request.receipt,
+            restored_bytes=request.receipt.restored_bytes + request.restored_later_bytes,
             prefill_ms=(request.first_token_s - request.restored_s) * 1e3,
             decode_ms=(now - request.first_token_s) * 1e3,
             ttft_ms=ttft_ms,

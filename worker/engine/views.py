@@ -87,8 +87,13 @@ class Views:
         """Get to know what is gone since the request went on to its epoch."""
         beyond = request.beyond
         assert beyond is not None
+
+        def known(found: Mapping[int, Tier], num_bytes: int) -> None:
+            request.restored_later_bytes += num_bytes
+            ready()
+
         if beyond.chooses:
-            self._know(request, range(0), lambda found, num_bytes: ready(), lost)
+            self._know(request, range(0), known, lost)
         else:
             ready()
 
@@ -126,6 +131,7 @@ class Views:
             if self._has_lost(gathering, lost):
                 return
             request.recalled = choice
+            request.restored_later_bytes += gathering.restored_bytes
             ready()
 
         self._gather(request, np.unique(blocks).tolist(), use, done)
