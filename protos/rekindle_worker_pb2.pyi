@@ -24,7 +24,7 @@ class History(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., context_policy: _Optional[_Union[_rekindle_pb2.ContextPolicy, str]] = ..., turn_bounds: _Optional[_Iterable[int]] = ..., insert_bounds: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WorkerGenerateRequest(_message.Message):
-    __slots__ = ("request_id", "session_id", "history", "text", "chat", "tokens", "sampling", "block_ttl_s", "audit", "begun", "inserts", "tokens_inserted")
+    __slots__ = ("request_id", "session_id", "history", "text", "chat", "tokens", "sampling", "block_ttl_s", "audit", "begun", "inserts", "tokens_inserted", "device_only")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class WorkerGenerateRequest(_message.Message):
     BEGUN_FIELD_NUMBER: _ClassVar[int]
     INSERTS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_INSERTED_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_ONLY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     session_id: str
     history: History
@@ -49,7 +50,8 @@ class WorkerGenerateRequest(_message.Message):
     begun: Begun
     inserts: _containers.RepeatedScalarFieldContainer[str]
     tokens_inserted: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., session_id: _Optional[str] = ..., history: _Optional[_Union[History, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[_rekindle_pb2.ChatInput, _Mapping]] = ..., tokens: _Optional[_Union[_rekindle_pb2.TokenInput, _Mapping]] = ..., sampling: _Optional[_Union[_rekindle_pb2.Sampling, _Mapping]] = ..., block_ttl_s: _Optional[int] = ..., audit: _Optional[bool] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., inserts: _Optional[_Iterable[str]] = ..., tokens_inserted: _Optional[_Iterable[int]] = ...) -> None: ...
+    device_only: bool
+    def __init__(self, request_id: _Optional[str] = ..., session_id: _Optional[str] = ..., history: _Optional[_Union[History, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[_rekindle_pb2.ChatInput, _Mapping]] = ..., tokens: _Optional[_Union[_rekindle_pb2.TokenInput, _Mapping]] = ..., sampling: _Optional[_Union[_rekindle_pb2.Sampling, _Mapping]] = ..., block_ttl_s: _Optional[int] = ..., audit: _Optional[bool] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., inserts: _Optional[_Iterable[str]] = ..., tokens_inserted: _Optional[_Iterable[int]] = ..., device_only: _Optional[bool] = ...) -> None: ...
 
 class Begun(_message.Message):
     __slots__ = ("token_ids", "text_characters")

@@ -32,8 +32,6 @@ _ANSWER_S: Final = 60.0
 _BUSY_S: Final = 0.25
 """With more than that to do a worker is left alone."""
 _LOOK_S: Final = 0.25
-_BLOCK_TTL_S: Final = 60
-"""In Redis, of KV that nobody needs again."""
 _MAX_BYTES: Final = 8192
 _LEAST_BYTES: Final = 256
 _QUESTION_TOKENS: Final = 640
@@ -188,7 +186,7 @@ class Notes:
             history=wpb.History(tenant=exchange.record.tenant, codec=exchange.record.codec),
             chat=pb.ChatInput(messages=[message]),
             sampling=pb.Sampling(max_new_tokens=wish.max_new_tokens, temperature=0.0),
-            block_ttl_s=_BLOCK_TTL_S,
+            device_only=True,
         )
         reply, finished = await self._generate(worker, request)
         self._metrics.note_asked(finished.usage)

@@ -63,6 +63,7 @@ def start(
     audit: bool = False,
     context: Context = PLAIN,
     insert_bounds: Sequence[int] = (),
+    device_only: bool = False,
 ) -> Stream:
     stream = Stream(f"request-{next(_numbers)}")
     call = GenerateCall(
@@ -80,6 +81,7 @@ def start(
         audit=audit,
         context=context,
         insert_bounds=tuple(insert_bounds),
+        device_only=device_only,
     )
     engine.submit(call, stream.events.put)
     return stream

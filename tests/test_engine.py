@@ -404,6 +404,19 @@ def test_what_comes_up_while_redis_is_being_asked_to_delete_it_is_gone_with_it(
     assert (located.device_tokens, located.host_tokens, located.redis_tokens) == (0, 0, 0)
 
 
+def test_what_nobody_goes_on_from_is_found_on_the_device_and_goes_to_no_tier_below(
+    build_engine: EngineFactory, redis_url: str
+) -> None:
+    engine = build_engine(redis_url=redis_url)
+    history = (*PROMPT, *generate(engine, (), PROMPT, device_only=True).reply)
+    engine.flush(TENANT, history).result(30)
+    located = engine.locate(TENANT, history, with_redis=True).result(30)
+    assert (located.device_tokens, located.host_tokens, located.redis_tokens) == (len(history) - 1, 0, 0)
+    again = generate(engine, (), PROMPT)
+    assert again.receipt.device_tokens == 48
+    assert again.reply == history[len(PROMPT) :]
+
+
 def test_tiers_are_told_apart_and_dropped_together(build_engine: EngineFactory, redis_url: str) -> None:
     engine = build_engine(redis_url=redis_url)
     history = (*PROMPT, *generate(engine, (), PROMPT).reply)

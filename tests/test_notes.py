@@ -69,7 +69,7 @@ async def test_facts_that_the_model_writes_of_a_turn_become_entries(
     assert (first.session_id, first.turn, first.superseded_by) == ("s", 1, "")
     turn, asked = worker.generated
     assert turn.session_id == "s"
-    assert (asked.session_id, len(asked.history.token_ids), asked.block_ttl_s) == ("", 0, 60)
+    assert (asked.session_id, len(asked.history.token_ids), asked.device_only) == ("", 0, True)
     assert asked.history.tenant == turn.history.tenant
     assert (asked.sampling.temperature, asked.sampling.max_new_tokens) == (0.0, 96)
     (message,) = asked.chat.messages

@@ -146,6 +146,8 @@ class GenerateCall:
     context: Context = PLAIN
     insert_bounds: tuple[int, ...] = ()
     """Parts of the input whose KV is inserted where a tier has it, as in `Context`. The prompt's end is in none."""
+    device_only: bool = False
+    """Nobody will go on from here: its KV goes to no tier below the device."""
 
     def check(self) -> None:
         """Raises InvalidRequest where bounds are none of its tokens."""

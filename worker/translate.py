@@ -94,6 +94,7 @@ def call_of(
         audit=request.audit,
         context=context_of(request.history),
         insert_bounds=_inserted(request.history, encoded),
+        device_only=request.device_only,
     )
 
 

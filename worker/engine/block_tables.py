@@ -253,7 +253,7 @@ class BlockTables:
 
     def _offload(self, request: Request, index: int, name: BlockHash, num_tokens: int, *, to_store: bool) -> None:
         block = request.block_of(index)
-        if self._pool.is_lossy(block):  # encoded from it, it would be encoded twice
+        if request.call.device_only or self._pool.is_lossy(block):  # what is lossy would be encoded twice
             return
         self._pool.acquire([block])
         release = [block]
