@@ -84,17 +84,21 @@ def run(
 
 def _sides(engine: Engine, inserts: int, insert_tokens: int, question_tokens: int) -> dict[str, Callable[[], float]]:
     """Milliseconds to the first token, from where the inserts' KV is."""
-    numbers, draw = count(), np.random.default_rng(0)
-    texts = [tuple(draw.integers(5, 900, insert_tokens).tolist()) for _ in range(inserts)]
+    draw = np.random.default_rng(0)
+
+    def words(num: int) -> list[int]:
+        drawn: list[int] = draw.integers(5, engine.vocab_size, num).tolist()
+        return drawn
+
+    texts = [words(insert_tokens) for _ in range(inserts)]
     said = [_say(engine, (), text, 1)[0] for text in texts]
 
     def first_token_ms(*, inserted: bool) -> float:
-        begun = draw.integers(5, 900, _UNLIKE).tolist()
-        tokens, bounds = [next(numbers) % 900 + 5, *begun], list[int]()
+        tokens, bounds = words(_UNLIKE), list[int]()
         for text in texts:
             bounds += [len(tokens), len(tokens) + len(text)]
             tokens += [*text, 7]
-        tokens += draw.integers(5, 900, question_tokens).tolist()
+        tokens += words(question_tokens)
         _, receipt = _say(engine, (), tokens, 1, bounds if inserted else ())
         assert len(receipt.insert_bounds) == (2 * inserts if inserted else 0), "it was not inserted"
         return receipt.ttft_ms

@@ -231,6 +231,16 @@ class PrefillRequest(_message.Message):
     block_ttl_s: int
     def __init__(self, tenant: _Optional[str] = ..., codec: _Optional[str] = ..., texts: _Optional[_Iterable[str]] = ..., block_ttl_s: _Optional[int] = ...) -> None: ...
 
+class DropPrefilledRequest(_message.Message):
+    __slots__ = ("tenant", "texts", "with_redis")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    WITH_REDIS_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    with_redis: bool
+    def __init__(self, tenant: _Optional[str] = ..., texts: _Optional[_Iterable[str]] = ..., with_redis: _Optional[bool] = ...) -> None: ...
+
 class PrefillReply(_message.Message):
     __slots__ = ("tokens",)
     TOKENS_FIELD_NUMBER: _ClassVar[int]

@@ -90,6 +90,11 @@ class WorkerStub:
                 request_serializer=protos_dot_rekindle__worker__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=protos_dot_rekindle__worker__pb2.PrefillReply.FromString,
                 _registered_method=True)
+        self.DropPrefilled = channel.unary_unary(
+                '/rekindle.worker.v1.Worker/DropPrefilled',
+                request_serializer=protos_dot_rekindle__worker__pb2.DropPrefilledRequest.SerializeToString,
+                response_deserializer=protos_dot_rekindle__worker__pb2.DropReply.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/rekindle.worker.v1.Worker/Describe',
                 request_serializer=protos_dot_rekindle__worker__pb2.DescribeRequest.SerializeToString,
@@ -192,6 +197,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DropPrefilled(self, request, context):
+        """Drops such KV, of whatever codec, from this worker's tiers, and, if asked, from Redis.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -275,6 +287,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=protos_dot_rekindle__worker__pb2.PrefillRequest.FromString,
                     response_serializer=protos_dot_rekindle__worker__pb2.PrefillReply.SerializeToString,
+            ),
+            'DropPrefilled': grpc.unary_unary_rpc_method_handler(
+                    servicer.DropPrefilled,
+                    request_deserializer=protos_dot_rekindle__worker__pb2.DropPrefilledRequest.FromString,
+                    response_serializer=protos_dot_rekindle__worker__pb2.DropReply.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -594,6 +611,33 @@ class Worker:
             '/rekindle.worker.v1.Worker/Prefill',
             protos_dot_rekindle__worker__pb2.PrefillRequest.SerializeToString,
             protos_dot_rekindle__worker__pb2.PrefillReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DropPrefilled(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rekindle.worker.v1.Worker/DropPrefilled',
+            protos_dot_rekindle__worker__pb2.DropPrefilledRequest.SerializeToString,
+            protos_dot_rekindle__worker__pb2.DropReply.FromString,
             options,
             channel_credentials,
             insecure,

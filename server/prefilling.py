@@ -56,6 +56,24 @@ class Prefilling:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    async def forget(self, bank: BankRecord, entries: Sequence[Entry]) -> None:
+        """Entries of a bank are deleted: so is their KV, as far as workers can be asked."""
+        if not (bank.settings.kv_ttl_s and entries):
+            return
+        texts = [element(bank.name, entry) for entry in entries]
+        living = self._directory.living()
+        requests = [
+            wpb.DropPrefilledRequest(tenant=bank.tenant, texts=texts, with_redis=worker is living[0])
+            for worker in living
+        ]
+        asked = zip(living, requests, strict=True)
+        answers = await asyncio.gather(
+            *(worker.client.drop_prefilled(request) for worker, request in asked), return_exceptions=True
+        )
+        for worker, answer in zip(living, answers, strict=True):
+            if isinstance(answer, BaseException):
+                _log.warning("KV of deleted entries stays", worker=worker.worker_id, error=str(answer))
+
     async def aclose(self) -> None:
         """Give up what is not prefilled."""
         tasks = list(self._tasks)

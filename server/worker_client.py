@@ -125,6 +125,10 @@ class WorkerClient:
         reply: wpb.PrefillReply = await self._ask(self._stub.Prefill, request, timeout_s)
         return reply
 
+    async def drop_prefilled(self, request: wpb.DropPrefilledRequest) -> wpb.DropReply:
+        reply: wpb.DropReply = await self._ask(self._stub.DropPrefilled, request, _MOVE_S)
+        return reply
+
     async def embed(self, request: wpb.EmbedRequest, *, timeout_s: float) -> wpb.EmbedReply:
         call = self._stub.Embed(request, timeout=timeout_s)
         self._streams.add(call)  # it takes long enough for the worker to be found frozen

@@ -5,10 +5,13 @@ from itertools import count
 
 import pytest
 
+from cache_store.banks import Entry, EntryKind
 from cache_store.record_format import pack_turn, read_turn
 from cache_store.records import TurnRecord, inserts_of
 from protos import rekindle_memory_pb2 as mpb
 from protos import rekindle_pb2 as pb
+from protos import rekindle_worker_pb2 as wpb
+from server.memory_text import element
 from server.tenants import DEFAULT_TENANT
 from tests.systems import System, WorkerProcess, chat, eventually, running_system
 
@@ -78,13 +81,30 @@ async def test_a_session_with_inserts_goes_on_elsewhere_and_in_forks(
                 assert list(receipt.insert_bounds[:6]) == list(first.receipt.insert_bounds)
 
 
+async def test_the_kv_of_what_is_forgotten_goes_from_every_tier(
+    system: System, redis_url: str, workers: tuple[WorkerProcess, WorkerProcess]
+) -> None:
+    memory = system.client.memory
+    found = [one.entry for one in await memory.recall("handbook", "fire extinguisher", k=3)]
+    await memory.forget("handbook", ids=[entry.id for entry in found if entry.document_id == "safety"])
+    known = system.application.directory.find(workers[0].worker_id)
+    assert known is not None
+    texts = [element("handbook", entry_of(entry)) for entry in found]
+    request = wpb.DropPrefilledRequest(tenant=DEFAULT_TENANT, with_redis=True)
+    for entry, text in zip(found, texts, strict=True):
+        del request.texts[:]
+        request.texts.append(text)
+        left = await known.client.drop_prefilled(request)
+        assert bool(left.redis_blocks) == (entry.document_id != "safety")
+
+
 async def test_what_is_lost_is_computed_in_the_turn_and_prefilled_for_the_next(
     system: System, workers: tuple[WorkerProcess, WorkerProcess]
 ) -> None:
     for worker in workers:
         known = system.application.directory.find(worker.worker_id)
         assert known is not None
-        assert (await known.client.erase(DEFAULT_TENANT, with_redis=True)).host_blocks + 1
+        await known.client.erase(DEFAULT_TENANT, with_redis=True)
     numbers = count()
 
     async def ask() -> pb.Finished:
@@ -101,6 +121,16 @@ async def test_what_is_lost_is_computed_in_the_turn_and_prefilled_for_the_next(
         return len((await ask()).receipt.insert_bounds) == 6
 
     await eventually(is_prefilled, within_s=20)
+
+
+def entry_of(entry: mpb.MemoryEntry) -> Entry:
+    return Entry(
+        id=entry.id,
+        text=entry.text,
+        kind=EntryKind(entry.kind),
+        document_id=entry.document_id,
+        created_ms=entry.created_ms,
+    )
 
 
 def turn_of(start: int, *bounds: int, lost: tuple[int, ...] = ()) -> TurnRecord:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.inserts import _sides
 from cache_store.errors import InvalidRequest
 from cache_store.ids import full_block_hashes, root_hash
 from cache_store.inserts import LINK_TOKENS, Inserts
@@ -220,6 +221,14 @@ def test_a_turn_with_inserts_is_not_audited_from_tokens_alone(build_engine: Engi
     turn = generate(engine, history, QUESTION, context=context, audit=True)
     assert turn.receipt.redis_tokens > 0
     assert turn.receipt.audit is None
+
+
+def test_the_benchmark_times_what_it_says(build_engine: EngineFactory, redis_url: str) -> None:
+    engine = build_engine(redis_url=redis_url)
+    for side in _sides(engine, 3, 40, 8).values():
+        assert side() > 0
+    sources = engine.stats()
+    assert sources.redis_tokens == sources.host_tokens == sources.device_tokens == 3 * (40 - LINK_TOKENS)
 
 
 @given(st.lists(st.integers(1, 70), max_size=9), st.integers(0, 400))

@@ -6,14 +6,17 @@ from concurrent.futures import Future
 from itertools import count
 from typing import TypeVar
 
+from cache_store.codecs import SESSION_CODECS, fidelity_of
 from cache_store.inserts import LINK_TOKENS
-from worker.calls import Failed, Finished, GenerateCall, Sampling, Token
+from worker.calls import DropReport, Failed, Finished, GenerateCall, Sampling, Token
 from worker.crossing import Crossing, EventStream
 from worker.engine_like import EngineLike
 
 T = TypeVar("T")
 
 _GREEDY = Sampling()
+_FIDELITIES = {fidelity_of(codec): codec for codec in SESSION_CODECS}.values()
+"""A codec of each fidelity: blocks of one have the same names."""
 
 
 class Prefilling:
@@ -46,6 +49,12 @@ class Prefilling:
             )
             return parked.redis_tokens == len(tokens)
         return True
+
+    async def drop(self, tenant: str, token_ids: Sequence[int], *, with_redis: bool) -> list[DropReport]:
+        """Drop it again, of whatever codec."""
+        whole = (*token_ids, 0)
+        drops = [self._engine.drop(tenant, whole, codec=codec, with_redis=with_redis) for codec in _FIDELITIES]
+        return [await _answer(drop) for drop in drops]
 
     async def _run(self, tenant: str, tokens: tuple[int, ...], codec: str, ttl_s: int, deadline_s: float | None) -> int:
         """Compute them; one token more is said."""

@@ -246,6 +246,15 @@ class WorkerService(WorkerServicer):
                 kept.append(len(token_ids) if is_kept else 0)
         return wpb.PrefillReply(tokens=kept)
 
+    async def DropPrefilled(self, request: wpb.DropPrefilledRequest, context: Context) -> wpb.DropReply:
+        dropped = wpb.DropReply()
+        async with self._statuses(context, "DropPrefilled"):
+            for text in request.texts:
+                token_ids = await self._in_thread(partial(self._quoted_tokens, text))
+                for report in await self._prefilling.drop(request.tenant, token_ids, with_redis=request.with_redis):
+                    translate.add_drop(dropped, report)
+        return dropped
+
     def _quoted_tokens(self, text: str) -> tuple[int, ...]:
         """Of a text as turns read it."""
         quoted, _ = self._codec.quote(text)

@@ -233,6 +233,13 @@ def drop_message(report: DropReport) -> wpb.DropReply:
     )
 
 
+def add_drop(message: wpb.DropReply, report: DropReport) -> None:
+    message.device_blocks += report.device_blocks
+    message.host_blocks += report.host_blocks
+    message.disk_blocks += report.disk_blocks
+    message.redis_blocks += report.redis_blocks
+
+
 def stats_message(stats: EngineStats, *, worker_id: str, model: str, block_tokens: int) -> pb.WorkerCacheStats:
     return pb.WorkerCacheStats(
         worker_id=worker_id,

@@ -295,7 +295,10 @@ class BankKeeper:
             entries = await self._store.entries(bank, ids[start : start + _REMOVED_AT_ONCE])
             there = [entry for entry in entries if entry is not None]
             if there:
-                removed += len(await self._store.remove(bank, there, unused_since_ms=unused_since_ms))
+                gone = set(await self._store.remove(bank, there, unused_since_ms=unused_since_ms))
+                removed += len(gone)
+                if self._prefills is not None:
+                    await self._prefills.forget(bank, [entry for entry in there if entry.id in gone])
         return removed
 
     def _now_ms(self) -> int:

@@ -12,3 +12,7 @@ class Prefills(Protocol):
     async def prefill(self, bank: BankRecord, entries: Sequence[Entry]) -> int:
         """Prefill entries of a bank that asks for it. How many of them were; it never fails."""
         ...
+
+    async def forget(self, bank: BankRecord, entries: Sequence[Entry]) -> None:
+        """Entries of a bank are deleted: so is their KV, as far as workers can be asked. It never fails."""
+        ...
