@@ -186,7 +186,7 @@ def _figures(setup: Setup, held: dict[str, Held], kept: Sequence[Kept]) -> dict[
         figures[f"{policy}, median turn (s)"] = statistics.median(one.turn_s)
         figures[f"{policy}, last turns to first ones"] = one.growth
         figures[f"{policy}, ms a token"] = statistics.median(one.token_ms)
-        figures[f"{policy}, most KV on the device (MiB)"] = max(one.device_bytes) / (1 << 20)
+        figures[f"{policy}, most KV on the device (MiB)"] = max(one.device_bytes, default=0) / (1 << 20)
     for one_kept in kept:
         codec = one_kept.codec
         for windows, at in one_kept.at.items():
@@ -195,6 +195,7 @@ def _figures(setup: Setup, held: dict[str, Held], kept: Sequence[Kept]) -> dict[
         if one_kept.held.pairs:
             figures[f"{codec}, pairs"] = one_kept.held.pair_accuracy()
         figures[f"{codec}, replies as if never parked"] = _agreement(one_kept, held["recall"])
+        figures[f"{codec}, the first answer's first token (s)"] = one_kept.held.ttft_ms[0] / 1e3
         figures |= {f"{codec}, MiB of KV from {at}": size / (1 << 20) for at, size in sorted(one_kept.restored.items())}
     return figures
 

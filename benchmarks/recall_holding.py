@@ -49,8 +49,10 @@ class Held:
     """Of each turn that told something, in order."""
     token_ms: list[float] = field(default_factory=list)
     """Of each answer: decoding, by token."""
+    ttft_ms: list[float] = field(default_factory=list)
+    """Of each answer: from the worker's receipt of the question to the first token."""
     device_bytes: list[int] = field(default_factory=list)
-    """Of KV, after each turn."""
+    """Of KV, after each turn, unless the worker was too busy to say."""
 
     def accuracy(self, windows: float | None = None, *, corrected: bool | None = None) -> float:
         """Share of exactly right answers to single questions, at one distance or all; NaN without questions."""
@@ -138,7 +140,7 @@ class Holder:
             begun = time.perf_counter()
             await client.generate(messages(piece), session_id=session_id, max_new_tokens=_MAX_NEW_TOKENS).read()
             self._held.turn_s.append(time.perf_counter() - begun)
-            self._held.device_bytes.append((await client.stats()).workers[0].device.bytes)
+            self._held.device_bytes += [worker.device.bytes for worker in (await client.stats()).workers]
             self._on_turn()
 
     async def ask(self, client: Client, session_id: str) -> None:
@@ -159,6 +161,7 @@ class Holder:
         )
         reply = await generation.read()
         assert generation.receipt is not None
+        self._held.ttft_ms.append(generation.receipt.ttft_ms)
         self._held.replies.append(reply.strip())
         self._held.token_ms.append(generation.receipt.decode_ms / max(1, len(generation.token_ids) - 1))
         self._on_turn()
