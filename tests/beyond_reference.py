@@ -68,10 +68,14 @@ class Reference:
         if stage.forgets:
             self.choice = self._recollection.latest()
         logits = self._forward(tokens, start, stage.end)
-        if not stage.asks:
+        if not (stage.asks or stage.hears):
             return logits
+        first = max(start, stage.end - self.beyond.epochs.asking_tokens) if stage.hears else start
         for layer, queries in enumerate(self._queries):
-            self._recollection.hear(layer, self.beyond.epochs.place_of(start), queries)
+            self._recollection.hear(layer, self.beyond.epochs.place_of(first), queries[:, first - start :])
+        if stage.hears:
+            self.choice = self._recollection.choose()
+            return logits
         choice = self._recollection.amend(self.choice) if stage.is_reply else self._recollection.choose()
         if choice is None:
             return logits

@@ -24,6 +24,7 @@ RECALL = Epochs(
     epoch_tokens=96,
     unit_tokens=16,
     asking_tokens=32,
+    hearing_tokens=48,
 )
 WINDOW = replace(RECALL, recall_tokens=0)
 ROOT = root_hash(b"model", "tenant")
@@ -96,8 +97,22 @@ def test_what_is_recalled_depends_on_its_own_turn_alone(turns: list[tuple[int, i
 def test_a_question_is_run_twice_and_each_token_of_a_reply_where_it_asks() -> None:
     beyond = Beyond(RECALL, (0, 400, 420, 470))
     stages = stages_of(beyond, 419, 474)
-    assert stages[:2] == [(419, Stage(438, forgets=True)), (438, Stage(470, asks=True))]
+    assert stages[:2] == [(419, Stage(438, forgets=True)), (438, Stage(470, asks=True))]  # shorter than 48: not heard
     assert stages[2:] == [(at, Stage(at + 1, asks=True, is_reply=True)) for at in range(470, 474)]
+
+
+def test_a_long_input_recalls_as_it_goes() -> None:
+    beyond = Beyond(RECALL, (0, 400, 430, 700))  # epochs begin at 416, 512, 608
+    stages = [(start, stage.end, stage.hears) for start, stage in stages_of(beyond, 429, 700)]
+    assert stages == [
+        (429, 477, True),
+        (477, 512, False),
+        (512, 560, True),
+        (560, 608, True),
+        (608, 656, True),
+        (656, 668, False),
+        (668, 700, False),
+    ]
 
 
 def test_names_are_those_of_any_conversation_up_to_the_reach() -> None:
@@ -176,13 +191,13 @@ def test_names_are_shared_exactly_where_all_that_was_seen_is_the_same(turns: lis
 
 
 def test_epochs_take_what_positions_there_are() -> None:
-    recall = recall_epochs(2048, 256, 512, unit=16, asking=64)
+    recall = recall_epochs(2048, 256, 512, unit=16, asking=64, hearing=256)
     assert recall is not None
     assert (recall.sink_tokens, recall.recall_tokens, recall.epoch_tokens) == (256, 512, 512)
     assert recall.reach <= 2048
     assert window_epochs(100, 16) == Epochs(block_tokens=16, sink_tokens=64, recall_tokens=0, epoch_tokens=16)
     assert window_epochs(90, 16) is None
-    assert recall_epochs(200, 16, 100, unit=16, asking=64) is None
+    assert recall_epochs(200, 16, 100, unit=16, asking=64, hearing=256) is None
 
 
 @pytest.mark.parametrize("bounds", [(0,), (1, 5), (0, 5, 4, 8), (0, 50), ()])

@@ -9,6 +9,7 @@ from worker.model.load import LoadedModel
 
 UNIT_TOKENS = 16
 _ASKING_TOKENS = 64
+_HEARING_TOKENS = 256
 _RECALL_SHARE = 4
 """One part in so many of the positions is for what is recalled, unless a setting says otherwise."""
 
@@ -36,6 +37,7 @@ def policy_epochs(positions: int, block_tokens: int, recall_tokens: int = 0) -> 
             recall_tokens or positions // _RECALL_SHARE,
             unit=UNIT_TOKENS,
             asking=_ASKING_TOKENS,
+            hearing=_HEARING_TOKENS,
             chosen_by=CHOSEN_BY,
         ),
     }

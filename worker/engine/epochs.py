@@ -32,7 +32,7 @@ _MIN_SINK_TOKENS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epochs:
-    """All lengths are in tokens, and multiples of `block_tokens` but for `unit_tokens` and `asking_tokens`."""
+    """All lengths are in tokens, and multiples of `block_tokens` but for the last three."""
 
     block_tokens: int
     sink_tokens: int
@@ -43,6 +43,8 @@ class Epochs:
     """Pieces are of so many tokens; a block has a whole number of them."""
     asking_tokens: int = 1
     """The last tokens of a turn's input that choose what is recalled for themselves and for the reply's beginning."""
+    hearing_tokens: int = 1
+    """Input before those chooses after each so many tokens of one epoch, for what follows."""
     chosen_by: tuple[float, ...] = ()
     """The numbers by which is chosen: where they are others, what is recalled is, and so is the KV."""
 
@@ -109,8 +111,8 @@ class Epochs:
     @property
     def digest(self) -> bytes:
         """What makes KV beyond the window interchangeable, beside tokens and turns."""
-        lengths = (self.sink_tokens, self.recall_tokens, self.epoch_tokens, self.unit_tokens, self.asking_tokens)
-        content = repr((_VERSION, *lengths, *self.chosen_by))
+        lengths = (self.sink_tokens, self.recall_tokens, self.epoch_tokens, self.unit_tokens)
+        content = repr((_VERSION, *lengths, self.asking_tokens, self.hearing_tokens, *self.chosen_by))
         return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
@@ -198,6 +200,7 @@ def recall_epochs(
     *,
     unit: int,
     asking: int,
+    hearing: int,
     chosen_by: tuple[float, ...] = (),
 ) -> Epochs | None:
     """As `window_epochs`, with room for what is recalled. None where the positions are too few for it."""
@@ -208,6 +211,7 @@ def recall_epochs(
         recall_tokens,
         unit_tokens=min(unit, block_tokens),
         asking_tokens=asking,
+        hearing_tokens=hearing,
         chosen_by=chosen_by,
     )
 
@@ -219,6 +223,7 @@ def _epochs(
     *,
     unit_tokens: int = 1,
     asking_tokens: int = 1,
+    hearing_tokens: int = 1,
     chosen_by: tuple[float, ...] = (),
 ) -> Epochs | None:
     sinks = -(-_MIN_SINK_TOKENS // block_tokens) * block_tokens
@@ -232,5 +237,6 @@ def _epochs(
         epoch_tokens=epoch,
         unit_tokens=unit_tokens,
         asking_tokens=asking_tokens,
+        hearing_tokens=min(hearing_tokens, epoch),
         chosen_by=chosen_by,
     )

@@ -48,7 +48,13 @@ class Passages:
 
     def computed(self, request: Request) -> None:
         """A prompt's gaps are computed: go on behind them."""
-        self._go_on(request, request.limit if request.stage is None else request.stage.end)
+        stage = request.stage
+        if stage is None or not stage.hears:
+            self._go_on(request, request.limit if stage is None else stage.end)
+            return
+        assert request.recollection is not None
+        choice = request.recollection.choose()
+        self._views.recall(request, choice, lambda: self._go_on(request, stage.end), partial(self._lost, request))
 
     def asks(self, request: Request, span: Span) -> bool:
         """A part of a request was run. Does it ask for something that was not there? Then nothing has come of it: it is
@@ -138,9 +144,13 @@ class Passages:
     def hears(self, request: Request, span: Span) -> Callable[[int, object], None] | None:
         """Who is told the queries of this part of a request, if anybody."""
         stage = request.stage
-        if stage is None or not stage.asks or request.has_asked or span.start < request.stage_start:
+        if stage is None or span.start < request.stage_start:
             return None
-        return self._views.hear(request, span.start)
+        if stage.hears:
+            assert request.beyond is not None
+            first = max(span.start, stage.end - request.beyond.epochs.asking_tokens)
+            return self._views.hear(request, first, first - span.start) if first < span.end else None
+        return self._views.hear(request, span.start) if stage.asks and not request.has_asked else None
 
     def _lost(self, request: Request, position: int | None) -> None:
         if position is not None:

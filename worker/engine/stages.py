@@ -5,8 +5,9 @@ where turns begin alone (else a block's name would lie), each turn chooses by th
 whenever:
 
 - It begins with the latest of what is gone.
+- After each `hearing_tokens` of its input, what the last of them asked for most is recalled for the next ones.
 - The last `asking_tokens` of its input are run, and what they asked for most is recalled; then they are run again, so
-  that a question sees its answer. What was before them in the input has seen the beginning's choice.
+  that a question sees its answer.
 - Each token of the reply is run; where it asks for something that is not there, that is recalled in the place of what
   was not asked for longest, and the token is run again: in some models the very token before a fact looks it up.
 
@@ -27,6 +28,8 @@ class Stage:
     """A turn begins: what is recalled is the latest of what is gone."""
     asks: bool = False
     """Its queries are heard, and what they ask for is recalled before it is run again."""
+    hears: bool = False
+    """Of its last tokens the queries are heard, and what they ask for is recalled for those that follow."""
     is_reply: bool = False
     """It is one token of a reply, and is run again only where it asks for something that is not there."""
 
@@ -47,5 +50,7 @@ def next_stage(beyond: Beyond, start: int, num_target: int) -> Stage:
     if start >= turn.reply:
         return Stage(start + 1, forgets=forgets, asks=True, is_reply=True)
     if start < turn.asking:
-        return Stage(min(end, turn.asking), forgets=forgets)
+        began = max(turn.run, epochs.start_of(epochs.epoch_of(start)))
+        heard = start + epochs.hearing_tokens - (start - began) % epochs.hearing_tokens
+        return Stage(min(end, turn.asking, heard), forgets=forgets, hears=heard <= min(end, turn.asking))
     return Stage(min(end, turn.reply), forgets=forgets, asks=True)

@@ -136,11 +136,11 @@ class Views:
 
         self._gather(request, np.unique(blocks).tolist(), use, done)
 
-    def hear(self, request: Request, position: int) -> Callable[[int, torch.Tensor], None]:
-        """What the queries of a chunk are told to that begins at `position`."""
+    def hear(self, request: Request, position: int, skipped: int = 0) -> Callable[[int, torch.Tensor], None]:
+        """What the queries of a chunk are told to: those from `position` on, its first token but for `skipped`."""
         recollection, place = request.recollection, request.place_of(position)
         assert recollection is not None
-        return lambda layer, queries: recollection.hear(layer, place, queries)
+        return lambda layer, queries: recollection.hear(layer, place, queries[:, skipped:])
 
     def _has_lost(self, gathering: Gathering, lost: Lost) -> bool:
         if not gathering.missing and not gathering.has_no_room:
