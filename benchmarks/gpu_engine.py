@@ -8,10 +8,10 @@ from transformers import GenerationConfig
 
 from benchmarks.gpu_parts import Line, Setup, TimeUp
 from benchmarks.overhead import prompt, serve
-from worker.calls import EngineStats
 from worker.config import WorkerConfig
 from worker.engine.build_engine import build_engine
 from worker.engine.engine import Engine
+from worker.figures import EngineStats
 from worker.model.presets import preset_config, random_model
 
 _TENANT = "benchmark"

@@ -11,10 +11,11 @@ from multiprocessing import get_context
 
 from benchmarks.harness import at_most, finish, interleaved, medians
 from cache_store.embedded_redis import RedisServer
-from worker.calls import EngineStats, Event, Failed, Finished, GenerateCall, Sampling
+from worker.calls import Event, Failed, Finished, GenerateCall, Sampling
 from worker.config import WorkerConfig
 from worker.engine.build_engine import build_engine
 from worker.engine.engine import Engine
+from worker.figures import EngineStats
 
 TENANT = "benchmark"
 _REDIS_BYTES = 192 << 20

@@ -8,10 +8,8 @@ from typing import TypeVar
 from cache_store.layout import KVLayout
 from worker.calls import (
     PLAIN,
-    BlocksHeld,
     Context,
     DropReport,
-    EngineStats,
     Event,
     Failed,
     Finished,
@@ -19,13 +17,11 @@ from worker.calls import (
     GenerateCall,
     Located,
     MissReason,
-    Moved,
     ParkReport,
     Receipt,
-    TierUse,
     WarmReport,
-    WorkerLoad,
 )
+from worker.figures import BlocksHeld, EngineStats, Moved, TierUse, WorkerLoad
 
 T = TypeVar("T")
 

@@ -76,7 +76,9 @@ class Talk:
 def reference_of(engine: Engine, policy: ContextPolicy) -> Reference:
     loaded = engine._loaded
     assert loaded.rope is not None
-    return Reference(loaded.model, loaded.rope, Beyond(engine._policies[policy]), loaded.layout.num_layers)
+    return Reference(
+        loaded.model, loaded.rope, Beyond(engine._conversations.policies[policy]), loaded.layout.num_layers
+    )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -169,7 +171,7 @@ def test_what_was_lost_from_every_tier_is_computed_again(
     engine = build(build_engine)
     talk = talk_of(engine, policy)
     whole = start(engine, talk.history, LONG[900:960], max_new_tokens=20, context=talk.context).result()
-    names = engine._history(TENANT, talk.history, "raw", talk.context).names()
+    names = engine._conversations.history(TENANT, talk.history, "raw", talk.context).names()
     assert len(names) > 25
     name = names[lost]
 
@@ -189,7 +191,7 @@ def test_a_block_is_published_once_all_of_it_is_computed(
 ) -> None:
     engine = build_engine(context_tokens=512, recall_tokens=48)
     talk = talk_of(engine, ContextPolicy.RECALL)
-    assert len(talk.history) > engine._policies[ContextPolicy.RECALL].reach
+    assert len(talk.history) > engine._conversations.policies[ContextPolicy.RECALL].reach
     reply = start(engine, talk.history, LONG[900:1005], max_new_tokens=30, context=talk.context).result().reply
     device, tables = engine._tiers.device, engine._scheduler._tables
     published: list[tuple[BlockId, torch.Tensor]] = []
@@ -276,7 +278,7 @@ def test_a_turn_that_leaves_its_window_is_not_audited(
     build_engine: EngineFactory, redis_url: str, policy: ContextPolicy
 ) -> None:
     engine, talk = build(build_engine, redis_url=redis_url), Talk(policy)
-    reach = engine._policies[policy].reach
+    reach = engine._conversations.policies[policy].reach
     talk.say(engine, LONG[: reach - 60], 20)
     talk.park(engine)
     crossing = start(engine, talk.history, LONG[:5], max_new_tokens=60, context=talk.context, audit=True).result()

@@ -145,7 +145,7 @@ def test_blocks_that_redis_lost_are_computed_one_by_one(build_engine: EngineFact
     first = generate(engine, (), prompt)
     history = (*prompt, *first.reply)
     engine.park(TENANT, history, drop_host=True, ttl_s=60).result(30)
-    names = engine._history(TENANT, history, "raw", PLAIN).names()
+    names = engine._conversations.history(TENANT, history, "raw", PLAIN).names()
     with Redis.from_url(own_redis.url) as client:
         assert client.delete(key_of(names[1]), key_of(names[4])) == 2
     poison(engine)
@@ -173,7 +173,7 @@ def test_a_spoilt_block_is_a_miss_with_its_reason(
     first = generate(engine, (), PROMPT)
     history = (*PROMPT, *first.reply)
     engine.park(TENANT, history, drop_host=True, ttl_s=60).result(30)
-    key = key_of(engine._history(TENANT, history, "raw", PLAIN).names()[1])
+    key = key_of(engine._conversations.history(TENANT, history, "raw", PLAIN).names()[1])
     with Redis.from_url(own_redis.url) as client:
         client.set(key, spoil(client.get(key)))
     poison(engine)
@@ -189,7 +189,7 @@ def test_a_block_of_another_model_is_refused_and_left_where_it_is(
     engine = build_engine(redis_url=own_redis.url)
     history = (*PROMPT, *generate(engine, (), PROMPT).reply)
     engine.park(TENANT, history, drop_host=True, ttl_s=60).result(30)
-    name = engine._history(TENANT, history, "raw", PLAIN).names()[1]
+    name = engine._conversations.history(TENANT, history, "raw", PLAIN).names()[1]
     others = open_block_store(own_redis.url, engine.layout, b"another model", timeout_s=2, refresh_ttl_s=60)
     assert others is not None
     others.put([Store(name, 16, memoryview(bytes(engine.layout.block_bytes)), ttl_s=60)])

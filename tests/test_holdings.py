@@ -20,9 +20,9 @@ from tests.fake_engine import FakeEngine
 from tests.fake_worker import FakeWorker, front_end
 from tests.systems import System, WorkerProcess, chat, eventually, running_system, session_for
 from worker.block_changes import BlockChanges
-from worker.calls import BlocksHeld
 from worker.engine.prefix import full_names
 from worker.errors import Draining
+from worker.figures import BlocksHeld
 from worker.publisher import Publisher
 from worker.status import failure_of
 

@@ -136,7 +136,7 @@ def test_one_block_lost_from_a_history_is_inserted_again(build_engine: EngineFac
     prefill(engine, DOCUMENT, OTHER)
     history, context = (*INPUT, *ask(engine).reply), Context(insert_bounds=BOUNDS)
     undisturbed = generate(engine, history, QUESTION, sampling=TOP, context=context)
-    name = engine._history(TENANT, history, "raw", context).names()[3]  # tokens 48 to 64, all inserted
+    name = engine._conversations.history(TENANT, history, "raw", context).names()[3]  # tokens 48 to 64, all inserted
 
     def lose() -> None:
         engine._pool.drop([name])

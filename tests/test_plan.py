@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 
 from cache_store.ids import chain, root_hash
 from worker.calls import MissReason
-from worker.engine.plan import Span, plan_step, subtract
+from worker.engine.plan import Span, complement, plan_step, subtract
 from worker.engine.prefix import full_names, wanted_by_history, wanted_by_prompt
-from worker.engine.request import complement, why_missed
+from worker.engine.receipts import why_missed
 from worker.tiers.moves import Tier
 
 ROOT = root_hash(b"model", "tenant")

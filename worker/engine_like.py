@@ -5,19 +5,8 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from cache_store.layout import KVLayout
-from worker.calls import (
-    PLAIN,
-    BlocksHeld,
-    Context,
-    DropReport,
-    EngineStats,
-    Event,
-    GenerateCall,
-    Located,
-    ParkReport,
-    WarmReport,
-    WorkerLoad,
-)
+from worker.calls import PLAIN, Context, DropReport, Event, GenerateCall, Located, ParkReport, WarmReport
+from worker.figures import BlocksHeld, EngineStats, WorkerLoad
 
 
 class EngineLike(Protocol):

@@ -7,8 +7,8 @@ import structlog
 
 from cache_store.ids import DIGEST_BYTES
 from protos import rekindle_worker_pb2 as wpb
-from worker.calls import BlocksHeld, WorkerLoad
 from worker.engine_like import EngineLike
+from worker.figures import BlocksHeld, WorkerLoad
 
 _MOST_BEHIND = 64
 """Events that may wait for a watcher; one that is slower gets a new snapshot."""

@@ -13,17 +13,16 @@ from worker.calls import (
     ContextPolicy,
     ContextReceipt,
     DropReport,
-    EngineStats,
     Finished,
     FinishReason,
     GenerateCall,
     Receipt,
     RestorePlan,
     Sampling,
-    TierUse,
     Token,
 )
 from worker.engine_like import EngineLike
+from worker.figures import EngineStats, TierUse
 from worker.pieces import Encoded
 
 MAX_STOP_STRINGS = 16

@@ -16,8 +16,10 @@ from worker.engine.admission import Admission
 from worker.engine.auditor import Auditor
 from worker.engine.block_tables import BlockTables
 from worker.engine.context_policies import UNIT_TOKENS, context_epochs
+from worker.engine.conversations import Conversations
 from worker.engine.cost_model import CostModel
 from worker.engine.engine import Engine
+from worker.engine.engine_figures import EngineFigures
 from worker.engine.gather import Gatherer
 from worker.engine.histories import Histories
 from worker.engine.inbox import Inbox
@@ -149,7 +151,17 @@ def _wire(config: WorkerConfig, loaded: LoadedModel, tiers: Tiers) -> Engine:
         scheduler,
         stepper,
         histories,
-        policies,
+        Conversations(loaded, policies, num_blocks=tiers.device.num_blocks),
+        EngineFigures(
+            scheduler,
+            stepper,
+            auditor,
+            admission,
+            pool,
+            tiers,
+            block_bytes=loaded.layout.block_bytes,
+            max_running=config.max_running,
+        ),
     )
 
 

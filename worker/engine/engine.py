@@ -4,7 +4,6 @@ All state is that thread's. Other threads put what they want into its inbox. It 
 without Redis.
 """
 
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,48 +11,37 @@ from concurrent.futures import Future
 
 import structlog
 
-from cache_store.codecs import RAW, fidelity_of
-from cache_store.disk_tier import DiskStats
-from cache_store.ids import BlockHash, root_hash
-from cache_store.inserts import Inserts
+from cache_store.codecs import RAW
 from worker.block_changes import BlockChanges
 from worker.calls import (
     PLAIN,
-    AgeingStats,
-    BlocksHeld,
     Context,
-    ContextPolicy,
     DropReport,
-    EngineStats,
     Event,
     Failed,
     FinishReason,
     GenerateCall,
     Located,
     ParkReport,
-    TierUse,
     WarmReport,
-    WorkerLoad,
 )
 from worker.config import WorkerConfig
 from worker.engine.admission import Admission
 from worker.engine.auditor import Auditor
-from worker.engine.context_policies import Policies, beyond
-from worker.engine.epochs import Beyond
+from worker.engine.conversations import Conversations
+from worker.engine.engine_figures import EngineFigures
 from worker.engine.histories import Histories
-from worker.engine.history import History
 from worker.engine.inbox import Inbox
 from worker.engine.pool import BlockPool
 from worker.engine.request import Request
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Scheduler
 from worker.engine.stepper import Stepper
-from worker.errors import ContextTooLong, Draining
+from worker.errors import Draining
+from worker.figures import BlocksHeld, EngineStats, WorkerLoad
 from worker.model.load import LoadedModel
-from worker.tiers.moves import Tier
 from worker.tiers.open_tiers import Tiers
 
-DEFAULT_NEW_TOKENS = 256
 _MOST_FAILED = 3
 _LOOK_S = 0.01
 """How often the idle engine looks whether blocks that it waits for are late,"""
@@ -80,7 +68,8 @@ class Engine:
         scheduler: Scheduler,
         stepper: Stepper,
         histories: Histories,
-        policies: Policies,
+        conversations: Conversations,
+        figures: EngineFigures,
     ) -> None:
         self.layout = loaded.layout
         self.fingerprint = loaded.fingerprint
@@ -88,7 +77,6 @@ class Engine:
         self.max_context_tokens = loaded.max_context_tokens
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size = loaded.vocab_size
-        self._marks_from = loaded.marks_from
         self._config = config
         self._tiers = tiers
         self._inbox = inbox
@@ -102,7 +90,8 @@ class Engine:
         self._stepper = stepper
         self._histories = histories
         self._loaded = loaded
-        self._policies = policies
+        self._conversations = conversations
+        self._figures = figures
         self._requests: dict[str, Request] = {}
         self._admission = admission
         self._draining = False
@@ -124,8 +113,8 @@ class Engine:
         """
         num_history = len(call.history)
         call.check()
-        going_on = beyond(self._policies, call.context, num_history, num_history + len(call.input))
-        max_new_tokens = self._max_new_tokens(call, going_on)
+        going_on = self._conversations.beyond(call.context, num_history, num_history + len(call.input))
+        max_new_tokens = self._conversations.max_new_tokens(call, going_on)
         if self._draining:
             raise Draining("this worker is leaving")
         num_seen = num_history if going_on is None else min(num_history, going_on.epochs.reach)
@@ -138,13 +127,13 @@ class Engine:
             request = Request(
                 call,
                 listener,
-                root=self._root(call.tenant, call.codec),
+                root=self._conversations.root(call.tenant, call.codec),
                 block_tokens=self.layout.block_tokens,
                 max_new_tokens=max_new_tokens,
                 row=self._sampler.start(call.sampling, [*call.history, *call.input], call.begun),
                 ticket=ticket,
                 beyond=going_on,
-                inserts=self._inserts(call.context, call.insert_bounds),
+                inserts=self._conversations.inserts(call.context, call.insert_bounds),
             )
         except Exception:  # the accelerator has no room for what the sampler keeps, say
             self._admission.leave(ticket)
@@ -179,19 +168,19 @@ class Engine:
         drop_host: bool,
         ttl_s: int,
     ) -> Future[ParkReport]:
-        history = self._history(tenant, tokens, codec, context)
+        history = self._conversations.history(tenant, tokens, codec, context)
         return self._inbox.ask(lambda future: self._histories.park(history, drop_host, ttl_s, future))
 
     def warm(
         self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, context: Context = PLAIN
     ) -> Future[WarmReport]:
-        history = self._history(tenant, tokens, codec, context)
+        history = self._conversations.history(tenant, tokens, codec, context)
         return self._inbox.ask(lambda future: self._histories.warm(history, future))
 
     def flush(
         self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, context: Context = PLAIN
     ) -> Future[None]:
-        history = self._history(tenant, tokens, codec, context)
+        history = self._conversations.history(tenant, tokens, codec, context)
         return self._inbox.ask(lambda future: self._histories.flush(history, future))
 
     def locate(
@@ -203,7 +192,7 @@ class Engine:
         context: Context = PLAIN,
         with_redis: bool,
     ) -> Future[Located]:
-        history = self._history(tenant, tokens, codec, context)
+        history = self._conversations.history(tenant, tokens, codec, context)
         return self._inbox.ask(lambda future: self._histories.locate(history, with_redis, future))
 
     def drop(
@@ -215,7 +204,7 @@ class Engine:
         context: Context = PLAIN,
         with_redis: bool,
     ) -> Future[DropReport]:
-        history = self._history(tenant, tokens, codec, context)
+        history = self._conversations.history(tenant, tokens, codec, context)
         return self._inbox.ask(lambda future: self._histories.drop(history, with_redis, future))
 
     def erase(self, tenant: str, *, with_redis: bool) -> Future[DropReport]:
@@ -224,46 +213,12 @@ class Engine:
     def retain(
         self, tenant: str, tokens: Sequence[int], *, codec: str = RAW.name, context: Context = PLAIN, ttl_s: int
     ) -> Future[int]:
-        history = self._history(tenant, tokens, codec, context)
+        history = self._conversations.history(tenant, tokens, codec, context)
         return self._inbox.ask(lambda future: self._histories.retain(history, ttl_s, future))
 
     def stats(self) -> EngineStats:
         """Counters and levels; safe from any thread (each figure is read at once, all of them nearly)."""
-        scheduler, block_bytes = self._scheduler, self.layout.block_bytes
-        used = self._pool.stats()
-        host = self._tiers.host.use()
-        held = used.used + used.cached
-        sources = scheduler.tokens_by_source
-        disk = self._tiers.disk.stats() if self._tiers.disk is not None else DiskStats(0, 0, 0, 0, 0, 0)
-        return EngineStats(
-            device_tokens=sources["device"],
-            host_tokens=sources["host"],
-            disk_tokens=sources["disk"],
-            redis_tokens=sources["redis"],
-            computed_tokens=sources["computed"],
-            device=TierUse(held, self._pool.num_blocks, held * block_bytes, self._pool.num_blocks * block_bytes),
-            host=TierUse(host.blocks, host.capacity, host.blocks * block_bytes, host.capacity * block_bytes),
-            disk=TierUse(disk.blocks, disk.capacity_bytes // block_bytes, disk.used_bytes, disk.capacity_bytes),
-            local_faults={
-                "host_corrupt": self._tiers.host.corrupt,
-                "disk_corrupt": disk.corrupt,
-                "disk_failed": disk.failures,
-                "disk_dropped": disk.dropped,
-            },
-            stores_dropped=self._tiers.write_behind.stores_dropped,
-            evicted_then_needed=self._pool.evicted_then_needed,
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            waiting_tokens=self._admission.waiting_tokens,
-            turned_away={f"overload_{bound}": number for bound, number in self._admission.refused.items()}
-            | scheduler.dropped,
-            device_blocks=used._asdict(),
-            moved=self._tiers.moves.read(),
-            audits=dict(self._auditor.counts),
-            ageing=self._tiers.ager.stats() if self._tiers.ager is not None else AgeingStats(),
-            prefill_s_saved=self._stepper.prefill_s_saved,
-            store_available=self._tiers.store.available() if self._tiers.store is not None else None,
-        )
+        return self._figures.stats()
 
     def watch_blocks(self, wanted: bool) -> None:
         """Begin to note which blocks come and go, or stop."""
@@ -283,22 +238,7 @@ class Engine:
 
     def load(self) -> Future[WorkerLoad]:
         """What a turn would wait for and cost here."""
-        return self._inbox.ask(lambda future: future.set_result(self._load()))
-
-    def _load(self) -> WorkerLoad:
-        transfers, store, block_bytes = self._tiers.transfers, self._tiers.store, self.layout.block_bytes
-        has_redis = store is not None and store.available()
-        return WorkerLoad(
-            queue_s=self._stepper.queue_s() + self._admission.request_s * self._num_waiting(),
-            token_s=self._stepper.token_s(),
-            host_byte_s=transfers.block_s(Tier.HOST, RAW.name) / block_bytes,
-            redis_byte_s=transfers.block_s(Tier.REDIS, RAW.name) / block_bytes if has_redis else math.inf,
-        )
-
-    def _num_waiting(self) -> int:
-        """Requests that wait for others to end; 0 where there is room for them now."""
-        scheduler = self._scheduler
-        return len(scheduler.waiting) if len(scheduler.running) >= self._config.max_running else 0
+        return self._inbox.ask(lambda future: future.set_result(self._figures.load()))
 
     def check(self) -> None:
         """Prove that blocks balance; when no request is left, that none is used. For idle moments and tests."""
@@ -405,34 +345,3 @@ class Engine:
         if not self._requests and settled:
             used = self._pool.stats().used
             assert used == 0, f"{used} blocks are used by nobody"
-
-    def _root(self, tenant: str, codec: str) -> BlockHash:
-        return root_hash(self.names_from, tenant, fidelity_of(codec), self._marks_from)
-
-    def _history(self, tenant: str, tokens: Sequence[int], codec: str, context: Context) -> History:
-        context.check(len(tokens))
-        going_on = beyond(self._policies, context)
-        inserts = self._inserts(context)
-        return History(tenant, tokens, codec, self._root(tenant, codec), self.layout.block_tokens, going_on, inserts)
-
-    def _inserts(self, context: Context, new: tuple[int, ...] = ()) -> Inserts | None:
-        """What is inserted in a conversation. None: nothing, or this model's keys can't be turned."""
-        bounds = (*context.insert_bounds, *new)
-        can_insert = bounds and self._loaded.rope is not None and context.policy is ContextPolicy.ERROR
-        return Inserts(bounds) if can_insert else None
-
-    def _max_new_tokens(self, call: GenerateCall, going_on: Beyond | None) -> int:
-        """How many tokens the reply may have. Raises ContextTooLong, with the numbers."""
-        prompt = len(call.history) + len(call.input)
-        assert prompt, "an empty prompt"
-        if going_on is not None:
-            return call.max_new_tokens if call.max_new_tokens is not None else DEFAULT_NEW_TOKENS
-        limit = min(self.max_context_tokens, self._pool.num_blocks * self.layout.block_tokens)
-        room = limit - prompt
-        wanted = call.max_new_tokens if call.max_new_tokens is not None else max(1, min(DEFAULT_NEW_TOKENS, room))
-        if wanted > room:
-            raise ContextTooLong(
-                f"{prompt} prompt tokens ({len(call.history)} of history, {len(call.input)} new) and {wanted} new ones "
-                f"are {prompt + wanted}, {limit} fit"
-            )
-        return wanted

@@ -61,3 +61,21 @@ def joined(spans: Sequence[Span]) -> list[Span]:
         else:
             whole.append(span)
     return whole
+
+
+def upto(span: Span, end: int) -> Span:
+    """What of a span lies before `end`; empty where nothing does."""
+    return Span(span.start, max(span.start, min(span.end, end)))
+
+
+def complement(covered: Sequence[Span], end: int) -> list[Span]:
+    """The gaps between sorted spans, up to `end`."""
+    gaps: list[Span] = []
+    at = 0
+    for span in covered:
+        if span.start > at:
+            gaps.append(Span(at, span.start))
+        at = max(at, span.end)
+    if at < end:
+        gaps.append(Span(at, end))
+    return gaps

@@ -3,20 +3,20 @@
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
-from itertools import pairwise
 
 import numpy as np
 
 from cache_store.ids import BlockHash
 from cache_store.inserts import Insert, Inserts
 from worker.attention.recall_choice import Represented
-from worker.calls import ContextReceipt, Event, GenerateCall, MissReason, Receipt, RestorePlan
+from worker.calls import ContextReceipt, Event, GenerateCall, Receipt
 from worker.engine.admission import Ticket
 from worker.engine.audit import Recording
 from worker.engine.epochs import Beyond
 from worker.engine.gather import Gathering
-from worker.engine.plan import Span, joined, overlaps, subtract
+from worker.engine.plan import Span, complement, joined, overlaps, subtract, upto
 from worker.engine.prefix import Salts, name_of
+from worker.engine.receipts import misses_of, planned
 from worker.engine.recollection import Choice, Recollection
 from worker.engine.restoring import Lookup, Restoring
 from worker.engine.sampler import RowState
@@ -280,15 +280,15 @@ class Request:
         left = self._left()
         gaps = complement(sorted([*left, *(span for span, _ in covered)]), self.num_target)
         if self.epoch:
-            self.holes = [_upto(gap, self.first) for gap in gaps if gap.start < self.first]
+            self.holes = [upto(gap, self.first) for gap in gaps if gap.start < self.first]
         else:
             ahead = [Span(max(gap.start, passed), min(gap.end, self.limit)) for gap in gaps]
             self.may_compute([gap for gap in ahead if gap.tokens > 0])
         if self.receipt is not None:
             return
         # The receipt is the prompt's, also where a part of the reply was generated elsewhere.
-        covered = [(cut, tier) for span, tier in covered if (cut := _upto(span, self.num_prompt)).tokens > 0]
-        gaps = [cut for gap in gaps if (cut := _upto(gap, self.num_prompt)).tokens > 0]
+        covered = [(cut, tier) for span, tier in covered if (cut := upto(span, self.num_prompt)).tokens > 0]
+        gaps = [cut for gap in gaps if (cut := upto(gap, self.num_prompt)).tokens > 0]
         tokens = dict.fromkeys(Tier, 0)
         for span, tier in covered:
             tokens[tier] += span.tokens
@@ -299,11 +299,11 @@ class Request:
             disk_tokens=tokens[Tier.DISK],
             redis_tokens=tokens[Tier.REDIS],
             computed_tokens=sum(gap.tokens for gap in gaps),
-            misses=self._misses(gaps, lookup.found),
+            misses=misses_of(gaps, lookup.found, num_history=len(self.call.history), block_tokens=self._block_tokens),
             restored_bytes=lookup.restored_bytes,
             queue_ms=(self.admitted_s - self.arrived_s) * 1e3,
             restore_ms=(self.restored_s - self.admitted_s) * 1e3,
-            plan=_planned(restoring),
+            plan=planned(restoring),
             context=self._context(sum(span.tokens for span in left)),
         )
         self.receipt.check(self.num_prompt)
@@ -347,61 +347,3 @@ class Request:
             recalled_starts=tuple(unit * number for number in units),
             unit_tokens=unit if self.beyond.chooses else 0,
         )
-
-    def _misses(self, gaps: Sequence[Span], found: dict[int, Tier | MissReason]) -> dict[MissReason, int]:
-        size, num_history = self._block_tokens, len(self.call.history)
-        misses: dict[MissReason, int] = {}
-        for gap in gaps:
-            cuts = {gap.start, gap.end, num_history - 1, num_history}
-            cuts.update(range(-(-gap.start // size) * size, gap.end, size))
-            edges = sorted(cut for cut in cuts if gap.start <= cut <= gap.end)
-            for start, end in pairwise(edges):
-                reason = why_missed(found.get(start // size, MissReason.ABSENT), start, num_history)
-                misses[reason] = misses.get(reason, 0) + end - start
-        return misses
-
-
-def _planned(restoring: Restoring) -> RestorePlan | None:
-    """As far as it is known before the first token is there."""
-    first = restoring.plan
-    if first is None:
-        return None
-    return RestorePlan(
-        kind=first.kind,
-        predicted_ms=first.predicted_s * 1e3,
-        actual_ms=0.0,
-        computed_instead_tokens=restoring.num_computed_instead(),
-    )
-
-
-def why_missed(found: Tier | MissReason, position: int, num_history: int) -> MissReason:
-    """Say why a position had to be computed, given what became of its block.
-
-    Past a session's history everything is new. The history's last token was sampled and never run, so it has no KV
-    anywhere, and in a block that was found what is left over is the part that the block does not reach.
-    """
-    if num_history and position >= num_history:
-        return MissReason.NEW
-    if isinstance(found, Tier) or (num_history and position == num_history - 1):
-        return MissReason.TAIL
-    if not num_history and found is MissReason.ABSENT:
-        return MissReason.NEW
-    return found
-
-
-def _upto(span: Span, end: int) -> Span:
-    """What of a span lies before `end`; empty where nothing does."""
-    return Span(span.start, max(span.start, min(span.end, end)))
-
-
-def complement(covered: Sequence[Span], end: int) -> list[Span]:
-    """The gaps between sorted spans, up to `end`."""
-    gaps: list[Span] = []
-    at = 0
-    for span in covered:
-        if span.start > at:
-            gaps.append(Span(at, span.start))
-        at = max(at, span.end)
-    if at < end:
-        gaps.append(Span(at, end))
-    return gaps

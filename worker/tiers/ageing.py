@@ -17,7 +17,7 @@ from cache_store.errors import BlockCorrupt, BlockForeign, StoreError
 from cache_store.ids import BlockHash
 from cache_store.ladder import Ladder
 from cache_store.store import AgeingStore, Held, Idle, Payload
-from worker.calls import Aged, AgeingStats
+from worker.figures import Aged, AgeingStats
 from worker.tiers.moves import stand_back
 
 log = structlog.get_logger(__name__)

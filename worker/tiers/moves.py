@@ -16,9 +16,9 @@ import structlog
 from cache_store.codecs import CodecInfo, fidelity_of
 from cache_store.ids import BlockHash
 from cache_store.store import Encoding, Fetch
-from worker.calls import Moved
 from worker.engine.epochs import Beyond
 from worker.engine.prefix import Wanted
+from worker.figures import Moved
 
 log = structlog.get_logger(__name__)
 
