@@ -9,7 +9,6 @@ of the KV they stand for where that is in 16 bits.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,23 +24,21 @@ LARGEST = 127
 Shares = npt.NDArray[np.float32]
 
 
-class Represented(NamedTuple):
+class Represented:
     """Some units that follow each other, on the CPU."""
 
-    keys: torch.Tensor
-    """int8 [layers, kv_heads, units, representatives, head_dim]"""
-    scales: torch.Tensor
-    """float32 [layers, kv_heads, units]"""
+    __slots__ = ("addresses", "keys", "nbytes", "num_units", "scales")
 
-    @property
-    def num_units(self) -> int:
-        units: int = self.keys.shape[2]
-        return units
-
-    @property
-    def nbytes(self) -> int:
-        num_bytes: int = self.keys.nbytes + self.scales.nbytes
-        return num_bytes
+    def __init__(self, keys: torch.Tensor, scales: torch.Tensor) -> None:
+        """`keys` int8 [layers, kv_heads, units, representatives, head_dim], `scales` float32 [layers, kv_heads, units],
+        both contiguous."""
+        assert keys.is_contiguous()
+        assert scales.is_contiguous()
+        self.keys = keys
+        self.scales = scales
+        self.num_units: int = keys.shape[2]
+        self.nbytes: int = keys.nbytes + scales.nbytes
+        self.addresses: tuple[int, int] = keys.data_ptr(), scales.data_ptr()
 
 
 class Known:
@@ -54,10 +51,8 @@ class Known:
         self._table: npt.NDArray[np.int64] | None = None
 
     def add(self, part: Represented) -> None:
-        assert part.keys.is_contiguous()
-        assert part.scales.is_contiguous()
         self.parts.append(part)
-        self._rows.append((part.keys.data_ptr(), part.scales.data_ptr(), part.num_units, self.num_units))
+        self._rows.append((*part.addresses, part.num_units, self.num_units))
         self._table = None
         self.num_units += part.num_units
 
