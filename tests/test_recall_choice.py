@@ -76,6 +76,10 @@ def test_the_kernel_finds_what_torch_finds_however_what_is_known_is_cut(head_dim
     np.testing.assert_array_equal(shares(queries, known(*cut)), wanted)
     np.testing.assert_allclose(look(queries, known(*cut)), wanted, rtol=1e-4, atol=1e-9)
     np.testing.assert_array_equal(look(queries, known(*cut)), look(queries, known(whole)))
+    looking = np.array([[True, False], [False, False], [True, True]])
+    found = look(queries, known(*cut), looking)
+    np.testing.assert_array_equal(found, look(queries, known(whole)) * looking[..., None])
+    np.testing.assert_allclose(found, shares(queries, known(whole), looking), rtol=1e-4, atol=1e-9)
 
 
 def test_what_is_asked_for_does_not_depend_on_the_number_of_threads(look: Look) -> None:
@@ -112,6 +116,24 @@ def test_a_token_that_asks_for_nothing_new_leaves_all_as_it_is() -> None:
     held.hear(0, 0, torch.zeros(2, 1, 64))  # asks for everything alike, which is for nothing
     assert held.amend(choice) is None
     assert held.choices == 1
+
+
+def test_a_head_that_is_as_near_to_all_when_the_turn_asks_does_not_look_in_its_reply() -> None:
+    held, made = recollection(units=1200)
+    held.latest()
+    queries = torch.zeros(2, 1, 64)
+    queries[0] = 80 * made[0, 0, 500]
+    held.hear(0, 0, queries)
+    choice = held.choose()
+    ask(held, made, 900)
+    amended = held.amend(choice)
+    assert amended is not None
+    assert 900 in amended[0, 0]
+    np.testing.assert_array_equal(amended[0, 1], choice[0, 1])
+    ask(held, made, 900)
+    again = held.amend(held.latest())
+    assert again is not None
+    assert 900 in again[0, 1], "a new turn's heads all look until it has asked"
 
 
 def test_what_was_not_asked_for_longest_gives_way_to_what_is() -> None:

@@ -8,7 +8,7 @@ Both sides are rounded to int8, so that a product is exact in any order of its s
 of the KV they stand for where that is in 16 bits.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ LARGEST = 127
 """Number of a vector that is rounded to int8."""
 
 Shares = npt.NDArray[np.float32]
+Looking = npt.NDArray[np.bool_]
+"""[layers, kv_heads]: who looks at all."""
 
 
 class Represented:
@@ -64,8 +66,10 @@ class Known:
         return self._table
 
 
-Look = Callable[[torch.Tensor, Known], Shares]
-"""As `shares`."""
+class Look(Protocol):
+    """As `shares`."""
+
+    def __call__(self, queries: torch.Tensor, known: Known, looking: Looking | None = None) -> Shares: ...
 
 
 def represent(keys: torch.Tensor, unit_tokens: int) -> Represented:
@@ -86,11 +90,12 @@ def round_queries(queries: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, t
     return rounded, scales * head_dim**-0.5
 
 
-def shares(queries: torch.Tensor, known: Known) -> Shares:
+def shares(queries: torch.Tensor, known: Known, looking: Looking | None = None) -> Shares:
     """How much each unit is asked for by queries [layers, rows, heads, head_dim]: [layers, kv_heads, units].
 
     A query's share for a unit is the unit's part in a softmax over all units, each as near as its nearest
-    representative. Of a KV head's queries, and of all rows, the largest counts.
+    representative. Of a KV head's queries, and of all rows, the largest counts. A head that is not `looking` asks for
+    nothing; None: all are.
     """
     keys = torch.cat([part.keys for part in known.parts], 2)
     scales = torch.cat([part.scales for part in known.parts], 2)
@@ -100,7 +105,7 @@ def shares(queries: torch.Tensor, known: Known) -> Shares:
     sums = torch.matmul(rounded.float(), keys.flatten(2, 3).transpose(2, 3).float())
     nearest = sums.view(layers, kv_heads, -1, units, each).amax(-1) * scales[:, :, None] * query_scales[..., None]
     found: Shares = torch.softmax(nearest, -1).amax(2).numpy()
-    return found
+    return found if looking is None else found * looking[..., None]
 
 
 def spread(shares: Shares) -> Shares:

@@ -10,7 +10,7 @@ import numpy as np
 import structlog
 import torch
 
-from worker.attention.recall_choice import Known, Look, Shares, represent, round_queries, shares
+from worker.attention.recall_choice import Known, Look, Looking, Shares, represent, round_queries, shares
 from worker.native.build import NativeUnavailable, load_native
 
 _log = structlog.get_logger(__name__)
@@ -23,9 +23,9 @@ class _Look(ctypes.Structure):
     """`Look` in the source."""
 
     _fields_ = (
-        *[(name, ctypes.c_void_p) for name in ("parts", "queries", "query_scales", "scores", "shares")],
-        *[(name, ctypes.c_int64) for name in ("num_parts", "heads", "rows", "stride", "units", "each", "head_dim")],
-        ("num_threads", ctypes.c_int64),
+        *[(name, ctypes.c_void_p) for name in ("parts", "queries", "query_scales", "scores", "shares", "looking")],
+        *[(name, ctypes.c_int64) for name in ("num_parts", "num_looking", "rows", "stride", "units", "each")],
+        *[(name, ctypes.c_int64) for name in ("head_dim", "num_threads")],
     )
 
 
@@ -36,18 +36,19 @@ class RecallKernel:
         self._function = library.recall_shares
         self._function.argtypes, self._function.restype = (ctypes.POINTER(_Look),), None
 
-    def shares(self, queries: torch.Tensor, known: Known) -> Shares:
+    def shares(self, queries: torch.Tensor, known: Known, looking: Looking | None = None) -> Shares:
         """As `recall_choice.shares`."""
         layers, kv_heads, _, each, head_dim = known.parts[0].keys.shape
         rounded, scales = round_queries(queries, kv_heads)
         rounded, scales = rounded.contiguous(), scales.contiguous()
-        heads, rows = layers * kv_heads, rounded.shape[2]
-        stride = -(-known.num_units // _LANES) * _LANES
-        scores = torch.empty(heads * rows * stride)
-        found = np.empty((layers, kv_heads, stride), dtype=np.float32)
+        heads = np.arange(layers * kv_heads) if looking is None else np.flatnonzero(looking)
+        rows, stride = rounded.shape[2], -(-known.num_units // _LANES) * _LANES
+        scores = torch.empty(layers * kv_heads * rows * stride)
+        found = np.zeros((layers, kv_heads, stride), dtype=np.float32)
         look = _Look(
             *(known.table.ctypes.data, rounded.data_ptr(), scales.data_ptr(), scores.data_ptr(), found.ctypes.data),
-            *(len(known.parts), heads, rows, stride, known.num_units, each, head_dim, torch.get_num_threads()),
+            *(heads.ctypes.data, len(known.parts), len(heads), rows, stride, known.num_units, each, head_dim),
+            torch.get_num_threads(),
         )
         self._function(look)
         return found[..., : known.num_units]
@@ -73,5 +74,7 @@ def _check(kernel: RecallKernel) -> None:
             known.add(represent(torch.randn(2, 2, units * 16, head_dim, generator=generator), 16))
         for rows in (1, 9):
             queries = 2 * torch.randn(2, rows, 4, head_dim, generator=generator)
-            if not np.allclose(kernel.shares(queries, known), shares(queries, known), rtol=1e-3, atol=1e-6):
-                raise NativeUnavailable("the compiled kernel gives wrong results")
+            for looking in (None, np.array([[True, False], [True, True]])):
+                found, wanted = kernel.shares(queries, known, looking), shares(queries, known, looking)
+                if not np.allclose(found, wanted, rtol=1e-3, atol=1e-6):
+                    raise NativeUnavailable("the compiled kernel gives wrong results")

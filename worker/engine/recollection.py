@@ -16,6 +16,7 @@ from worker.attention.recall_choice import (
     REPRESENTED_TOKENS,
     Known,
     Look,
+    Looking,
     Represented,
     Shares,
     spread,
@@ -25,7 +26,10 @@ _ASKED_FOR = 0.02
 """The share of one query's attention over all units from which on a unit is asked for."""
 _AT_ONCE = 12
 """Units that go in then: that one, and those that come next. Both numbers were tried out with the recall model."""
-CHOSEN_BY = (_ASKED_FOR, _AT_ONCE, NEIGHBOUR, REPRESENTED_TOKENS, LARGEST)
+_LOOKING = 0.001
+"""A KV head looks in a turn's reply where one of the turn's asking queries had at least such a share for a unit: many
+are as near to all that is gone. (With fewer units than a thousand all look: one of them has as much of any softmax.)"""
+CHOSEN_BY = (_ASKED_FOR, _AT_ONCE, _LOOKING, NEIGHBOUR, REPRESENTED_TOKENS, LARGEST)
 """All that a choice depends on beside queries and keys."""
 
 Choice = npt.NDArray[np.int64]
@@ -46,6 +50,7 @@ class Recollection:
         self._known = Known()
         self._heard: dict[int, dict[int, torch.Tensor]] = {}
         self._asked: npt.NDArray[np.int64] | None = None
+        self._looking: Looking | None = None
         self._time = 0
 
     @property
@@ -61,7 +66,7 @@ class Recollection:
         """The latest units, for all alike."""
         layers, kv_heads = self._known.parts[0].scales.shape[:2]
         units = np.arange(self.next_unit - self._num_slots, self.next_unit)
-        self._asked = None
+        self._asked = self._looking = None
         return np.broadcast_to(units, (layers, kv_heads, self._num_slots)).copy()
 
     def hear(self, layer: int, first: int, queries: torch.Tensor) -> None:
@@ -73,7 +78,9 @@ class Recollection:
         """The units that are asked for most by what was heard, which is forgotten."""
         self.choices += 1
         self._time += 1
-        asked = spread(self._look(self._queries(), self._known))
+        shares = self._look(self._queries(), self._known)
+        self._looking = shares.max(2) >= _LOOKING
+        asked = spread(shares)
         units = np.stack([_most(of_head, self._num_slots) for of_head in asked.reshape(-1, asked.shape[-1])])
         self._asked = np.full((*asked.shape[:2], self._num_slots), self._time)
         chosen: Choice = np.sort(units).reshape(self._asked.shape) + self._first_unit
@@ -82,7 +89,7 @@ class Recollection:
     def amend(self, choice: Choice) -> Choice | None:
         """`choice` with what is asked for by what was heard, and not in it, in the place of what was not asked for
         longest. None where nothing is; what was heard is forgotten."""
-        shares = self._look(self._queries(), self._known)
+        shares = self._look(self._queries(), self._known, self._looking)
         self._time += 1
         if self._asked is None:
             self._asked = np.zeros(choice.shape, dtype=np.int64)

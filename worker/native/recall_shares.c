@@ -27,7 +27,8 @@ typedef struct {
     const float *query_scales; /* [heads, rows] */
     float *scores;             /* [heads, rows, stride]: scratch */
     float *shares;             /* [heads, stride] */
-    int64_t num_parts, heads, rows, stride, units, each, head_dim; /* stride is units, up to a multiple of 16 */
+    const int64_t *looking;    /* [num_looking]: heads that look; of the others nothing is written */
+    int64_t num_parts, num_looking, rows, stride, units, each, head_dim; /* stride is units, up to a multiple of 16 */
     int64_t num_threads;
 } Look;
 
@@ -173,11 +174,11 @@ void recall_shares(const Look *look) {
 #pragma omp parallel num_threads(look->num_threads)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < look->heads * pieces; item++) {
+        for (int64_t item = 0; item < look->num_looking * pieces; item++) {
             const int64_t begin = item % pieces * PARTS, end = begin + PARTS;
-            score_parts(look, item / pieces, begin, end < look->num_parts ? end : look->num_parts);
+            score_parts(look, look->looking[item / pieces], begin, end < look->num_parts ? end : look->num_parts);
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t head = 0; head < look->heads; head++) share_out(look, head);
+        for (int64_t item = 0; item < look->num_looking; item++) share_out(look, look->looking[item]);
     }
 }
