@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from worker.attention.recall_choice import Known, Look, Represented, represent, shares, spread
+from worker.attention.recall_choice import Known, Look, Represented, represent, shares
 from worker.attention.recall_kernel import load_look
 from worker.engine.recollection import Recollection
 
@@ -93,17 +93,12 @@ def test_what_is_asked_for_does_not_depend_on_the_number_of_threads(look: Look) 
         torch.set_num_threads(num_threads)
 
 
-def test_a_units_neighbours_have_a_part_of_its_share() -> None:
-    found = spread(np.array([0.0, 0.0, 1.0, 0.0, 0.0], dtype=np.float32))
-    np.testing.assert_allclose(found, [0.0, 0.9, 1.0, 0.9, 0.0])
-
-
 def test_a_question_chooses_what_it_asks_for_in_order_of_age() -> None:
     held, made = recollection()
     ask(held, made, 25, 13)
     choice = held.choose()
     assert choice.shape == (1, 2, 6)
-    assert {12, 13, 14, 24, 25, 26} == set(choice[0, 0].tolist())
+    assert {13, 25} <= set(choice[0, 0].tolist())
     assert (np.diff(choice) > 0).all()
 
 
@@ -142,11 +137,11 @@ def test_what_was_not_asked_for_longest_gives_way_to_what_is() -> None:
     choice = held.choose()
     ask(held, made, 13)
     assert held.amend(choice) is None
-    new = next(unit for unit in range(30, 90) if not np.isin([unit - 1, unit, unit + 1], choice).any())
+    new = next(unit for unit in range(30, 90) if unit not in choice)
     ask(held, made, new)
     amended = held.amend(choice)
     assert amended is not None
-    assert {12, 13, 14, new - 1, new, new + 1} <= set(amended[0, 0].tolist())
+    assert {13, new} <= set(amended[0, 0].tolist())
     assert set(choice[0, 0].tolist()) - set(amended[0, 0].tolist())
     assert (np.diff(amended) > 0).all()
 

@@ -16,8 +16,6 @@ import torch
 
 REPRESENTED_TOKENS = 2
 """So many keys that follow each other are represented by their mean."""
-NEIGHBOUR = 0.9
-"""The share of a unit that its neighbours have, too: what is looked for may lie across an edge."""
 LARGEST = 127
 """Number of a vector that is rounded to int8."""
 
@@ -106,14 +104,6 @@ def shares(queries: torch.Tensor, known: Known, looking: Looking | None = None) 
     nearest = sums.view(layers, kv_heads, -1, units, each).amax(-1) * scales[:, :, None] * query_scales[..., None]
     found: Shares = torch.softmax(nearest, -1).amax(2).numpy()
     return found if looking is None else found * looking[..., None]
-
-
-def spread(shares: Shares) -> Shares:
-    """Units' shares [..., units], each with a part of its neighbours'."""
-    parts, spread = shares * np.float32(NEIGHBOUR), shares.copy()
-    np.maximum(spread[..., 1:], parts[..., :-1], out=spread[..., 1:])
-    np.maximum(spread[..., :-1], parts[..., 1:], out=spread[..., :-1])
-    return spread
 
 
 def _rounded(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

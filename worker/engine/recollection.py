@@ -12,14 +12,12 @@ import torch
 
 from worker.attention.recall_choice import (
     LARGEST,
-    NEIGHBOUR,
     REPRESENTED_TOKENS,
     Known,
     Look,
     Looking,
     Represented,
     Shares,
-    spread,
 )
 
 _ASKED_FOR = 0.02
@@ -29,7 +27,7 @@ _AT_ONCE = 12
 _LOOKING = 0.001
 """A KV head looks in a turn's reply where one of the turn's asking queries had at least such a share for a unit: many
 are as near to all that is gone. (With fewer units than a thousand all look: one of them has as much of any softmax.)"""
-CHOSEN_BY = (_ASKED_FOR, _AT_ONCE, _LOOKING, NEIGHBOUR, REPRESENTED_TOKENS, LARGEST)
+CHOSEN_BY = (_ASKED_FOR, _AT_ONCE, _LOOKING, REPRESENTED_TOKENS, LARGEST)
 """All that a choice depends on beside queries and keys."""
 
 Choice = npt.NDArray[np.int64]
@@ -80,9 +78,8 @@ class Recollection:
         self._time += 1
         shares = self._look(self._queries(), self._known)
         self._looking = shares.max(2) >= _LOOKING
-        asked = spread(shares)
-        units = np.stack([_most(of_head, self._num_slots) for of_head in asked.reshape(-1, asked.shape[-1])])
-        self._asked = np.full((*asked.shape[:2], self._num_slots), self._time)
+        units = np.stack([_most(of_head, self._num_slots) for of_head in shares.reshape(-1, shares.shape[-1])])
+        self._asked = np.full((*shares.shape[:2], self._num_slots), self._time)
         chosen: Choice = np.sort(units).reshape(self._asked.shape) + self._first_unit
         return chosen
 
@@ -95,7 +92,7 @@ class Recollection:
             self._asked = np.zeros(choice.shape, dtype=np.int64)
         amended = choice.copy()
         for layer, head in np.argwhere(shares.max(2) >= _ASKED_FOR):  # of most heads nothing is asked for
-            asked, units = spread(shares[layer, head]), choice[layer, head] - self._first_unit
+            asked, units = shares[layer, head], choice[layer, head] - self._first_unit
             self._asked[layer, head, asked[units] >= _ASKED_FOR] = self._time
             asked[units] = -1.0
             if asked.max() >= _ASKED_FOR:
