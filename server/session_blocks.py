@@ -2,7 +2,8 @@
 records are kept or locked."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 import structlog
@@ -74,8 +75,12 @@ class SessionBlocks:
         return await self._ask_one(record, lambda worker: worker.client.warm(request))
 
     async def drop(self, record: SessionRecord) -> list[wpb.DropReply]:
-        """From every worker and from Redis. Raises NoWorker, and what workers raise: then some may be left."""
-        history = history_of(record)
+        """From every worker and from Redis, under all names that they have had. Raises NoWorker, and what workers
+        raise: then some may be left."""
+        replies = [await self._drop(history_of(known)) for known in (*_renamed(record), record)]
+        return [reply for of_names in replies for reply in of_names]
+
+    async def _drop(self, history: wpb.History) -> list[wpb.DropReply]:
         return await self._forget(lambda worker, with_redis: worker.client.drop(history, with_redis=with_redis))
 
     async def erase(self, tenant: str) -> list[wpb.DropReply]:
@@ -139,3 +144,10 @@ class SessionBlocks:
     def _lost(self, worker: Worker, error: WorkerLost) -> None:
         self._directory.suspect(worker)
         _log.warning("worker left out", worker=worker.worker_id, error=str(error))
+
+
+def _renamed(record: SessionRecord) -> Iterator[SessionRecord]:
+    """The session as it was before each turn that lost inserts: with it all behind them got other names."""
+    for number, turn in enumerate(record.turns):
+        if turn.lost_inserts:
+            yield replace(record, turns=record.turns[:number], token_ids=record.token_ids[: turn.start])

@@ -12,6 +12,7 @@ from protos import rekindle_memory_pb2 as mpb
 from protos import rekindle_pb2 as pb
 from protos import rekindle_worker_pb2 as wpb
 from server.memory_text import element
+from server.relay import history_of
 from server.tenants import DEFAULT_TENANT
 from tests.systems import System, WorkerProcess, chat, eventually, running_system
 
@@ -121,6 +122,32 @@ async def test_what_is_lost_is_computed_in_the_turn_and_prefilled_for_the_next(
         return len((await ask()).receipt.insert_bounds) == 6
 
     await eventually(is_prefilled, within_s=20)
+
+
+async def test_a_session_is_deleted_under_the_names_that_it_had_before_inserts_were_lost(
+    system: System, workers: tuple[WorkerProcess, WorkerProcess]
+) -> None:
+    await system.client.create_session("first", banks={"handbook": "read"})
+    await system.say(QUESTION, "first")
+    await system.client.park_session("first")
+    before = await system.application._records.get(DEFAULT_TENANT, "first")
+    history, end = history_of(before), before.turns[0].insert_bounds[1]
+    beginning = wpb.History(
+        tenant=DEFAULT_TENANT, token_ids=before.token_ids[: end + 1], insert_bounds=history.insert_bounds[:2]
+    )
+    texts = [
+        element("handbook", entry_of(one.entry)) for one in await system.client.memory.recall("handbook", "x", k=3)
+    ]
+    known = [system.application.directory.find(worker.worker_id) for worker in workers]
+    clients = [worker.client for worker in known if worker is not None]
+    for client in clients:
+        await client.drop(beginning, with_redis=True)
+        await client.drop_prefilled(wpb.DropPrefilledRequest(tenant=DEFAULT_TENANT, texts=texts, with_redis=True))
+    assert not (await system.say(chat("Thanks"), "first")).receipt.insert_bounds
+    assert (await clients[0].locate(history, with_redis=True)).redis_tokens > 0
+    await system.client.delete_session("first")
+    for client in clients:
+        assert await client.locate(history, with_redis=True) == wpb.LocateReply()
 
 
 def entry_of(entry: mpb.MemoryEntry) -> Entry:
