@@ -17,6 +17,7 @@ from tests.insert_reference import Reference
 from worker.calls import Context, ContextPolicy, Sampling
 from worker.engine.engine import Engine
 from worker.engine.prefix import full_names
+from worker.engine.request import Request
 
 DOCUMENT = [(11 * place) % 300 + 5 for place in range(75)]
 OTHER = [(17 * place) % 300 + 5 for place in range(64)]
@@ -195,6 +196,21 @@ def test_a_store_that_fails_costs_the_computing_and_no_turn(
     turn = ask(engine)
     assert turn.receipt.insert_bounds == ()
     says(turn, engine, INPUT, ())
+
+
+def test_what_is_found_is_not_expected_to_be_inserted_as_well(build_engine: EngineFactory) -> None:
+    engine = build_engine()
+    prefill(engine, DOCUMENT, OTHER)
+    expected: list[int] = []
+    add = engine._scheduler.add
+
+    def noted(request: Request) -> None:
+        add(request)
+        expected.append(request.expected_tokens)
+
+    engine._scheduler.add = noted  # type: ignore[method-assign]
+    computed = [ask(engine).receipt.computed_tokens for _ in range(3)]
+    assert expected == computed == [42, 3, 3]
 
 
 @pytest.mark.parametrize("codec", ["lossless", "int8", "k8v4"])

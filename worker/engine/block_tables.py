@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from cache_store.ids import BlockHash
 from worker.calls import MissReason
+from worker.engine.plan import Span, complement
 from worker.engine.pool import BlockPool
 from worker.engine.prefix import Wanted, tail_of, wanted_by_prompt
 from worker.engine.request import Request
@@ -65,23 +66,23 @@ class BlockTables:
         ]
         return self._prefetcher.fetch(missing, lambda: request.is_waiting)
 
-    def expected_tokens(self, request: Request) -> int:
-        """Tokens of a request that are computed even if Redis has its history: at least the last one.
+    def expected_gaps(self, request: Request) -> list[Span]:
+        """What of a request is computed even if Redis has its history.
 
-        Of a reply that was begun elsewhere, all that was there.
+        Of a reply that was begun elsewhere, nothing of what was there.
         """
         if request.epoch:
-            return request.num_target - request.first
+            return [Span(request.first, request.num_target)]
         size = self._block_tokens
         num_history = request.num_target if request.call.begun else len(request.call.history)
-        held = sum(
-            want.offers
+        held = [
+            Span(want.index * size, want.index * size + want.offers)
             for want in self._wanted(request)
             if want.index * size + want.offers <= num_history
             or self._pool.find(want.name) is not None
             or self._restorer.where(want.name) in (Tier.HOST, Tier.DISK)
-        )
-        return max(1, request.num_target - held)
+        ]
+        return complement(held, request.num_target)
 
     def open(self, request: Request) -> Lookup | None:
         """Give a request all blocks for its tokens up to `num_target`, those that the device has among them.

@@ -71,11 +71,10 @@ class Inserter:
         if not gathering.is_over:
             request.gathering = gathering
 
-    def expected_tokens(self, request: Request) -> int:
-        """Of a request's new inserts, what need not be computed if the tiers have what they may have."""
-        new = [] if request.inserts is None else request.inserts.all
-        num_history = len(request.call.history)
-        parts = [(insert, Span(insert.linked, insert.end)) for insert in new if insert.start >= num_history]
+    def expected_tokens(self, request: Request, gaps: Sequence[Span]) -> int:
+        """What of these parts of a request need not be computed if the tiers have what they may have."""
+        inserts = [] if request.inserts is None else request.inserts.all
+        parts = [(insert, part) for insert in inserts for part in overlaps(Span(insert.linked, insert.end), gaps)]
         lost = {piece.insert for piece in self._pieces(request, parts) if not self._gatherer.may_have(piece.content)}
         return sum(part.tokens for insert, part in parts if insert not in lost)
 

@@ -86,9 +86,9 @@ class Scheduler:
     # In
 
     def add(self, request: Request) -> None:
-        request.expected_tokens = self._tables.expected_tokens(request)
-        if self._inserter is not None:
-            request.expected_tokens -= self._inserter.expected_tokens(request)
+        gaps = self._tables.expected_gaps(request)
+        inserted = self._inserter.expected_tokens(request, gaps) if self._inserter is not None else 0
+        request.expected_tokens = max(1, sum(gap.tokens for gap in gaps) - inserted)
         self.waiting.push(request)
         if request.call.deadline_s is not None:
             self._look_s = 0.0  # at once
