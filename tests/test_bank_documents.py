@@ -2,13 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from cache_store.bank_store import BankStore
-from cache_store.banks import BankSettings, EntryFilter, EntryKind
+from cache_store.banks import BankRecord, BankSettings, Entry, EntryFilter, EntryKind
 from cache_store.errors import BankFull, EmbedderChanged, InvalidRequest
 from cache_store.open_banks import open_banks
 from server.banks import checks
@@ -65,6 +66,30 @@ async def imported(keeper: BankKeeper, lines: Iterable[dict[str, Any]], bank: st
             yield content[start : start + size]
 
     return await keeper.import_lines("t", bank, pieces())
+
+
+class Prefilled:
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+
+    async def prefill(self, bank: BankRecord, entries: Sequence[Entry]) -> int:
+        self.entries += entries
+        return len(entries)
+
+    async def forget(self, bank: BankRecord, entries: Sequence[Entry]) -> None:
+        raise AssertionError("nothing is forgotten")
+
+
+async def test_chunks_are_prefilled_as_turns_will_read_them(store: BankStore, embedding: FakeEmbedding) -> None:
+    prefilled, day_s = Prefilled(), 86_400.0
+    keeper = BankKeeper(store, embedding, now=lambda: day_s, prefills=prefilled)
+    bank = await keeper.create("t", "b", settings=replace(SMALL, kv_ttl_s=60))
+    await put(keeper, Document(text=LONG, id="d"))
+    day_s, prefilled.entries = 3 * day_s, []
+    [done] = await put(keeper, Document(text=LONG + " and one more word", id="d"))
+    assert done.prefilled_chunks == done.chunks > done.new_chunks > 0
+    assert await store.entries(bank, [entry.id for entry in prefilled.entries]) == prefilled.entries
+    await keeper.aclose()
 
 
 async def test_a_document_is_cut_in_chunks_that_overlap_and_cover_it(keeper: BankKeeper) -> None:

@@ -37,7 +37,7 @@ class DocumentDone(NamedTuple):
     new_chunks: int
     """Of this document."""
     prefilled_chunks: int = 0
-    """Of the new ones, in a bank that keeps KV."""
+    """Of this document, the old ones among them, in a bank that keeps KV."""
 
 
 async def put(
@@ -63,8 +63,10 @@ async def put(
                 store, embedding, bank, document, f"documents[{number}].text", int(now() * 1000)
             )
             chunks, new = len(kept), await _keep(store, bank, kept, embedder, max_entries=max_entries)
-            if prefills is not None:
-                prefilled = await prefills.prefill(bank, [one.entry for one in kept])
+            if prefills is not None and bank.settings.kv_ttl_s:
+                # As turns will read them: one that was there already has its own date.
+                there = await store.entries(bank, [one.entry.id for one in kept])
+                prefilled = await prefills.prefill(bank, [entry for entry in there if entry is not None])
         yield DocumentDone(document.id, number + 1, len(documents), chunks, new, prefilled)
 
 
