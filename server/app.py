@@ -76,7 +76,7 @@ class Application:
         self._holdings = Holdings(directory)
         relay = Relay(directory, self._holdings, metrics, config)
         self._leases = Leases(records, lease_s=config.lease_s)
-        self._prefilling = Prefilling(directory, metrics, codec=config.codec)
+        self._prefilling = Prefilling(banks, directory, metrics, codec=config.codec)
         self._banks = BankKeeper(
             banks,
             SharedQuestions(CountedEmbedding(Embedding(directory), metrics)),

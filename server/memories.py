@@ -55,8 +55,8 @@ class Reading(NamedTuple):
     """Of the sources, by name."""
     misses: tuple[pb.BankMiss, ...] = ()
     """Banks that it has not heard."""
-    inserts: Mapping[str, int] = {}
-    """Parts of the input whose KV is kept, and for how many seconds, in order: workers insert it."""
+    inserts: Mapping[str, BankRecord] = {}
+    """Parts of the input whose KV their banks keep, in order: workers insert it."""
 
 
 class _Candidate(NamedTuple):
@@ -114,8 +114,7 @@ class Memories:
         """The turn is in its session: what it has read is remembered better from now on. What could not be inserted,
         because no tier had its KV, is prefilled for the next one."""
         if num_inserted < len(reading.inserts):
-            [tenant] = {bank.tenant for bank in reading.banks.values()}
-            self._prefilling.again(tenant, codec, reading.inserts)
+            self._prefilling.again(codec, reading.inserts)
         for name, bank in reading.banks.items():
             self._banks.count_recalls(bank, [source.entry_id for source in reading.sources if source.bank == name])
 
@@ -210,9 +209,9 @@ class Memories:
         return self._missed(bank, pb.BANK_MISS_REASON_STALE if is_stale else pb.BANK_MISS_REASON_FAILED)
 
 
-def _kept_kv(chosen: Sequence[_Candidate]) -> dict[str, int]:
-    """Texts of banks that keep KV, and for how many seconds."""
-    return {one.text: one.bank.settings.kv_ttl_s for one in chosen if one.bank.settings.kv_ttl_s}
+def _kept_kv(chosen: Sequence[_Candidate]) -> dict[str, BankRecord]:
+    """Texts of banks that keep KV, and which bank each is of."""
+    return {one.text: one.bank for one in chosen if one.bank.settings.kv_ttl_s}
 
 
 def _is_inherited(entry: Entry, record: SessionRecord) -> bool:

@@ -73,6 +73,10 @@ class FakeWorker(WorkerServicer):
         """To who asks without a session, instead of what follows by arithmetic."""
         self.may_say = asyncio.Event()
         self.may_say.set()
+        self.prefilled: list[str] = []
+        """Texts, as they are asked for."""
+        self.may_prefill = asyncio.Event()
+        self.may_prefill.set()
         self.generated: list[wpb.WorkerGenerateRequest] = []
         self.calls: list[str] = []
         self.codecs: list[str] = []
@@ -212,6 +216,16 @@ class FakeWorker(WorkerServicer):
         await self._maybe_refuse("quote", context)
         texts = [text.replace("<|", "< |") for text in request.texts]
         return wpb.QuoteReply(texts=[wpb.QuotedText(text=text, tokens=len(tokenize(text))) for text in texts])
+
+    async def Prefill(self, request: wpb.PrefillRequest, context: Any) -> wpb.PrefillReply:
+        await self._maybe_refuse("prefill", context)
+        self.prefilled += request.texts
+        await self.may_prefill.wait()
+        return wpb.PrefillReply(tokens=[len(tokenize(text)) for text in request.texts])
+
+    async def DropPrefilled(self, request: wpb.DropPrefilledRequest, context: Any) -> wpb.DropReply:
+        await self._maybe_refuse("drop prefilled+redis" if request.with_redis else "drop prefilled", context)
+        return wpb.DropReply()
 
     async def Describe(self, request: wpb.DescribeRequest, context: Any) -> wpb.DescribeReply:
         return wpb.DescribeReply(
