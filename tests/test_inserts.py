@@ -183,6 +183,18 @@ def test_a_device_without_room_to_read_what_is_inserted_computes_it(
     assert turn.reply == start(build_engine(), (), INPUT, max_new_tokens=8).result().reply
 
 
+def test_who_has_no_room_to_read_what_is_inserted_waits_for_others_to_end(
+    build_engine: EngineFactory, redis_url: str
+) -> None:
+    roomy = build_engine(redis_url=redis_url)
+    prefill(roomy, DOCUMENT, OTHER, drop_host=True)
+    full = build_engine(device_cache_bytes=23 * roomy.layout.block_bytes, redis_url=redis_url)
+    neighbour = start(full, (), range(5, 200), max_new_tokens=12)
+    turn = start(full, (), INPUT, insert_bounds=BOUNDS, max_new_tokens=8)
+    assert neighbour.result().receipt.computed_tokens == 195
+    assert turn.result().receipt.insert_bounds == BOUNDS
+
+
 def test_a_store_that_fails_costs_the_computing_and_no_turn(
     build_engine: EngineFactory, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,12 +44,12 @@ class Inserter:
         request: Request,
         parts: Parts,
         ready: Callable[[list[tuple[Span, Tier]], int], None],
-        lost: Callable[[list[Insert]], None],
+        lost: Callable[[list[Insert], bool], None],
     ) -> None:
         """Insert these parts, then tell `ready` what came from where, and how many bytes were restored for it.
 
         `lost` is told instead what can't be had: that of which no tier has a block, or all where the device has no room
-        to read any.
+        to read any; and whether that is so.
         """
         pieces = dict(enumerate(self._pieces(request, parts)))
 
@@ -60,7 +60,7 @@ class Inserter:
         def done(gathering: Gathering) -> None:
             missing = pieces if gathering.has_no_room else gathering.missing
             if missing:
-                lost(sorted({pieces[number].insert for number in missing}))
+                lost(sorted({pieces[number].insert for number in missing}), gathering.has_no_room)
             else:
                 found = [(pieces[number].span, tier) for number, tier in sorted(gathering.found.items())]
                 ready(found, gathering.restored_bytes)

@@ -200,9 +200,11 @@ class Scheduler:
             for index in request.ran([span for span, _ in found]):
                 self._tables.seal(request, index)
 
-        def lost(inserts: list[Insert]) -> None:
-            request.lose_inserts(inserts)
-            self._again(request, needs_room=False)
+        def lost(inserts: list[Insert], has_no_room: bool) -> None:
+            waits = has_no_room and len(self.running) > 1  # there is some when another has ended
+            if not waits:
+                request.lose_inserts(inserts)
+            self._again(request, needs_room=waits)
 
         self._inserter.fill(request, parts, inserted, lost)
 
