@@ -24,6 +24,7 @@ _TURN = struct.Struct("<IIIIq")  # start, reply_start, end, finish_reason, commi
 _MORE = b"\0"  # and, where there are any, this and as JSON: bounds of inserts, lost ones, memories
 _COUNT = struct.Struct("<I")
 _LENGTH = struct.Struct("<H")
+_MOST_LENGTH = 0xFFFF
 _CONTINUATION = struct.Struct(f"<{TAG_BYTES}sI?")  # the last piece's tag, how many there are, whether one may follow
 _NO_PIECE = bytes(TAG_BYTES)
 _MOST_PIECES = 256
@@ -172,7 +173,7 @@ class SealedFormat:
         self, record: SessionRecord, turns: Sequence[TurnRecord], tokens: Sequence[int], place: int, link: bytes
     ) -> bytes:
         packed = [pack_turn(turn) for turn in turns]
-        counted = b"".join(_LENGTH.pack(len(turn)) + turn for turn in packed)
+        counted = b"".join(_packed_length(len(turn)) + turn for turn in packed)
         content = _COUNT.pack(len(packed)) + counted + pack_tokens(tokens)
         return self._sealer.sealed(record.tenant, content, about=_about_piece(record, place, link))
 
@@ -212,9 +213,17 @@ def _read_content(content: bytes) -> tuple[list[TurnRecord], bytes]:
     for _ in range(count):
         (length,) = _LENGTH.unpack_from(content, at)
         at += _LENGTH.size
+        if not length:
+            (length,) = _COUNT.unpack_from(content, at)
+            at += _COUNT.size
         turns.append(read_turn(content[at : at + length]))
         at += length
     return turns, content[at:]
+
+
+def _packed_length(num_bytes: int) -> bytes:
+    """Of a turn, which is never empty: 0 says that the length comes behind it."""
+    return _LENGTH.pack(num_bytes) if num_bytes <= _MOST_LENGTH else _LENGTH.pack(0) + _COUNT.pack(num_bytes)
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:

@@ -256,9 +256,9 @@ class Shelf:
         self.entries: list[bytes] = []
         self._keep(self.record, self.format.created(self.record))
 
-    def commit(self, tokens: list[int]) -> None:
+    def commit(self, tokens: list[int], **more: Any) -> None:
         before = self.read()
-        done = turn(before.num_tokens, before.num_tokens, before.num_tokens + len(tokens))
+        done = replace(turn(before.num_tokens, before.num_tokens, before.num_tokens + len(tokens)), **more)
         written = self.format.committed(before, new_tokens=tokens, turn=done, model="ab")
         if written.replaces:
             self.entries.clear()
@@ -303,6 +303,21 @@ def test_whatever_becomes_of_the_pieces_a_record_is_as_it_was_or_an_error(
         shelf.entries = left
         with pytest.raises(RecordUnreadable):
             shelf.read()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"lost_inserts": tuple(range(30_000))}, *({"idempotency_key": "k" * num} for num in range(65_508, 65_513))],
+    ids=lambda more: str(len(str(more))),
+)
+def test_a_turn_has_as_much_to_say_as_it_has(more: dict[str, Any]) -> None:
+    shelf = Shelf()
+    for _ in range(2):
+        shelf.commit([1], **more)
+    whole = shelf.format.created(shelf.read())  # in one piece
+    for entries in (shelf.entries, whole.entries):
+        shelf.meta[b"seal"], shelf.entries = (whole.seal if entries is whole.entries else shelf.meta[b"seal"]), entries
+        assert shelf.read().turns == tuple(replace(turn(at, at, at + 1), **more) for at in range(2))
 
 
 def test_a_long_conversation_is_kept_in_a_bounded_number_of_pieces() -> None:
