@@ -35,6 +35,7 @@ class FakeEngine:
         self.fingerprint = self.names_from = b"\x01\x02"
         self.eos_token_ids = frozenset({1})
         self.vocab_size = vocab_size
+        self.can_insert = True
         self.script: Sequence[Event] = ()
         self.reason: FinishReason | None = FinishReason.LENGTH
         self.refusal: Exception | None = None

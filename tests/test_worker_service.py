@@ -555,3 +555,19 @@ def test_metrics_show_the_engines_figures_and_each_kind_of_turn(engine: FakeEngi
         assert found[f'rekindle_ttft_seconds_sum{{kind="{kind}"}}'] == pytest.approx(0.03)
         assert found[f'rekindle_tpot_seconds_bucket{{kind="{kind}",le="0.01"}}'] == 1
         assert found[f'rekindle_tpot_seconds_bucket{{kind="{kind}",le="0.005"}}'] == 0
+
+
+async def test_a_text_that_fits_no_window_is_not_prefilled_and_others_are(stub: Any, engine: FakeEngine) -> None:
+    engine.script = tokens_of("x")
+    longest = engine.max_context_tokens * CODEC.longest_token
+    texts = ["some words " * 9, "x" * (longest + 1), "other words " * 9]
+    prefilled = await stub.Prefill(wpb.PrefillRequest(tenant="t", texts=texts, block_ttl_s=60))
+    assert [*prefilled.tokens] == [len(CODEC.encode(text, is_first=False)) * (len(text) < longest) for text in texts]
+    engine.refusal = ContextTooLong("with the reply")
+    assert not any((await stub.Prefill(wpb.PrefillRequest(tenant="t", texts=texts[:1]))).tokens)
+
+
+async def test_nothing_is_prefilled_for_a_model_that_inserts_nothing(stub: Any, engine: FakeEngine) -> None:
+    engine.can_insert = False
+    assert not any((await stub.Prefill(wpb.PrefillRequest(tenant="t", texts=["some words " * 9]))).tokens)
+    assert not engine.calls

@@ -19,6 +19,8 @@ class EngineLike(Protocol):
     """What names of blocks follow from: the fingerprint, or a secret made from it where blocks are sealed."""
     eos_token_ids: frozenset[int]
     vocab_size: int
+    can_insert: bool
+    """Keys of its model can be turned: KV that was computed by itself can be inserted."""
     broken: Future[None]
     """Ends when nothing runs here any more until the process is another one."""
 

@@ -31,9 +31,9 @@ class Prefilling:
         self, tenant: str, token_ids: Sequence[int], *, codec: str, ttl_s: int, deadline_s: float | None
     ) -> bool:
         """Have the KV of these tokens in Redis for so long (0: for ever), or in this worker's tiers where it has no
-        Redis. False where it is not worth it: it would all be computed again. Raises what a turn does."""
+        Redis. False where it is not worth it: none of it would be inserted. Raises what a turn does."""
         tokens = tuple(token_ids)
-        if len(tokens) <= LINK_TOKENS:
+        if len(tokens) <= LINK_TOKENS or not self._engine.can_insert:
             return False
         has_store = self._engine.stats().store_available is not None
         whole = (*tokens, 0)  # as if that had been said: a history's last token has no KV

@@ -235,16 +235,24 @@ class WorkerService(WorkerServicer):
     async def Prefill(self, request: wpb.PrefillRequest, context: Context) -> wpb.PrefillReply:
         async with self._statuses(context, "Prefill"):
             history = wpb.History(tenant=request.tenant, codec=request.codec)
-            codec, deadline_s = translate.codec_of(history), _deadline_s(context)
-            kept = []
-            for text in request.texts:  # one at a time: whoever talks comes between
-                self._check_length(len(text))
-                token_ids = await self._in_thread(partial(self._quoted_tokens, text))
-                is_kept = await self._prefilling.prefill(
-                    request.tenant, token_ids, codec=codec, ttl_s=request.block_ttl_s, deadline_s=deadline_s
-                )
-                kept.append(len(token_ids) if is_kept else 0)
+            how = {
+                "codec": translate.codec_of(history),
+                "ttl_s": request.block_ttl_s,
+                "deadline_s": _deadline_s(context),
+            }
+            # One at a time: whoever talks comes between.
+            kept = [await self._prefill(request.tenant, text, **how) for text in request.texts]
         return wpb.PrefillReply(tokens=kept)
+
+    async def _prefill(self, tenant: str, text: str, **how: Any) -> int:
+        """How many tokens it has, if its KV is kept; what fits no window is read by no turn."""
+        try:
+            self._check_length(len(text))
+            token_ids = await self._in_thread(partial(self._quoted_tokens, text))
+            is_kept = await self._prefilling.prefill(tenant, token_ids, **how)
+        except ContextTooLong:
+            return 0
+        return len(token_ids) if is_kept else 0
 
     async def DropPrefilled(self, request: wpb.DropPrefilledRequest, context: Context) -> wpb.DropReply:
         dropped = wpb.DropReply()

@@ -77,6 +77,7 @@ class Engine:
         self.max_context_tokens = loaded.max_context_tokens
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size = loaded.vocab_size
+        self.can_insert = loaded.rope is not None
         self._config = config
         self._tiers = tiers
         self._inbox = inbox
