@@ -124,7 +124,7 @@ class FrontMetrics:
         self._bank_reads.labels(result).inc()
 
     def prefilled(self, result: str, entries: int) -> None:
-        """kept, not_kept (too short or long, or Redis has no room), failed, gone (with their bank), or full (too many wait)."""
+        """kept, not_kept (too short or long, or Redis has no room), failed, gone (its bank) or full (too many wait)."""
         self._prefilled.labels(result).inc(entries)
 
     def bank_missed(self, reason: pb.BankMissReason) -> None:
