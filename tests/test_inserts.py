@@ -1,6 +1,8 @@
 """KV that was computed by itself and is inserted where it stands: what it comes to, and that no name lies about it."""
 
+import random
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.inserts import _sides
 from cache_store.errors import InvalidRequest
-from cache_store.ids import full_block_hashes, root_hash
+from cache_store.ids import BlockHash, full_block_hashes, root_hash
 from cache_store.inserts import LINK_TOKENS, Inserts
 from cache_store.redis_store import RedisBlockStore
 from tests.engines import TENANT, EngineFactory, Turn, generate, poison, start
@@ -193,6 +195,31 @@ def test_who_has_no_room_to_read_what_is_inserted_waits_for_others_to_end(
     turn = start(full, (), INPUT, insert_bounds=BOUNDS, max_new_tokens=8)
     assert neighbour.result().receipt.computed_tokens == 195
     assert turn.result().receipt.insert_bounds == BOUNDS
+
+
+def test_whatever_became_of_blocks_no_name_lies_about_what_is_inserted(build_engine: EngineFactory) -> None:
+    sides = [(), BOUNDS[:2], BOUNDS[2:], BOUNDS]
+    engine, draw = build_engine(), random.Random(8)
+    prefill(engine, DOCUMENT, OTHER)
+    alone = {side: start(engine, (), INPUT, insert_bounds=side).result().reply for side in sides}
+    small = build_engine(device_cache_bytes=22 * engine.layout.block_bytes, host_cache_bytes=0)
+
+    def lose(names: Sequence[BlockHash]) -> None:
+        small._pool.drop(names)
+        poison(small)
+
+    heard: set[tuple[int, ...]] = set()
+    for _ in range(60):
+        prefill(small, *draw.sample([DOCUMENT, OTHER], draw.randint(0, 2)))
+        crowd = [start(small, (), INPUT, insert_bounds=draw.choice(sides)) for _ in range(draw.randint(0, 2))]
+        for stream in crowd:  # that compete, and hang up
+            small.cancel(stream.request_id)
+        turn = start(small, (), INPUT, insert_bounds=draw.choice(sides)).result()
+        assert turn.reply == alone[turn.receipt.insert_bounds]
+        heard.add(turn.receipt.insert_bounds)
+        names = small._pool.names()
+        small._inbox.do(partial(lose, draw.sample(names, min(3, len(names))))).result(10)
+    assert heard == {*sides}
 
 
 def test_a_store_that_fails_costs_the_computing_and_no_turn(
