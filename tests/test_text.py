@@ -189,6 +189,7 @@ def test_parts_that_are_known_have_the_tokens_that_they_have_by_themselves(
 def test_a_part_that_a_template_changes_is_only_text() -> None:
     codec = TextCodec(byte_tokenizer(300))
     codec._tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    assert codec.encode_input("a", ["", "b"], is_first=False) == (codec.encode("a", is_first=False), ())
     assert codec.encode_chat([user("a <p>b</p>")], (), ["<p>b</p>"]) == (codec.encode("A <P>B</P>", is_first=False), ())
 
 

@@ -23,7 +23,7 @@ def encode_pieces(tokenizer: Any, text: str, inserts: Sequence[str], *, is_first
     """The known parts are looked for in order; one that is not there (a template may change it) is none."""
     token_ids: list[int] = []
     bounds: list[int] = []
-    for insert in inserts:
+    for insert in filter(None, inserts):
         before, found, after = text.partition(insert)
         if found:
             token_ids += _between(tokenizer, before, is_first and not token_ids)
