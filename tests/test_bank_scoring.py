@@ -31,7 +31,7 @@ def test_retention_is_the_forgetting_curve_of_days_and_strength() -> None:
 def test_strength_slows_forgetting(days: float, recalls: int, more: int) -> None:
     assert kept(days, recalls + more) > kept(days, recalls)
     assert kept(days + 1, recalls) < kept(days, recalls)
-    assert kept(days, recalls) != pytest.approx(math.exp(-days / 5 * (1 + recalls)), abs=1e-12) or recalls == 0
+    assert kept(days, recalls) > math.exp(-days / 5 * (1 + recalls)) or recalls == 0  # the published slip
 
 
 def reference(texts: list[str], query: str, k1: float = 1.2, b: float = 0.75) -> list[float]:
